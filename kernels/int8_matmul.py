@@ -1,0 +1,20 @@
+"""Exact integer matrix product of two int8 matrices."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] int8, b [N, K] int8 -> a b^T [M, N] int32, exact.
+
+    `torch._int_mm` wants more than 16 rows and multiples of 8 on CUDA; padding with zeros changes no product.
+    """
+    m, n = a.shape[0], b.shape[0]
+    if m == 0:
+        return a.new_zeros(0, n, dtype=torch.int32)
+    if a.device.type == "cuda":
+        extra_k = -a.shape[1] % 8
+        a = F.pad(a, (0, extra_k, 0, max(0, 32 - m)))
+        b = F.pad(b, (0, extra_k, 0, -n % 8))
+    return torch._int_mm(a, b.t())[:m, :n]

@@ -1,0 +1,93 @@
+"""NVFP4: e2m1 values in groups of 16 with e4m3 scales; weights have one more fp32 scale a tensor.
+
+    y[m, n] = wtscale * sum_g ascales[m, g] * wscales[n, g] * sum_{k in g} qx[m, k] * q[n, k]
+
+    qweight  [N, Kp/2]       uint8           e2m1 codes (sign in bit 3), two a byte; Kp = K rounded up to groups of 16
+    wscales  [N, Kp/16]      float8_e4m3fn
+    wtscale  []              fp32
+    qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
+    ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
+"""
+
+import torch
+from torch import Tensor
+
+from . import groups, nibbles
+from .format import Format
+
+GROUP_SIZE = 16
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX = E2M1[-1]
+E4M3_MAX = 448.0
+CLIP = (1.0, 0.9, 0.8)
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Nearest e2m1 code of each value, ties to the even code, saturating at 6: [...] fp32 -> [...] uint8."""
+    bounds = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)], device=x.device)
+    magnitude = x.abs()
+    code = torch.bucketize(magnitude, bounds)  # a tie falls to the lower code
+    tie = magnitude == bounds[code.clamp_max(len(bounds) - 1)]
+    code = code + (tie & (code % 2 == 1)).to(code.dtype)
+    return (code + 8 * torch.signbit(x).to(code.dtype)).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """[...] uint8 -> [...] fp32; the inverse of `encode_e2m1` on the 15 values e2m1 has."""
+    table = torch.tensor(E2M1 + tuple(-v for v in E2M1), device=codes.device)
+    return table[codes.long()]
+
+
+def _e4m3(scale: Tensor) -> Tensor:
+    """Round a scale to e4m3 (returned as fp32); zero becomes 1, so that dividing by it is safe."""
+    rounded = scale.clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return torch.where(rounded > 0, rounded, 1.0)
+
+
+def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+    """w [N, K] fp32 -> (qweight, wscales, wtscale). importance: [K], see `groups.best_of`."""
+    g = groups.split(w, GROUP_SIZE)
+    cover = groups.span(g) / E2M1_MAX
+    wtscale = (cover.amax() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    candidates = (_e4m3(cover * share / wtscale) for share in CLIP)
+    weights = None if importance is None else groups.split(importance, GROUP_SIZE)
+
+    def reconstruct(v: Tensor, scale: Tensor) -> Tensor:
+        return decode_e2m1(encode_e2m1(v / (scale * wtscale))) * (scale * wtscale)
+
+    scale = groups.best_of(g, candidates, reconstruct, weights)
+    codes = encode_e2m1(g / (scale * wtscale))
+    return nibbles.pack(codes.flatten(1)), scale.squeeze(-1).to(torch.float8_e4m3fn), wtscale
+
+
+def dequantize_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
+    """[N, Kp] fp32."""
+    return _decode(qweight, wscales) * wtscale
+
+
+def _decode(packed: Tensor, scales: Tensor) -> Tensor:
+    values = decode_e2m1(nibbles.unpack(packed)).unflatten(-1, (-1, GROUP_SIZE))
+    return (values * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] fp32, already divided by the smoothing factors -> (qx, ascales)."""
+    g = groups.split(x, GROUP_SIZE)
+    scale = _e4m3(groups.span(g) / E2M1_MAX)
+    return nibbles.pack(encode_e2m1(g / scale).flatten(-2)), scale.squeeze(-1).to(torch.float8_e4m3fn)
+
+
+def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
+    """[..., N] fp32."""
+    return _decode(qx, ascales) @ dequantize_weight(qweight, wscales, wtscale).t()
+
+
+NVFP4 = Format(
+    "nvfp4",
+    ("qweight", "wscales", "wtscale"),
+    quantize_weight,
+    dequantize_weight,
+    matmul,
+    GROUP_SIZE,
+    quantize_activation,
+)

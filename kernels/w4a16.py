@@ -1,0 +1,58 @@
+"""int4 weights with zero points, 16-bit activations: for linears with few rows, which wait for bytes and not for arithmetic.
+
+    y = x @ (q * wscales + wzeros)^T
+
+    qweight  [N, Kp/2]    uint8    q in 0..15, two nibbles a byte; Kp = K rounded up to whole groups of 64
+    wscales  [N, Kp/64]   bfloat16
+    wzeros   [N, Kp/64]   bfloat16 the value of code 0
+"""
+
+import torch
+from torch import Tensor
+
+from . import groups, nibbles
+from .format import Format
+
+GROUP_SIZE = 64
+CLIP = (1.0, 0.95, 0.9, 0.85)  # shares of a group's range that the 16 steps may cover, about its middle
+
+
+def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+    """w [N, K] fp32 -> (qweight, wscales, wzeros). importance: [K], see `groups.best_of`."""
+    g = groups.split(w, GROUP_SIZE)
+    low, high = g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    # A constant group has no range: any step that can hold it will do.
+    step = torch.where(step > 0, step, torch.where(low != 0, low.abs(), 1.0))
+    middle = (low + high) / 2
+
+    def zero(scale: Tensor) -> Tensor:
+        return (middle - 7.5 * scale).to(torch.bfloat16).float()
+
+    def reconstruct(v: Tensor, scale: Tensor) -> Tensor:
+        return _round(v, scale, zero(scale)) * scale + zero(scale)
+
+    candidates = ((step * share).to(torch.bfloat16).float() for share in CLIP)
+    weights = None if importance is None else groups.split(importance, GROUP_SIZE)
+    scale = groups.best_of(g, candidates, reconstruct, weights)
+    q = _round(g, scale, zero(scale))
+    return nibbles.pack(q.flatten(1)), scale.squeeze(-1).to(torch.bfloat16), zero(scale).squeeze(-1).to(torch.bfloat16)
+
+
+def _round(v: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((v - zero) / scale).round_().clamp_(0, 15)
+
+
+def dequantize_weight(qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> Tensor:
+    """[N, Kp] fp32."""
+    q = nibbles.unpack(qweight).float().unflatten(-1, (-1, GROUP_SIZE))
+    return (q * wscales.float().unsqueeze(-1) + wzeros.float().unsqueeze(-1)).flatten(-2)
+
+
+def matmul(x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> Tensor:
+    """x [..., K] 16- or 32-bit -> [..., N] fp32. Products of 16-bit weights, as the 16-bit linear would make them."""
+    w = dequantize_weight(qweight, wscales, wzeros)[:, : x.shape[-1]]
+    return x.float() @ w.t()
+
+
+W4A16 = Format("w4a16", ("qweight", "wscales", "wzeros"), quantize_weight, dequantize_weight, matmul, GROUP_SIZE)

@@ -1,0 +1,1 @@
+"""From graph to code: the svdq:: operators and what they lower to."""

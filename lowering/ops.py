@@ -1,0 +1,78 @@
+"""The svdq:: operators: schema, shape function and implementation of each, in one place.
+
+Compiled code and Inductor's caches know them by name only, so an operator whose meaning changes gets a new name.
+All take inputs with any number of leading dimensions, zero rows included.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels import FORMATS
+from ..kernels.groups import padded
+from . import reference
+from .packed import PackedLinear
+
+_LIBRARY = torch.library.Library("svdq", "DEF")
+
+
+def _define(schema: str, implementation, fake) -> None:
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
+
+
+def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
+    group = FORMATS[precision].group_size
+    lead, k = x.shape[:-1], padded(x.shape[-1], group)
+    xd = x.new_empty(*lead, down.shape[0], dtype=down.dtype)
+    if precision == "w4a8":
+        return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, 1, dtype=torch.float32), xd
+    if precision == "int4":
+        return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, k // group, dtype=torch.float32), xd
+    scales = x.new_empty(*lead, k // group, dtype=torch.float8_e4m3fn)
+    return x.new_empty(*lead, k // 2, dtype=torch.uint8), scales, xd
+
+
+def _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype):
+    return qx.new_empty(*qx.shape[:-1], up.shape[0], dtype=out_dtype)
+
+
+def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
+    return x.new_empty(*x.shape[:-1], weight[0].shape[0], dtype=out_dtype)
+
+
+_define(
+    "quantize(Tensor x, Tensor smooth, Tensor down, str precision, float shift)"
+    " -> (Tensor qx, Tensor ascales, Tensor xd)",
+    reference.quantize,
+    _fake_quantize,
+)
+_define(
+    "gemm(Tensor qx, Tensor ascales, Tensor xd, Tensor[] weight, Tensor up, Tensor? bias, Tensor? offset,"
+    " str precision, ScalarType out_dtype) -> Tensor",
+    reference.gemm,
+    _fake_gemm,
+)
+_define(
+    "gemv(Tensor x, Tensor? xd, Tensor[] weight, Tensor? up, Tensor? bias, str precision, ScalarType out_dtype)"
+    " -> Tensor",
+    reference.gemv,
+    _fake_gemv,
+)
+
+quantize = torch.ops.svdq.quantize.default
+gemm = torch.ops.svdq.gemm.default
+gemv = torch.ops.svdq.gemv.default
+
+
+def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """A whole quantized linear, run eagerly: x [..., K] -> [..., N]."""
+    weight = list(packed.weight)
+    if FORMATS[packed.precision].quantize_activation is None:
+        xd = torch.nn.functional.linear(x, packed.down.to(x.dtype)) if packed.rank else None
+        return gemv(x, xd, weight, packed.up if packed.rank else None, bias, packed.precision, out_dtype)
+    shared = packed.shared
+    qx, ascales, xd = quantize(x, shared.smooth, shared.down, packed.precision, shared.shift)
+    own = xd[..., packed.rank_start : packed.rank_start + packed.rank]
+    return gemm(qx, ascales, own, weight, packed.up, bias, packed.offset, packed.precision, out_dtype)

@@ -1,0 +1,62 @@
+"""What the svdq:: operators compute, in plain torch: the oracle for every kernel, on any device.
+
+    y = Q_w(R) . Q_a((x + shift) / smooth) - offset  +  up (down x)  +  bias          (SVDQuant, arXiv 2411.05007)
+
+Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels import FORMATS
+
+
+def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K], smooth [K], down [R, K] -> qx, ascales (the format's) and down x [..., R] in down's dtype."""
+    quantize_activation = FORMATS[precision].quantize_activation
+    if quantize_activation is None:
+        raise ValueError(f"{precision} does not quantize activations; use svdq::gemv")
+    x32 = x.float()
+    if shift:
+        qx, ascales = quantize_activation((x32 + shift) / smooth, unsigned=True)
+    else:
+        qx, ascales = quantize_activation(x32 / smooth)
+    return qx, ascales, (x32 @ down.float().t()).to(down.dtype)
+
+
+def gemm(
+    qx: Tensor,
+    ascales: Tensor,
+    xd: Tensor,
+    weight: list[Tensor],
+    up: Tensor,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """qx, ascales, xd from `quantize` -> y [..., N] in out_dtype. xd [..., r] holds this linear's own columns."""
+    y = FORMATS[precision].matmul(qx, ascales, *weight)
+    if offset is not None:
+        y = y - offset
+    y = y + xd.float() @ up.float().t()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def gemv(
+    x: Tensor,
+    xd: Tensor | None,
+    weight: list[Tensor],
+    up: Tensor | None,
+    bias: Tensor | None,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x [..., K] 16-bit, xd = down x [..., r] -> y [..., N] in out_dtype: 4-bit weights, activations as they are.
+
+    xd and up are None where there is no low-rank branch.
+    """
+    y = FORMATS[precision].matmul(x, *weight)
+    if xd is not None and up is not None:
+        y = y + xd.float() @ up.float().t()
+    return (y if bias is None else y + bias.float()).to(out_dtype)

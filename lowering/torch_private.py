@@ -1,0 +1,95 @@
+"""The private corners of torch that this package leans on, all of them. Tried on torch 2.11 and 2.13."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
+
+
+def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape with no memory behind it. Reading it would be out of bounds: see parameter.py.
+
+    Unlike `empty_strided` followed by `resize_(0)` it never allocates the memory it goes without.
+    """
+    if device.type == "meta":
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    from torch._C._dynamo.guards import _reinterpret_tensor
+
+    return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found this graph input, as Python ("L['self'].proj.weight"), or ''."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy to edit. Dynamo reads its own placeholders again after the backend returns, so those must stay."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copied)
+    graph.output(result).meta = dict(gm.graph.output_node().meta)
+    for old, new in copied.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    clone = fx.GraphModule(gm, graph)
+    clone.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        clone._param_name_to_source = gm._param_name_to_source
+    return clone
+
+
+def mark_as_weight(placeholder: fx.Node, example: Tensor) -> None:
+    """Give a new graph input what AOTAutograd and CUDA graphs expect of a parameter: a source, and a fixed address."""
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["example_value"] = example
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def fake_like(fake: Tensor | None, real: Tensor) -> Tensor:
+    """`real` as a fake tensor of the mode that `fake` belongs to, with fixed sizes."""
+    from torch._dynamo.utils import detect_fake_mode
+
+    mode = detect_fake_mode([fake]) if fake is not None else None
+    return mode.from_tensor(real, static_shapes=True) if mode is not None else real
+
+
+def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+    """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode not in (None, "default") else None
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+
+
+@contextmanager
+def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
+    """Within the context, calling the model runs what torch.compile makes of it with this backend."""
+    before = model._compiled_call_impl
+    model.compile(backend=backend)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put a text into the structured trace (TORCH_TRACE, tlparse)."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )
+
+
+def data_property_calls() -> tuple[Any, Any]:
+    """What __torch_function__ is handed when `.data` is read and when it is assigned."""
+    descriptor: Any = Tensor.data
+    return descriptor.__get__, descriptor.__set__

@@ -1,0 +1,160 @@
+"""Find the linears of a Dynamo graph: the analysis that every pass starts from.
+
+At this level one `F.linear` node is one layer, its weight is a graph input with the model's own Parameter behind it, and
+`nn_module_stack` says where it stands in the model. A 1x1 convolution is a linear over its channels.
+
+Left alone, each with a reason: a weight that is not a graph input, that something else than a linear reads, that is too
+small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the repeated blocks (see `scope.py`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
+from .activations import input_shift
+from .scope import layer_name, module_path, outside_blocks, sibling_scope
+
+POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as the weight
+QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEW_ROWS = 16  # up to here a linear waits for its weight's bytes; kernels' gemv takes as many
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear in a graph.
+
+    node          the call
+    weight        the placeholder of its weight, in the same (sub)graph
+    name          where it stands in the model, as far as the graph knows
+    channel_dim   the dimension of the input that is multiplied: -1, or 1 for a convolution
+    few_rows      it reads one row a sample, or no more than FEW_ROWS
+    shift         what makes its input non-negative (`activations.py`), 0 if nothing does
+    scope         linears share a quantized input only within one scope
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    name: str
+    channel_dim: int
+    few_rows: bool
+    shift: float
+    scope: str
+
+    @property
+    def input(self) -> fx.Node:
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return _argument(self.node, 2, "bias")
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The fake tensor that the 16-bit linear would return: its dtype, shape and strides."""
+        return self.node.meta["example_value"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The linears of one (sub)graph that may be quantized, and why the others may not, by weight placeholder."""
+
+    sites: list[LinearSite]
+    rejected: dict[fx.Node, tuple[str, str]]
+
+
+def find_linears(graph: fx.Graph) -> Found:
+    """Look through one graph; subgraphs of higher-order operators are looked through on their own."""
+    sites: list[LinearSite] = []
+    rejected: dict[fx.Node, tuple[str, str]] = {}
+    calls = [n for n in graph.nodes if n.op == "call_function" and (n.target in LINEAR or n.target in POINTWISE_CONV)]
+    names = {n: module_path(n) for n in calls}
+    outside = outside_blocks([path for path in names.values() if path is not None])
+    for node in calls:
+        weight = _argument(node, 1, "weight")
+        if not isinstance(weight, fx.Node) or weight.op != "placeholder":
+            continue
+        reason = _why_not(node, weight, layer_name(node), names[node] in outside)
+        if reason is None:
+            sites.append(_site(node, weight))
+        elif not _is_spatial_conv(node):
+            rejected[weight] = (layer_name(node), reason)
+    return Found([s for s in sites if s.weight not in rejected], rejected)
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str | None:
+    """Why this linear stays as it is; None if it may be quantized."""
+    value = weight.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or "example_value" not in node.meta or len(node.args) < 2:
+        return "the graph does not tell its shapes"
+    if _is_spatial_conv(node):
+        return "a convolution larger than 1x1"
+    if ".lora_" in f".{name}":
+        return "an adapter, which is small and may be swapped"
+    if value.dtype not in QUANTIZABLE_DTYPES:
+        return f"its weight is {value.dtype}"
+    if min(value.shape[:2]) < MIN_FEATURES:
+        return f"it is small ({value.shape[0]} x {value.shape[1]})"
+    if any(not _reads_as_weight(user, weight) for user in weight.users):
+        return "something other than a linear reads its weight"
+    if is_outside:
+        return "outside the repeated blocks: an embedder or a final projection"
+    return None
+
+
+def _reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:
+    is_linear = user.target in LINEAR or (user.target in POINTWISE_CONV and not _is_spatial_conv(user))
+    return is_linear and _argument(user, 1, "weight") is weight and user.args[0] is not weight
+
+
+def _is_spatial_conv(node: fx.Node) -> bool:
+    dims = POINTWISE_CONV.get(node.target)  # type: ignore[arg-type]
+    if dims is None:
+        return False
+    weight = _argument(node, 1, "weight").meta.get("example_value")
+    ones, zeros = (1, (1,) * dims, [1] * dims), (0, (0,) * dims, [0] * dims)
+    return (
+        not isinstance(weight, torch.Tensor)
+        or any(size != 1 for size in weight.shape[2:])
+        or node.args[0].meta["example_value"].dim() != dims + 2  # type: ignore[union-attr]
+        or (_argument(node, 3, "stride") or 1) not in ones
+        or (_argument(node, 4, "padding") or 0) not in zeros
+        or (_argument(node, 6, "groups") or 1) != 1
+    )
+
+
+def _site(node: fx.Node, weight: fx.Node) -> LinearSite:
+    x = node.args[0].meta["example_value"]  # type: ignore[union-attr]
+    channel_dim = -1 if node.target in LINEAR else 1
+    few_rows = channel_dim == -1 and (x.dim() <= 2 or _small(x.shape[:-1]))
+    return LinearSite(node, weight, layer_name(node), channel_dim, few_rows, input_shift(node), sibling_scope(node))
+
+
+def _small(lead: torch.Size) -> bool:
+    """Whether the product of the leading sizes is at most FEW_ROWS, without a guard on symbolic ones."""
+    sizes = [s if isinstance(s, int) else s.node.hint for s in lead]
+    return None not in sizes and math.prod(sizes) <= FEW_ROWS
+
+
+def group_by_input(sites: list[LinearSite]) -> list[list[LinearSite]]:
+    """Linears that read the same tensor along the same dimension, within one scope, in the graph's order."""
+    groups: dict[tuple, list[LinearSite]] = {}
+    for site in sites:
+        key = (site.input, site.channel_dim, site.few_rows, site.scope)
+        members = groups.setdefault(key, [])
+        if all(member.weight is not site.weight for member in members):
+            members.append(site)
+    return list(groups.values())
+

@@ -1,0 +1,55 @@
+"""Run passes over a graph: count, time, check and dump, so that no pass has to.
+
+    TORCH_LOGS="+svdq_compile"     one line a pass, at debug level
+    SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python
+    TORCH_TRACE=folder             the same graphs among torch's own artifacts (tlparse shows them)
+"""
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import fx
+
+from ..lowering.torch_private import trace_artifact
+
+log = logging.getLogger("svdq_compile.passes")
+_numbers = itertools.count()
+
+Pass = Callable[[fx.GraphModule], int]
+
+
+def run(gm: fx.GraphModule, passes: Sequence[Pass]) -> None:
+    """Apply passes in order, in place. A pass returns how much it changed; `name_of` says how it is called."""
+    dump(gm, "before")
+    for rewrite in passes:
+        start = time.perf_counter()
+        changed = rewrite(gm)
+        log.debug("%s changed %d in %.1f ms", name_of(rewrite), changed, 1e3 * (time.perf_counter() - start))
+        if changed:
+            gm.graph.lint()
+            gm.recompile()
+            dump(gm, f"after_{name_of(rewrite)}")
+
+
+def name_of(rewrite: Callable) -> str:
+    """The pass's own name, also where some of its arguments were bound by functools.partial."""
+    return getattr(rewrite, "func", rewrite).__name__
+
+
+def dump(gm: fx.GraphModule, label: str) -> None:
+    """Write a graph where SVDQ_DUMP and TORCH_TRACE ask for it, named by a running number and `label`."""
+
+    def text() -> str:
+        return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+
+    number = next(_numbers)
+    trace_artifact(f"svdq_{number:03d}_{label}", text)
+    folder = os.environ.get("SVDQ_DUMP")
+    if folder:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{number:03d}.{label}.py").write_text(text())

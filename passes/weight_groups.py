@@ -1,0 +1,57 @@
+"""Which of a graph's inputs are weights of linears, and which of those read the same tensor: what gets quantized together.
+
+This is the view from outside: by the number of the input, subgraphs and their calls included.
+"""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from .linears import find_linears, group_by_input
+from .subgraphs import invocations, placeholders
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Linears that read one tensor.
+
+    indices   of their weights among the graph's inputs
+    names     of the layers
+    few_rows, shift   as in LinearSite
+    """
+
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    few_rows: bool
+    shift: float
+
+
+@dataclass(frozen=True)
+class WeightInputs:
+    """All weights of linears in a graph: the groups that may be quantized, and (index, name, reason) of the others."""
+
+    groups: list[WeightGroup]
+    rejected: list[tuple[int, str, str]]
+
+
+def weight_inputs(gm: fx.GraphModule) -> WeightInputs:
+    """Analyse a graph as Dynamo made it."""
+    found = WeightInputs([], [])
+    _collect(gm, {node: i for i, node in enumerate(placeholders(gm.graph))}, found)
+    return found
+
+
+def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], found: WeightInputs) -> None:
+    linears = find_linears(gm.graph)
+    for weight, (name, reason) in linears.rejected.items():
+        if weight in index:
+            found.rejected.append((index[weight], name, reason))
+    for group in group_by_input(linears.sites):
+        sites = [site for site in group if site.weight in index]
+        if sites:
+            indices, names = zip(*((index[site.weight], site.name) for site in sites), strict=True)
+            found.groups.append(WeightGroup(indices, names, sites[0].few_rows, sites[0].shift))
+    for call in invocations(gm):
+        body = gm.get_submodule(call.subgraph)
+        operands = zip(placeholders(body.graph), call.operands, strict=True)  # type: ignore[arg-type]
+        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, found)  # type: ignore

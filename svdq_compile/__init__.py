@@ -1,0 +1,13 @@
+"""SVDQuant for any diffusion model, as a torch.compile backend.
+
+    pipe.transformer = torch.compile(pipe.transformer, backend="svdquant")
+
+The names below are for quantizing ahead of time, for files, and for looking at what was done.
+"""
+
+from .ahead import quantize, restore
+from .config import Config
+from .errors import SvdqError
+from .report import report
+
+__all__ = ["Config", "SvdqError", "quantize", "report", "restore"]

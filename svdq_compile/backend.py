@@ -1,0 +1,48 @@
+"""The torch.compile backend: `torch.compile(model, backend="svdquant")`.
+
+    Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
+                                                     yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import store
+from .compiled import CompiledGraph
+from .config import Config
+from .errors import GradientsNeeded
+from .lowering.torch_private import compile_with_inductor
+from .observing import ObservingGraph
+from .parameter import QuantizedWeight
+from .passes.weight_groups import weight_inputs
+from .summary import TALLY
+
+
+def svdquant(
+    gm: fx.GraphModule, example_inputs: list, *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable:
+    """Compile one graph that Dynamo captured. Registered as "svdquant" for torch.compile.
+
+    options  fields of `Config` by name; mode  Inductor's. Raises OptionError for an unknown or impossible option and
+    GradientsNeeded where the call would record gradients.
+    """
+    config = Config.from_options(options, mode)
+    _refuse_gradients(gm)
+    inputs = weight_inputs(gm)
+    weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
+    if any(store.is_undecided(w) for w in weights):
+        return ObservingGraph(gm, inputs, config)
+    TALLY.tell(config.progress)
+    if not any(isinstance(value, QuantizedWeight) for value in example_inputs):
+        return compile_with_inductor(gm, example_inputs, config.mode)
+    return CompiledGraph(gm, example_inputs, inputs, config)
+
+
+def _refuse_gradients(gm: fx.GraphModule) -> None:
+    outputs = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
+    values = (node.meta.get("example_value") for node in outputs if isinstance(node, fx.Node))
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+        raise GradientsNeeded

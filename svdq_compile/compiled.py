@@ -1,0 +1,137 @@
+"""The second phase of a compiled graph: 4-bit code, and before each call the packed tensors of the weights it was given.
+
+Dynamo passes the model's own Parameters; the compiled code wants their packed tensors. Which blocks or models the
+Parameters belong to does not matter, so a block compiled once serves all, as long as they are packed in the same form.
+For another form (another rank, a layer that shares its input with others) another variant is compiled.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from .config import Config
+from .errors import WeightsReleased
+from .lowering.packed import PackedLinear
+from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
+from .observing import ObservingGraph
+from .parameter import QuantizedWeight, is_kept, is_stale, thaw
+from .passes import QUANTIZING, pipeline
+from .passes.drop_replaced_weights import drop_replaced_weights
+from .passes.quantize_linears import PackedInput, quantize_linears, sharing
+from .passes.subgraphs import placeholders
+from .passes.weight_groups import WeightInputs
+
+
+class CompiledGraph:
+    """Callable like the graph it was made of."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: list, inputs: WeightInputs, config: Config) -> None:
+        self._gm = gm
+        self._config = config
+        self._inputs = inputs
+        self._weights = [
+            i for group in inputs.groups for i in group.indices if isinstance(example_inputs[i], QuantizedWeight)
+        ]
+        self._observing: ObservingGraph | None = None
+        self._variants: dict[tuple, Variant] = {}
+        packs = [example_inputs[i]._svdq for i in self._weights]
+        self._variants[_form(packs)] = Variant(gm, example_inputs, dict(zip(self._weights, packs, strict=True)), config)
+        # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
+        self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
+
+    def __call__(self, *args: Any) -> Any:
+        packs = []
+        for i in self._weights:
+            weight = args[i]
+            if not isinstance(weight, QuantizedWeight) or (is_kept(weight) and is_stale(weight)):
+                return self._observe_again(args)
+            packs.append(weight._svdq)
+        resolved = packs[0].resolved.get(self) if packs else None
+        if resolved is None or not resolved.is_for(packs):
+            resolved = Resolved(self._variant(args, packs), packs, self._weights)
+            packs[0].resolved[self] = resolved
+        return resolved(args)
+
+    def _variant(self, args: tuple, packs: list[PackedLinear]) -> "Variant":
+        form = _form(packs)
+        variant = self._variants.get(form)
+        if variant is None:
+            form = (*form, *(args[i] for i in self._sizes))
+            variant = self._variants.get(form)
+        if variant is None:
+            variant = Variant(self._gm, list(args), dict(zip(self._weights, packs, strict=True)), self._config)
+            self._variants[form] = variant
+        return variant
+
+    def _observe_again(self, args: tuple) -> Any:
+        """Some weight has new 16-bit values: run as the first phase does, which quantizes it in its time."""
+        for i in self._weights:
+            if isinstance(args[i], QuantizedWeight) and is_kept(args[i]) and is_stale(args[i]):
+                thaw(args[i])
+        if self._observing is None:
+            self._observing = ObservingGraph(self._gm, self._inputs, self._config)
+        return self._observing(*args)
+
+
+def _form(packs: list[PackedLinear]) -> tuple:
+    """What compiled code depends on: how each weight is packed and which of them share an input."""
+    return (*(packed.signature() for packed in packs), sharing([packed.shared for packed in packs]))
+
+
+class Variant:
+    """The graph rewritten and compiled for one form of its packed weights."""
+
+    def __init__(
+        self, gm: fx.GraphModule, args: list, packs: dict[int, PackedLinear], config: Config
+    ) -> None:
+        gm = clone_dynamo_graph(gm)
+        originals = placeholders(gm.graph)
+        number = {node: i for i, node in enumerate(originals)}
+        by_node = {originals[i]: packed for i, packed in packs.items()}
+        bound = {quantize_linears: {"packs": by_node}, drop_replaced_weights: {"weights": list(by_node)}}
+        pipeline.run(gm, [partial(rewrite, **bound.get(rewrite, {})) for rewrite in QUANTIZING])
+        # (position among the new inputs, number of the old input) and the same with where a packed tensor comes from.
+        self.plain: list[tuple[int, int]] = []
+        self.packed: list[tuple[int, PackedInput]] = []
+        for position, node in enumerate(placeholders(gm.graph)):
+            source = node.meta.get("packed_input")
+            if source is not None:
+                self.packed.append((position, source))
+                continue
+            index = number[node]
+            if isinstance(args[index], QuantizedWeight) and not is_kept(args[index]):
+                readers = ", ".join(sorted({str(user.target) for user in node.users}))
+                raise WeightsReleased(args[index]._svdq_name, f"the compiled graph ({readers or 'an output'})")
+            self.plain.append((position, index))
+        inputs = self.template(packs)
+        for position, index in self.plain:
+            inputs[position] = args[index]
+        self.run: Callable = compile_with_inductor(gm, inputs, config.mode)
+
+    def template(self, packs: dict[int, PackedLinear]) -> list:
+        """The inputs with the packed tensors filled in and gaps for the others."""
+        inputs: list = [None] * (len(self.plain) + len(self.packed))
+        for position, source in self.packed:
+            inputs[position] = source.value(packs[source.index])
+        return inputs
+
+
+class Resolved:
+    """A variant with the packed tensors of one block looked up: what is left to do at a call is to fill in the rest."""
+
+    def __init__(self, variant: Variant, packs: list[PackedLinear], weights: list[int]) -> None:
+        self._variant = variant
+        self._others = packs[1:]
+        self._template = variant.template(dict(zip(weights, packs, strict=True)))
+
+    def is_for(self, packs: list[PackedLinear]) -> bool:
+        """Whether these are the packs it was made for; the first one is the caller's key."""
+        return all(a is b for a, b in zip(self._others, packs[1:], strict=True))
+
+    def __call__(self, args: tuple) -> Any:
+        inputs = self._template.copy()
+        for position, index in self._variant.plain:
+            inputs[position] = args[index]
+        return self._variant.run(*inputs)

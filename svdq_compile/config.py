@@ -1,0 +1,103 @@
+"""The options, in one frozen dataclass; validating them happens here and nowhere else."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import OptionError
+
+PRECISIONS = ("auto", "w4a8", "int4", "nvfp4", "w4a16")
+WEIGHTS = ("release", "offload", "keep")
+MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MAX_RANK = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to quantize a model.
+
+    precision          "w4a8" (int4 weights, int8 activations), "int4" (W4A4), "nvfp4", "w4a16" (weights only), or
+                       "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
+                       norms) is always w4a16: it waits for weight bytes, so rounding its input would gain nothing.
+    rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
+    smooth             move outliers of the input channels into the weights before rounding
+    refine             rounds of refitting the branch to what rounding the rest has lost
+    calibration_steps  calls of the model that run in exact 16-bit while inputs are observed; 0 quantizes at once, from
+                       the weights alone
+    error_budget       a layer whose own relative output error (or, without calibration, weight error) is larger than
+                       this stays 16-bit
+    skip               names of layers to leave in 16-bit, with * and ?: ("*.proj_out", "transformer_blocks.0.*"). Under
+                       regional compilation names begin at the block.
+    weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
+                       CPU memory, "keep" leaves them in place
+    mode               Inductor's mode, as in torch.compile(mode=...)
+    progress           show a progress bar while quantizing
+    """
+
+    precision: str = "auto"
+    rank: int = 32
+    smooth: bool = True
+    refine: int = 10
+    calibration_steps: int = 8
+    error_budget: float = 0.5
+    skip: tuple[str, ...] = ()
+    weights: str = "release"
+    mode: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("mode", self.mode, MODES)
+        _whole("rank", self.rank, 0, MAX_RANK)
+        _whole("refine", self.refine, 0, 1000)
+        _whole("calibration_steps", self.calibration_steps, 0, 1_000_000)
+        for name in ("smooth", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
+        budget = self.error_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            raise OptionError(f"option error_budget={budget!r}: must be a number above 0 and at most 1")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in _iterable(self.skip)):
+            raise OptionError(f"option skip={self.skip!r}: must be a list of layer-name patterns")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "Config":
+        """From the `options=` and `mode=` of torch.compile. An unknown option is an error naming the nearest one."""
+        options = dict(options or {})
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
+                raise OptionError(f"unknown option {name!r}: {hint}")
+        if mode is not None:
+            if options.get("mode", mode) != mode:
+                raise OptionError(f"mode={mode!r} contradicts options['mode']={options['mode']!r}: give one of them")
+            options["mode"] = mode
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a file stores them."""
+        return asdict(self)
+
+
+def _one_of(name: str, value: object, known: tuple) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"option {name}={value!r}: {hint}it can be {', '.join(map(repr, known))}")
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"option {name}={value!r}: must be a whole number from {low} to {high}")
+
+
+def _iterable(value: object) -> list:
+    try:
+        return list(value)  # type: ignore[call-overload]
+    except TypeError:
+        return [None]

@@ -1,0 +1,94 @@
+"""Turn weights of a model into 4-bit form, in place, group by group."""
+
+import fnmatch
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from . import store
+from .config import Config
+from .errors import UnsupportedDevice
+from .parameter import freeze
+from .quantizer import quantize_group
+from .statistics import InputStatistics
+from .summary import TALLY
+
+
+@dataclass(frozen=True)
+class Task:
+    """Weights that share an input, and what is known of it."""
+
+    weights: tuple[nn.Parameter, ...]
+    names: tuple[str, ...]
+    few_rows: bool
+    shift: float
+    statistics: InputStatistics
+
+
+def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
+    """Quantize every weight that is still undecided, or decide that it stays 16-bit.
+
+    device  where the work is done and the packed tensors stay; by default each weight's own
+    """
+    with store.LOCK, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        todo = [task for task in tasks if any(store.is_undecided(w) for w in task.weights)]
+        for task in progress(todo, config.progress):
+            _convert_group(task, config, device)
+
+
+def progress(tasks: list[Task], visible: bool) -> Iterable[Task]:
+    """The tasks, with a bar on stderr that goes away when they are done."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("quantizing to 4 bits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
+        yield from bar.track(tasks)
+
+
+def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
+    members = [(w, n) for w, n in zip(task.weights, task.names, strict=True) if store.is_undecided(w)]
+    precision = choose_precision(config, task.few_rows)
+    chosen = []
+    for weight, name in members:
+        reason = _why_not(weight, name, precision, config)
+        if reason is None:
+            chosen.append((weight, name))
+        else:
+            store.leave_alone(weight, reason)
+            TALLY.left(reason, weight.nbytes)
+    if chosen:
+        at = device or chosen[0][0].device
+        if at.type not in ("cpu", "cuda"):
+            raise UnsupportedDevice(chosen[0][1], str(at))
+        matrices = [weight.detach().to(at).flatten(1) for weight, _ in chosen]
+        names = [name for _, name in chosen]
+        quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
+        for (weight, name), result in zip(chosen, quantized, strict=True):
+            if result.error > config.error_budget:
+                reason = f"its error would be {result.error:.2f}, above error_budget"
+                store.leave_alone(weight, reason)
+                TALLY.left(reason, weight.nbytes)
+            else:
+                TALLY.quantized(precision, weight.nbytes, result.packed.nbytes())
+                freeze(weight, result.packed, name, result.error, config.weights)
+    store.forget_statistics(task.weights)
+
+
+def choose_precision(config: Config, few_rows: bool) -> str:
+    """The format of one linear. Rounding the input of a linear with few rows would cost accuracy and gain no time."""
+    if few_rows:
+        return "w4a16"
+    return "w4a8" if config.precision == "auto" else config.precision
+
+
+def _why_not(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
+    if any(fnmatch.fnmatchcase(n, pattern) for pattern in config.skip for n in (name, f".{name}")):
+        return "option skip"
+    n, k = weight.shape[0], weight[0].numel()
+    if precision != "w4a16" and config.rank * (n + k) > n * k / 2:
+        return f"a branch of rank {config.rank} would be half as large as its {n} x {k} weight, or larger"
+    return None

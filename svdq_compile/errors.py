@@ -1,0 +1,63 @@
+"""Every mistake a user can make has a class here, and its message says what to do about it."""
+
+
+class SvdqError(RuntimeError):
+    """The base of all errors this package raises on purpose."""
+
+
+class OptionError(SvdqError, ValueError):
+    """An option is unknown, of the wrong type, or out of range."""
+
+
+class GradientsNeeded(SvdqError):
+    """The model is run with gradients; 4-bit weights are for inference."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "svdquant is for inference only, but this call would record gradients. "
+            "Run the model under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) first."
+        )
+
+
+class NonFiniteWeight(SvdqError):
+    """A weight holds NaN or Inf."""
+
+    def __init__(self, layer: str, count: int) -> None:
+        super().__init__(
+            f"the weight of {layer} holds {count} NaN or Inf values, so it cannot be quantized. "
+            f'Repair the checkpoint, or leave the layer in 16-bit with options={{"skip": ["*{layer}"]}}.'
+        )
+
+
+class UnsupportedDevice(SvdqError):
+    """The weights are on a device this package has no arithmetic for."""
+
+    def __init__(self, layer: str, device: str) -> None:
+        super().__init__(
+            f"{layer} is on device {device!r}; svdquant runs on 'cpu' and 'cuda'. Move the model first, "
+            "or load a quantized file into it with svdq_compile.load."
+        )
+
+
+class WeightsReleased(SvdqError):
+    """Something needs 16-bit weights that were given back when the layer was quantized."""
+
+    def __init__(self, layer: str, use: str) -> None:
+        super().__init__(
+            f"{use} needs the 16-bit weight of {layer}, which was released when the layer was quantized to 4 bits. "
+            "If a compiled model got here, torch.compile has fallen back to eager execution: see "
+            "torch._dynamo.config.recompile_limit and TORCH_LOGS=recompiles. Otherwise: save the 4-bit model with "
+            "svdq_compile.save(model, path); get 16-bit weights back with svdq_compile.restore(model, ...); "
+            'or compile with options={"weights": "offload"} (a CPU copy) or {"weights": "keep"}.'
+        )
+
+
+class NothingToQuantize(SvdqError):
+    """The model has no linear layer that can be quantized."""
+
+
+class FileRefused(SvdqError):
+    """A file is not a quantized model, is damaged, or is too new."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")

@@ -1,0 +1,64 @@
+"""The linears of a module tree, seen without running it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .passes.linears import MIN_FEATURES, QUANTIZABLE_DTYPES
+from .passes.scope import outside_blocks
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear, or a 1x1 convolution.
+
+    name    of its module
+    reason  why it must stay 16-bit by the rules of passes/linears.py, None if it may be quantized
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    reason: str | None
+
+
+def layers(model: nn.Module) -> Iterator[Layer]:
+    """Every linear of a model, in order; a weight that several layers are tied to comes once."""
+    found = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    paths = {name: _path(name) for name, _ in found}
+    outside = outside_blocks(list(paths.values()))
+    seen: set[int] = set()
+    for name, module in found:
+        weight = module.weight
+        if isinstance(weight, nn.Parameter) and id(weight) not in seen:
+            seen.add(id(weight))
+            yield Layer(name, module, weight, _why_not(weight, paths[name] in outside, name))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    return (
+        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and all(size == 1 for size in (*module.kernel_size, *module.stride, module.groups))
+        and all(size == 0 for size in module.padding)
+    )
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """("a", "a.0", "a.0.b") for "a.0.b": the names of the modules it stands in, as a traced graph would list them."""
+    parts = name.split(".")
+    return tuple(".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _why_not(weight: nn.Parameter, is_outside: bool, name: str) -> str | None:
+    if ".lora_" in f".{name}":
+        return "an adapter, which is small and may be swapped"
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        return f"its weight is {weight.dtype}"
+    if min(weight.shape[:2]) < MIN_FEATURES:
+        return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
+    if is_outside:
+        return "outside the repeated blocks: an embedder or a final projection"
+    return None

@@ -1,0 +1,76 @@
+"""The first phase of a compiled graph: it runs in exact 16-bit, eagerly, and remembers what its linears read.
+
+When every weight of a call has been observed often enough, the call quantizes them on its way out. Their class changes
+with that, Dynamo traces again at the next call, and the backend compiles the 4-bit code (compiled.py).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from . import store
+from .config import Config
+from .convert import Task, convert
+from .lowering import ops
+from .lowering.torch_private import clone_dynamo_graph
+from .parameter import QuantizedWeight
+from .passes import OBSERVING, pipeline
+from .passes.weight_groups import WeightInputs
+
+
+class ObservingGraph:
+    """Callable like the graph it was made of. One instance serves all blocks and models that Dynamo gives the graph to."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: WeightInputs, config: Config) -> None:
+        self._gm = clone_dynamo_graph(gm)
+        self._inputs = inputs
+        self._config = config
+        watch = [partial(rewrite, observe=_observe, run=run_linear) for rewrite in OBSERVING]
+        pipeline.run(self._gm, watch)
+
+    def tasks(self, args: tuple) -> list[Task]:
+        """What this call's weights need: the groups with a weight that is still undecided."""
+        for index, _, reason in self._inputs.rejected:
+            if store.is_undecided(args[index]):
+                store.leave_alone(args[index], reason)
+        groups = [(tuple(args[i] for i in group.indices), group) for group in self._inputs.groups]
+        return [
+            Task(weights, group.names, group.few_rows, group.shift, store.statistics_of(weights))
+            for weights, group in groups
+            if any(store.is_undecided(w) for w in weights)
+        ]
+
+    def __call__(self, *args: Any) -> Any:
+        tasks = self.tasks(args)
+        steps = self._config.calibration_steps
+        if steps == 0:
+            convert(tasks, self._config)
+            return self._gm(*args)
+        outputs = self._gm(*args)
+        for task in tasks:
+            task.statistics.calls += 1
+        convert([task for task in tasks if task.statistics.calls >= steps], self._config)
+        return outputs
+
+
+def _observe(x: Tensor, weights: tuple[nn.Parameter, ...], channel_dim: int) -> None:
+    """Called by the graph before linears that read x."""
+    if any(store.is_undecided(w) for w in weights):
+        store.statistics_of(weights).observe(x.movedim(channel_dim, -1))
+
+
+def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Called by the graph for each linear or 1x1 convolution: as it was, or in 4 bits if its weight is quantized already.
+
+    kind  the name of the function in torch.nn.functional
+    """
+    if not isinstance(weight, QuantizedWeight):
+        return getattr(F, kind)(x, weight, *args, **kwargs)
+    bias = args[0] if args else kwargs.get("bias")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    y = ops.linear(x.movedim(channel_dim, -1), weight._svdq, bias, dtype)
+    return y.movedim(-1, channel_dim)

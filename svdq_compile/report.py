@@ -1,0 +1,91 @@
+"""What became of each linear of a model, as a table."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import nn
+
+from . import store
+from .layers import layers
+from .parameter import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear.
+
+    precision     a 4-bit format, or the dtype of a weight that was left alone
+    rank          of the 16-bit branch
+    bytes_before  of the 16-bit weight; bytes_after: of what takes its place
+    error         relative, of the layer's output on observed rows (of the weight if nothing was observed); None: exact
+    reason        why it was left alone
+    """
+
+    name: str
+    precision: str
+    rank: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The linears of a model. Iterate over `rows`, print it, or hand it to a rich console."""
+
+    rows: tuple[LayerReport, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("layer", "precision", "rank", "MiB before", "MiB after", "error", "why 16-bit")
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                row.precision,
+                str(row.rank) if row.rank else "",
+                _mib(row.bytes_before),
+                _mib(row.bytes_after),
+                "" if row.error is None else f"{100 * row.error:.2f} %",
+                row.reason,
+            )
+        table.add_section()
+        table.add_row("all linears", "", "", _mib(self.bytes_before), _mib(self.bytes_after), "", "")
+        yield table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=140).print(self)
+        return text.getvalue()
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"
+
+
+def report(model: nn.Module) -> Report:
+    """The report of a model, or of one that torch.compile wraps."""
+    model = getattr(model, "_orig_mod", model)
+    return Report(tuple(_row(layer.name, layer.weight, layer.reason) for layer in layers(model)))
+
+
+def _row(name: str, weight: nn.Parameter, reason: str | None) -> LayerReport:
+    before = weight.numel() * weight.element_size()
+    if isinstance(weight, QuantizedWeight):
+        packed = weight._svdq
+        return LayerReport(name, packed.precision, packed.rank, before, packed.nbytes(), weight._svdq_error, "")
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return LayerReport(name, dtype, 0, before, before, None, store.reason_of(weight) or reason or "not reached yet")

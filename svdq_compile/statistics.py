@@ -1,0 +1,43 @@
+"""What is remembered of a linear's input while it is observed: spans, and a few whole rows."""
+
+import torch
+from torch import Tensor
+
+# Rows kept of each observed call, and of all calls together. A row is K values, so 512 rows of a 3072-wide input are
+# 3 MiB; they stand for the input wherever an output error is measured.
+ROWS_PER_CALL = 64
+MAX_ROWS = 512
+
+
+class InputStatistics:
+    """Statistics of one tensor that one or more linears read.
+
+    span    [K] fp32     the largest magnitude seen in each channel
+    rows    [S, K]       rows sampled evenly from the calls, in the input's dtype
+    calls   how many calls were observed whole; the owner counts
+    """
+
+    def __init__(self) -> None:
+        self.span: Tensor | None = None
+        self.calls = 0
+        self._rows: list[Tensor] = []
+
+    def observe(self, x: Tensor) -> None:
+        """Add an input, x [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        if x.shape[0] == 0:
+            return
+        span = x.abs().amax(0).float()
+        self.span = span if self.span is None else torch.maximum(self.span, span)
+        picks = torch.linspace(0, x.shape[0] - 1, min(ROWS_PER_CALL, x.shape[0]), device=x.device).round().long()
+        self._rows.append(x[picks])
+        if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
+            self._rows = [self.rows]
+
+    @property
+    def rows(self) -> Tensor:
+        """At most MAX_ROWS rows, evenly over all that were kept."""
+        rows = torch.cat(self._rows)
+        if rows.shape[0] <= MAX_ROWS:
+            return rows
+        return rows[torch.linspace(0, rows.shape[0] - 1, MAX_ROWS, device=rows.device).round().long()]
