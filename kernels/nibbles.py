@@ -1,7 +1,7 @@
 """Two 4-bit codes in a byte: along the last axis, the even element in the low nibble, the odd one in the high nibble.
 
-    codes  [..., K]    uint8, 0..15, K even
-    bytes  [..., K/2]  uint8
+codes  [..., K]    uint8, 0..15, K even
+bytes  [..., K/2]  uint8
 """
 
 from torch import Tensor, stack, uint8

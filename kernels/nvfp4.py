@@ -1,12 +1,12 @@
 """NVFP4: e2m1 values in groups of 16 with e4m3 scales; weights have one more fp32 scale a tensor.
 
-    y[m, n] = wtscale * sum_g ascales[m, g] * wscales[n, g] * sum_{k in g} qx[m, k] * q[n, k]
+y[m, n] = wtscale * sum_g ascales[m, g] * wscales[n, g] * sum_{k in g} qx[m, k] * q[n, k]
 
-    qweight  [N, Kp/2]       uint8           e2m1 codes (sign in bit 3), two a byte; Kp = K rounded up to groups of 16
-    wscales  [N, Kp/16]      float8_e4m3fn
-    wtscale  []              fp32
-    qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
-    ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
+qweight  [N, Kp/2]       uint8           e2m1 codes (sign in bit 3), two a byte; Kp = K rounded up to groups of 16
+wscales  [N, Kp/16]      float8_e4m3fn
+wtscale  []              fp32
+qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
+ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
 """
 
 import torch

@@ -1,10 +1,10 @@
 """int4 weights with zero points, 16-bit activations: for linears with few rows, which wait for bytes and not for arithmetic.
 
-    y = x @ (q * wscales + wzeros)^T
+y = x @ (q * wscales + wzeros)^T
 
-    qweight  [N, Kp/2]    uint8    q in 0..15, two nibbles a byte; Kp = K rounded up to whole groups of 64
-    wscales  [N, Kp/64]   bfloat16
-    wzeros   [N, Kp/64]   bfloat16 the value of code 0
+qweight  [N, Kp/2]    uint8    q in 0..15, two nibbles a byte; Kp = K rounded up to whole groups of 64
+wscales  [N, Kp/64]   bfloat16
+wzeros   [N, Kp/64]   bfloat16 the value of code 0
 """
 
 import torch
@@ -22,12 +22,12 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     g = groups.split(w, GROUP_SIZE)
     low, high = g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)
     step = (high - low) / 15
-    # A constant group has no range: any step that can hold it will do.
-    step = torch.where(step > 0, step, torch.where(low != 0, low.abs(), 1.0))
+    is_constant = step == 0  # no range to divide: code 0 stands for the value itself
+    step = torch.where(is_constant, 1.0, step)
     middle = (low + high) / 2
 
     def zero(scale: Tensor) -> Tensor:
-        return (middle - 7.5 * scale).to(torch.bfloat16).float()
+        return torch.where(is_constant, low, middle - 7.5 * scale).to(torch.bfloat16).float()
 
     def reconstruct(v: Tensor, scale: Tensor) -> Tensor:
         return _round(v, scale, zero(scale)) * scale + zero(scale)

@@ -66,7 +66,7 @@ def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, subscales: Tensor, wsca
     """[..., N] fp32: the exact integer product, scaled."""
     rows = qx.reshape(-1, qx.shape[-1])
     acc = int8_matmul(rows, expand_weight(qweight, subscales)).float()
-    return acc.view(*qx.shape[:-1], -1) * ascales * wscales
+    return acc.view(*qx.shape[:-1], qweight.shape[0]) * ascales * wscales
 
 
 W4A8 = Format(

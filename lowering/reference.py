@@ -2,7 +2,8 @@
 
     y = Q_w(R) . Q_a((x + shift) / smooth) - offset  +  up (down x)  +  bias          (SVDQuant, arXiv 2411.05007)
 
-Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits.
+Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits. Inputs may
+have any strides, results are contiguous.
 """
 
 import torch
@@ -16,7 +17,7 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     quantize_activation = FORMATS[precision].quantize_activation
     if quantize_activation is None:
         raise ValueError(f"{precision} does not quantize activations; use svdq::gemv")
-    x32 = x.float()
+    x32 = x.float().contiguous()
     if shift:
         qx, ascales = quantize_activation((x32 + shift) / smooth, unsigned=True)
     else:
@@ -56,7 +57,7 @@ def gemv(
 
     xd and up are None where there is no low-rank branch.
     """
-    y = FORMATS[precision].matmul(x, *weight)
+    y = FORMATS[precision].matmul(x.contiguous(), *weight)
     if xd is not None and up is not None:
         y = y + xd.float() @ up.float().t()
     return (y if bias is None else y + bias.float()).to(out_dtype)

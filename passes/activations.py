@@ -10,7 +10,9 @@ GELU_SHIFT = 0.171875
 SILU_SHIFT = 0.28125
 _SHIFTS = {F.gelu: GELU_SHIFT, torch._C._nn.gelu: GELU_SHIFT, F.silu: SILU_SHIFT, torch._C._nn.silu: SILU_SHIFT}
 _KEEPS_RANGE = frozenset({F.dropout, torch.dropout})
-_KEEPS_RANGE_METHODS = frozenset({"reshape", "view", "flatten", "contiguous", "to", "transpose", "permute", "unflatten"})
+_KEEPS_RANGE_METHODS = frozenset(
+    {"reshape", "view", "flatten", "contiguous", "to", "transpose", "permute", "unflatten"}
+)
 
 
 def input_shift(linear: fx.Node) -> float:

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
-from .scope import layer_name, module_path, outside_blocks, sibling_scope
+from .scope import layer_name, outside_blocks, sibling_scope
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -76,17 +76,17 @@ def find_linears(graph: fx.Graph) -> Found:
     sites: list[LinearSite] = []
     rejected: dict[fx.Node, tuple[str, str]] = {}
     calls = [n for n in graph.nodes if n.op == "call_function" and (n.target in LINEAR or n.target in POINTWISE_CONV)]
-    names = {n: module_path(n) for n in calls}
-    outside = outside_blocks([path for path in names.values() if path is not None])
+    names = {n: layer_name(n) for n in calls}
+    outside = outside_blocks(list(names.values()))
     for node in calls:
         weight = _argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
-        reason = _why_not(node, weight, layer_name(node), names[node] in outside)
+        reason = _why_not(node, weight, names[node], names[node] in outside)
         if reason is None:
-            sites.append(_site(node, weight))
+            sites.append(_site(node, weight, names[node]))
         elif not _is_spatial_conv(node):
-            rejected[weight] = (layer_name(node), reason)
+            rejected[weight] = (names[node], reason)
     return Found([s for s in sites if s.weight not in rejected], rejected)
 
 
@@ -135,11 +135,11 @@ def _is_spatial_conv(node: fx.Node) -> bool:
     )
 
 
-def _site(node: fx.Node, weight: fx.Node) -> LinearSite:
+def _site(node: fx.Node, weight: fx.Node, name: str) -> LinearSite:
     x = node.args[0].meta["example_value"]  # type: ignore[union-attr]
     channel_dim = -1 if node.target in LINEAR else 1
     few_rows = channel_dim == -1 and (x.dim() <= 2 or _small(x.shape[:-1]))
-    return LinearSite(node, weight, layer_name(node), channel_dim, few_rows, input_shift(node), sibling_scope(node))
+    return LinearSite(node, weight, name, channel_dim, few_rows, input_shift(node), sibling_scope(name))
 
 
 def _small(lead: torch.Size) -> bool:
@@ -157,4 +157,3 @@ def group_by_input(sites: list[LinearSite]) -> list[list[LinearSite]]:
         if all(member.weight is not site.weight for member in members):
             members.append(site)
     return list(groups.values())
-

@@ -37,4 +37,3 @@ def _watch(graph: fx.Graph, group: list[LinearSite], observe: Callable[..., None
             observe,
             (group[0].input, tuple(site.weight for site in group), group[0].channel_dim),
         )
-

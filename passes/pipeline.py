@@ -1,8 +1,8 @@
 """Run passes over a graph: count, time, check and dump, so that no pass has to.
 
-    TORCH_LOGS="+svdq_compile"     one line a pass, at debug level
-    SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python
-    TORCH_TRACE=folder             the same graphs among torch's own artifacts (tlparse shows them)
+TORCH_LOGS="+svdq_compile"     one line a pass, at debug level
+SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python
+TORCH_TRACE=folder             the same graphs among torch's own artifacts (tlparse shows them)
 """
 
 import itertools

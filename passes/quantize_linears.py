@@ -128,7 +128,9 @@ def _emit(graph: fx.Graph, instead_of: fx.Node, target: Callable, *args: Any) ->
     """A call before `instead_of`, marked as standing where it stood in the model."""
     with graph.inserting_before(instead_of):
         node = graph.call_function(target, args)
-    node.meta.update({key: instead_of.meta[key] for key in ("nn_module_stack", "stack_trace") if key in instead_of.meta})
+    node.meta.update(
+        {key: instead_of.meta[key] for key in ("nn_module_stack", "stack_trace") if key in instead_of.meta}
+    )
     return node
 
 
@@ -144,7 +146,11 @@ def _quantize_subgraph(
         own = placeholders(body.graph)
         count = quantize_linears(body, {own[i]: inputs.packs[node] for i, node in outer.items()})
         body.recompile()
-        name = call.subgraph if not any(known[0] == call.subgraph for known in bodies) else f"{call.subgraph}_{len(bodies)}"
+        name = (
+            call.subgraph
+            if not any(known[0] == call.subgraph for known in bodies)
+            else f"{call.subgraph}_{len(bodies)}"
+        )
         setattr(gm, name, body)
         bodies[key] = name, count
     name, count = bodies[key]

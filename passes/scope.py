@@ -21,45 +21,38 @@ def clean(path: str) -> str:
     return _ROOT.sub("", path).strip(".")
 
 
-def module_path(node: fx.Node) -> tuple[str, ...] | None:
-    """The dotted names of the modules a node is called in, outermost first; None where Dynamo left none."""
-    stack = node.meta.get("nn_module_stack")
-    return tuple(clean(path) for path, _ in stack.values()) if stack else None
-
-
 def layer_name(node: fx.Node) -> str:
-    """The dotted name of the innermost module, or the node's own name."""
-    path = module_path(node)
-    return path[-1] if path and path[-1] else str(node.name)
+    """The dotted name of the innermost module a node is called in, or the node's own name."""
+    stack = node.meta.get("nn_module_stack")
+    innermost = clean(next(reversed(stack.values()))[0]) if stack else ""
+    return innermost or str(node.name)
 
 
-def _is_element(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
+def elements(name: str) -> list[str]:
+    """The list elements a layer stands in, outermost first, itself not counted: "a.0.b.1.c" -> ["a.0", "a.0.b.1"]."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts[:-1]) if part.isdigit()]
 
 
-def sibling_scope(node: fx.Node) -> str:
-    """The nearest list element a layer stands in, itself not counted.
+def sibling_scope(name: str) -> str:
+    """The nearest list element a layer stands in.
 
     Layers share a quantized input only inside one: in a whole-model graph the cross-attention keys of all blocks read the
     same text, but what one block shares must be what it would share when the block is compiled by itself.
     """
-    path = module_path(node) or ()
-    return next((name for name in reversed(path[:-1]) if _is_element(name)), "")
+    return next(reversed(elements(name)), "")
 
 
-def outside_blocks(paths: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Of all linears' paths in a graph, those outside the repeated blocks, if the graph has such blocks.
+def outside_blocks(names: list[str]) -> set[str]:
+    """Of all linears in a graph or model, those outside the repeated blocks, if there are such blocks.
 
     A repeated block is a list element that holds two linears or more. What stands beside them embeds inputs or projects
     the result; it is small and sensitive. A graph without blocks is a block itself (regional compilation) or a plain
     network, and all its linears count as inside: so compiling a model whole or by blocks quantizes the same layers.
     """
     held: dict[str, set[str]] = {}
-    for path in paths:
-        for name in path[:-1]:
-            if _is_element(name):
-                held.setdefault(name, set()).add(path[-1])
-    blocks = {name for name, layers in held.items() if len(layers) > 1}
-    if not blocks:
-        return set()
-    return {path for path in paths if blocks.isdisjoint(path)}
+    for name in names:
+        for element in elements(name):
+            held.setdefault(element, set()).add(name)
+    blocks = {element for element, layers in held.items() if len(layers) > 1}
+    return {name for name in names if blocks.isdisjoint(elements(name))} if blocks else set()

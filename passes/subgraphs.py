@@ -1,7 +1,7 @@
 """Graphs inside a graph: `nested_compile_region` leaves one body and, for each block, a call of it.
 
-    before   body = get_attr("subgraph_0");  y = invoke_subgraph(body, "subgraph_0", x, w0)
-                                             z = invoke_subgraph(body, "subgraph_0", y, w1)
+before   body = get_attr("subgraph_0");  y = invoke_subgraph(body, "subgraph_0", x, w0)
+                                         z = invoke_subgraph(body, "subgraph_0", y, w1)
 """
 
 from dataclasses import dataclass

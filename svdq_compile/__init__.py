@@ -6,8 +6,10 @@ The names below are for quantizing ahead of time, for files, and for looking at 
 """
 
 from .ahead import quantize, restore
+from .checkpoint import load, save
 from .config import Config
 from .errors import SvdqError
+from .parameter import packed
 from .report import report
 
-__all__ = ["Config", "SvdqError", "quantize", "report", "restore"]
+__all__ = ["Config", "SvdqError", "load", "packed", "quantize", "report", "restore", "save"]

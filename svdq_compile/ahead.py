@@ -154,7 +154,9 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
         if state_dict is not None and name in state_dict:
             values[name] = state_dict[name]
             if values[name].shape != weight.shape:  # type: ignore[union-attr]
-                raise ValueError(f"{name}: state_dict has shape {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}")
+                raise ValueError(
+                    f"{name}: state_dict has shape {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}"
+                )
         elif dequantize:
             values[name] = None
         else:

@@ -1,7 +1,7 @@
 """The torch.compile backend: `torch.compile(model, backend="svdquant")`.
 
-    Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
-                                                     yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
+                                                 yes --> CompiledGraph: svdq:: operators, the rest to Inductor
 """
 
 from collections.abc import Callable

@@ -83,9 +83,7 @@ def _form(packs: list[PackedLinear]) -> tuple:
 class Variant:
     """The graph rewritten and compiled for one form of its packed weights."""
 
-    def __init__(
-        self, gm: fx.GraphModule, args: list, packs: dict[int, PackedLinear], config: Config
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, args: list, packs: dict[int, PackedLinear], config: Config) -> None:
         gm = clone_dynamo_graph(gm)
         originals = placeholders(gm.graph)
         number = {node: i for i, node in enumerate(originals)}

@@ -26,14 +26,13 @@ class Layer:
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Every linear of a model, in order; a weight that several layers are tied to comes once."""
     found = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
-    paths = {name: _path(name) for name, _ in found}
-    outside = outside_blocks(list(paths.values()))
+    outside = outside_blocks([name for name, _ in found])
     seen: set[int] = set()
     for name, module in found:
         weight = module.weight
         if isinstance(weight, nn.Parameter) and id(weight) not in seen:
             seen.add(id(weight))
-            yield Layer(name, module, weight, _why_not(weight, paths[name] in outside, name))
+            yield Layer(name, module, weight, _why_not(weight, name in outside, name))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -44,12 +43,6 @@ def _is_linear(module: nn.Module) -> bool:
         and all(size == 1 for size in (*module.kernel_size, *module.stride, module.groups))
         and all(size == 0 for size in module.padding)
     )
-
-
-def _path(name: str) -> tuple[str, ...]:
-    """("a", "a.0", "a.0.b") for "a.0.b": the names of the modules it stands in, as a traced graph would list them."""
-    parts = name.split(".")
-    return tuple(".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def _why_not(weight: nn.Parameter, is_outside: bool, name: str) -> str | None:

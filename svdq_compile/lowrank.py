@@ -1,46 +1,47 @@
-"""Best low-rank approximation by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061)."""
+"""Best low-rank approximation by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061).
+
+On a GPU a float64 SVD of one FLUX weight takes seconds and a QR of a tall thin matrix milliseconds; Cholesky factors of
+40 x 40 Gram matrices take neither, nor a word with the CPU.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 OVERSAMPLING = 8
-# From a random start three rounds reach the same residual as a full SVD to 3 digits; from the last round's basis one does.
-COLD_ITERATIONS = 3
+COLD_ITERATIONS = 3  # within 1 % of the best residual even of a Gaussian matrix, whose spectrum is flattest
 
 
 def factorize(a: Tensor, rank: int, basis: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """a [N, K] fp32 ~ up [N, rank] @ down [rank, K]. Also returns a basis [K, rank + 8] that starts the next call warm.
+    """a [N, K] fp32 ~ up [N, rank] @ down [rank, K]. Also returns a basis [K, rank] that starts the next call warm.
 
-    up has orthonormal columns (or zero ones, where `a` has a lower rank). Deterministic: the random start is seeded.
+    A warm start is one more step of the iteration: enough where `a` changed little. Deterministic: the start is seeded.
     """
-    iterations = 1
-    if basis is None:
-        iterations = COLD_ITERATIONS
-        width = min(rank + OVERSAMPLING, *a.shape)
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(a.shape[1], width, generator=generator).to(a.device)
-    for _ in range(iterations):
+    if basis is not None:
         left = _orthonormal(a @ basis)
-        basis = _orthonormal(a.t() @ left)
+        down = left.t() @ a
+        return left, down, F.normalize(down, dim=1).t()
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(a.shape[1], min(rank + OVERSAMPLING, *a.shape), generator=generator).to(a.device)
     left = _orthonormal(a @ basis)
+    for _ in range(COLD_ITERATIONS):
+        left = _orthonormal(a @ _orthonormal(a.t() @ left))
     right = left.t() @ a
-    _, rotation = _eigh(right @ right.t())
-    rotation = rotation[:, -rank:]
-    return left @ rotation, rotation.t() @ right, basis
+    _, rotation = torch.linalg.eigh((right @ right.t()).double())
+    rotation = rotation[:, -rank:].to(a.dtype)
+    down = rotation.t() @ right
+    return left @ rotation, down, F.normalize(down, dim=1).t()
 
 
 def _orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of y's columns. By the Gram matrix: a QR of a tall matrix costs ten times more on a GPU.
+    """An orthonormal basis of y's columns, by Cholesky of the Gram matrix in float64.
 
-    Directions a millionth as strong as the strongest come back as zero columns.
+    Columns that depend on others, to a millionth of the largest, come out shorter than 1: they add nothing to a
+    projection.
     """
     y64 = y.double()
-    values, vectors = _eigh(y64.t() @ y64)
-    scale = torch.where(values > 1e-12 * values[-1], values, torch.inf).rsqrt()
-    return (y64 @ (vectors * scale)).to(y.dtype)
-
-
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ascending and vectors of a small symmetric matrix; on the CPU, where 40 x 40 is quickest."""
-    values, vectors = torch.linalg.eigh(gram.cpu().double())
-    return values.to(gram), vectors.to(gram)
+    gram = y64.t() @ y64
+    ridge = 1e-12 * gram.diagonal().amax() + 1e-30
+    gram.diagonal().add_(ridge)
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve_triangular(lower, y64.t(), upper=False).t().to(y.dtype)

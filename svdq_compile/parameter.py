@@ -66,7 +66,7 @@ class QuantizedWeight(nn.Parameter):
         if id(self) not in memo:
             with torch._C.DisableTorchFunctionSubclass():
                 twin = nn.Parameter(self.data.clone() if is_kept(self) else _shell_of(self), self.requires_grad)
-            memo[id(self)] = _become_quantized(
+            memo[id(self)] = become_quantized(
                 twin, self._svdq, self._svdq_name, self._svdq_error, self._svdq_original, is_kept(self)
             )
         return memo[id(self)]
@@ -76,6 +76,13 @@ class QuantizedWeight(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
         raise WeightsReleased(self._svdq_name, "pickling (torch.save, multiprocessing)")
+
+
+def packed(weight: Tensor) -> PackedLinear:
+    """The 4-bit form of a quantized weight: its tensors, and `dequantize` back to a matrix. TypeError for another."""
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError("this weight is not quantized: svdq_compile.report(model) says which are, and why others not")
+    return weight._svdq
 
 
 def is_kept(weight: QuantizedWeight) -> bool:
@@ -99,12 +106,18 @@ def freeze(parameter: nn.Parameter, packed: PackedLinear, name: str, error: floa
     original = parameter.detach().cpu().clone() if weights == "offload" else None
     if weights != "keep":
         parameter.data = shell(parameter.shape, parameter.stride(), parameter.dtype, packed.device)
-    _become_quantized(parameter, packed, name, error, original, weights == "keep")
+    become_quantized(parameter, packed, name, error, original, weights == "keep")
 
 
-def _become_quantized(
-    parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, original: Tensor | None, keep: bool
+def become_quantized(
+    parameter: nn.Parameter,
+    packed: PackedLinear,
+    name: str,
+    error: float,
+    original: Tensor | None = None,
+    keep: bool = False,
 ) -> QuantizedWeight:
+    """Change the class of a Parameter whose memory is already what it should be; `freeze` sees to that."""
     version = parameter._version if keep else None
     parameter.__class__ = QuantizedWeight
     assert isinstance(parameter, QuantizedWeight)
@@ -205,7 +218,7 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Tensor:
     if probe.device.type == "meta":
         return torch.empty_like(weight, device="meta")
     twin = nn.Parameter(_shell_of(weight, probe.device), weight.requires_grad)
-    return _become_quantized(
+    return become_quantized(
         twin, weight._svdq.to(probe.device), weight._svdq_name, weight._svdq_error, weight._svdq_original, False
     )
 

@@ -152,6 +152,4 @@ def _run(fit: _Fit, precision: str, smooth: Tensor, shift: float, rows: Tensor) 
         xd = rows @ fit.down.float().t()
         return reference.gemv(rows, xd, list(fit.weight), fit.up, None, precision, torch.float32)
     qx, ascales, xd = reference.quantize(rows, smooth, fit.down, precision, shift)
-    return reference.gemm(
-        qx, ascales, xd, list(fit.weight), fit.up, None, fit.offset, precision, torch.float32
-    )
+    return reference.gemm(qx, ascales, xd, list(fit.weight), fit.up, None, fit.offset, precision, torch.float32)

@@ -1,0 +1,304 @@
+"""A quantized model in one safetensors file, and back.
+
+    tensors     <weight>.qweight, <weight>.wscales, ...  the format's fields and `up` of each quantized weight
+                <first weight>.smooth, .down             what linears with one input share, under the first one's name
+                everything else                          under the model's own names, buffers included
+    metadata    format, format_version, and as JSON: model_class, config, layers (one entry a quantized weight), others
+                (why each remaining linear is 16-bit), tied (alias -> name), checksums (CRC-32 of each tensor)
+
+Nothing is pickled. A file is checked whole before the model is touched.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import store
+from .config import Config
+from .errors import FileRefused, NothingToQuantize
+from .kernels import FORMATS
+from .layers import layers
+from .lowering.packed import PackedLinear, SharedInput
+from .lowering.torch_private import shell
+from .parameter import QuantizedWeight, become_quantized
+
+FORMAT = "svdq-compile"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One quantized weight in a file.
+
+    weight      the Parameter's name in the model; name: its module's
+    shared      the weight under whose name the input's tensors are stored
+    dtype       of the 16-bit weight it stands for, as in "bfloat16"
+    """
+
+    weight: str
+    name: str
+    precision: str
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    rank_start: int
+    shared: str
+    shift: float
+    has_offset: bool
+    error: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, read without loading a tensor."""
+
+    version: int
+    model_class: str
+    config: dict[str, Any]
+    layers: list[LayerEntry]
+    others: dict[str, str]
+    tied: dict[str, str]
+    checksums: dict[str, int]
+    nbytes: int
+
+
+def save(model: nn.Module, path: str | os.PathLike, *, config: Config | None = None, progress: bool = True) -> None:
+    """Write a quantized model to one file. A save that is cut off leaves an older file as it was.
+
+    config  to be noted in the file. Raises NothingToQuantize if no weight of the model is quantized.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tensors, metadata = _contents(model, config)
+    with _replacing(Path(path)) as temporary:
+        host = {n: t.detach().cpu().contiguous() for n, t in _shown(tensors.items(), "saving", progress)}
+        # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
+        host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
+        metadata["checksums"] = json.dumps({n: _checksum(t) for n, t in host.items()})
+        save_file(host, temporary, metadata)
+
+
+def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    names: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    entries: list[LayerEntry] = []
+    owner: dict[int, str] = {}  # of a shared input
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            tied[name] = names[id(parameter)]
+            continue
+        names[id(parameter)] = name
+        if not isinstance(parameter, QuantizedWeight):
+            tensors[name] = parameter
+            continue
+        packed = parameter._svdq
+        if id(packed.shared) not in owner:
+            owner[id(packed.shared)] = name
+            tensors |= {f"{name}.smooth": packed.shared.smooth, f"{name}.down": packed.shared.down}
+        tensors |= {f"{name}.{field}": tensor for field, tensor in packed.own_tensors().items()}
+        entries.append(_entry(name, parameter, owner[id(packed.shared)]))
+    if not entries:
+        raise NothingToQuantize(
+            f"no weight of this {type(model).__name__} is quantized: run the compiled model, or svdq_compile.quantize it"
+        )
+    for name, buffer in model.named_buffers():
+        tensors[name] = buffer
+    others = {layer.name: store.reason_of(layer.weight) or layer.reason or "" for layer in layers(model)}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "model_class": type(model).__name__,
+        "config": json.dumps((config or Config()).to_dict()),
+        "layers": json.dumps([asdict(entry) for entry in entries]),
+        "others": json.dumps({name: reason for name, reason in others.items() if reason}),
+        "tied": json.dumps(tied),
+    }
+    return tensors, metadata
+
+
+def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
+    packed = weight._svdq
+    return LayerEntry(
+        weight=name,
+        name=name.rpartition(".")[0],
+        precision=packed.precision,
+        shape=tuple(weight.shape),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        rank=packed.rank,
+        rank_start=packed.rank_start,
+        shared=shared,
+        shift=packed.shared.shift,
+        has_offset=packed.offset is not None,
+        error=weight._svdq_error,
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=packed.nbytes(),
+    )
+
+
+def _shown(items: Iterable, text: str, progress: bool) -> Iterable:
+    return track(list(items), text, transient=True, disable=not progress)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, whole, at the end."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = set(file.keys())
+    if metadata.get("format") != FORMAT:
+        raise FileRefused(path, "this is a safetensors file, but svdq_compile.save did not write it")
+    version = metadata.get("format_version", "")
+    if not version.isdigit():
+        raise FileRefused(path, f"its format version is {version!r}, which is no number")
+    if int(version) > VERSION:
+        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
+    try:
+        entries = [LayerEntry(**{**e, "shape": tuple(e["shape"])}) for e in json.loads(metadata["layers"])]
+        header = Header(
+            version=int(version),
+            model_class=metadata["model_class"],
+            config=json.loads(metadata["config"]),
+            layers=entries,
+            others=json.loads(metadata["others"]),
+            tied=json.loads(metadata["tied"]),
+            checksums=json.loads(metadata["checksums"]),
+            nbytes=Path(path).stat().st_size,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileRefused(path, f"its metadata is damaged ({error!r})") from error
+    for name in header.checksums.keys() ^ tensors:
+        raise FileRefused(path, f"tensor {name} is {'missing' if name not in tensors else 'not in its metadata'}")
+    return header
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
+
+
+def load(
+    model: nn.Module, path: str | os.PathLike, device: str | torch.device | None = None, *, progress: bool = True
+) -> nn.Module:
+    """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model.
+
+    device  where the tensors go; by default where the model is, or the CPU for a model on the meta device. No 16-bit form
+            of a quantized weight is made anywhere. Raises FileRefused, naming the tensor, before the model is changed.
+    """
+    header = read_header(path)
+    _check_fit(model, header, path)
+    target = torch.empty(0, device=device).device if device is not None else _device_of(model)
+    with _opened(path) as file:
+        for name in _shown(header.checksums, "checking", progress):
+            if _checksum(file.get_tensor(name)) != header.checksums[name]:
+                raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
+        shared: dict[str, SharedInput] = {}
+        for entry in _shown(header.layers, "loading", progress):
+            tensors = {field: file.get_tensor(name).to(target) for field, name in _own_names(entry).items()}
+            if entry.shared not in shared:
+                smooth, down = (file.get_tensor(name).to(target) for name in _shared_names(entry))
+                shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
+            weight = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
+            packed = PackedLinear(shared[entry.shared], weight, tensors["up"], entry.rank_start, tensors.get("offset"))
+            _put_quantized(model, entry, packed)
+        quantized = {name for entry in header.layers for name in (*_own_names(entry).values(), *_shared_names(entry))}
+        for name in header.checksums.keys() - quantized:
+            _put_plain(model, name, file.get_tensor(name).to(target))
+    for alias, name in header.tied.items():
+        _assign(model, alias, model.get_parameter(name))
+    for layer in layers(model):
+        if layer.name in header.others:
+            store.leave_alone(layer.weight, header.others[layer.name])
+    return model
+
+
+def _own_names(entry: LayerEntry) -> dict[str, str]:
+    """Field -> tensor name, of the tensors only this layer uses."""
+    fields = (*FORMATS[entry.precision].fields, "up", *(("offset",) if entry.has_offset else ()))
+    return {field: f"{entry.weight}.{field}" for field in fields}
+
+
+def _shared_names(entry: LayerEntry) -> tuple[str, str]:
+    return f"{entry.shared}.smooth", f"{entry.shared}.down"
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
+    """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    hint = f"the file is of a {header.model_class}, the model a {type(model).__name__}"
+    entries = {entry.weight: entry for entry in header.layers}
+    for name, entry in entries.items():
+        if name not in state:
+            raise FileRefused(path, f"the model has no weight {name} ({hint})")
+        if tuple(state[name].shape) != entry.shape:
+            raise FileRefused(
+                path, f"{name} is {entry.shape} in the file, {tuple(state[name].shape)} in the model ({hint})"
+            )
+        if entry.precision not in FORMATS or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
+            raise FileRefused(path, f"{name} is {entry.precision!r} of {entry.dtype!r}, unknown to this version")
+        for tensor in (*_own_names(entry).values(), *_shared_names(entry)):
+            if tensor not in header.checksums:
+                raise FileRefused(path, f"tensor {tensor} is missing")
+    for name in state:
+        if name not in entries and name not in header.checksums and name not in header.tied:
+            raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
+
+
+def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear) -> None:
+    old = model.get_parameter(entry.weight)
+    empty = shell(old.shape, old.stride(), getattr(torch, entry.dtype), packed.device)
+    parameter = nn.Parameter(empty, old.requires_grad)
+    _assign(model, entry.weight, become_quantized(parameter, packed, entry.name, entry.error))
+
+
+def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        _assign(model, name, nn.Parameter(tensor, model.get_parameter(name).requires_grad))
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)

@@ -1,0 +1,84 @@
+"""A small model of repeated blocks, and a clean compiler for each test."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Small work, many threads: with more than one, starting them costs more than they give.
+torch.set_num_threads(1)
+
+WIDTH, TOKENS, CHANNELS = 128, 24, 16
+
+
+class Block(nn.Module):
+    """What transformers' blocks have in common: siblings that read one tensor, GELU, a modulation with one row a sample."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = nn.Linear(width, 2 * width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulate(F.silu(condition))[:, None].chunk(2, dim=-1)
+        h = self.norm(x) * (1 + scale) + shift
+        x = x + torch.tanh(self.to_q(h)) * self.to_k(h)
+        return x + self.down(F.gelu(self.up(self.norm(x)), approximate="tanh"))
+
+
+class Net(nn.Module):
+    """Embedder, repeated blocks, final projection."""
+
+    def __init__(self, blocks: int = 2, width: int = WIDTH) -> None:
+        super().__init__()
+        self.embed = nn.Linear(CHANNELS, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.project = nn.Linear(width, CHANNELS)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.project(x)
+
+
+def net(seed: int = 0, blocks: int = 2, dtype: torch.dtype = torch.float32) -> Net:
+    """A Net with random weights, ready for inference."""
+    torch.manual_seed(seed)
+    return Net(blocks).to(dtype).eval().requires_grad_(False)
+
+
+def inputs(batch: int = 2, tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Inputs of a Net, always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, tokens, CHANNELS, generator=generator).to(dtype)
+    return x, torch.randn(batch, WIDTH, generator=generator).to(dtype)
+
+
+def compiled(model: nn.Module, **options) -> nn.Module:
+    """The whole model through the backend, quiet, quantized after one observed call unless told otherwise."""
+    return torch.compile(model, backend="svdquant", fullgraph=True, options=quiet(**options))
+
+
+def quiet(**options) -> dict:
+    """Options for a test: no progress on the terminal, one observed call, few refinement rounds."""
+    return {"progress": False, "calibration_steps": 1, "refine": 2} | options
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo forgets what other tests compiled, and nothing records gradients unless a test wants to."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield

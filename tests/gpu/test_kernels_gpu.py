@@ -1,0 +1,148 @@
+"""The kernels on a GPU, through the same functions the operators call, against the reference. Needs CUDA:
+
+python -m pytest tests/gpu
+"""
+
+import pytest
+import torch
+from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.lowering import launch, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Half a unit in the last place of bf16 is 2^-9; two roundings (xd, y) add up to about this.
+BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 3e-3}
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def error(y, expected):
+    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "rank"),
+    [(1, 64, 0), (1, 3072, 32), (17, 100, 16), (77, 320, 48), (333, 3072, 96), (130, 15360, 32), (512, 1000, 256),
+     (40, 16384, 32), (3, 72, 272)],
+)  # fmt: skip
+def test_quantize(m, k, rank, dtype):
+    x, smooth, down = normal(m, k, dtype=dtype), torch.rand(k, device="cuda") + 0.5, normal(rank, k, dtype=dtype)
+    x[0] = 0
+    qx, ascales, xd = launch.quantize(x, smooth, down, "w4a8", 0.0)
+    q, a, d = reference.quantize(x, smooth, down, "w4a8", 0.0)
+    steps = (qx.int() - q.int()).abs()
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() < 2e-4
+    torch.testing.assert_close(ascales, a, rtol=1e-6, atol=0)
+    assert xd.shape == d.shape
+    assert error(xd, x.double() @ down.double().t()) < BOUND[dtype] or not rank
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank"),
+    [(1, 64, 64, 0), (17, 72, 192, 16), (77, 3072, 3072, 32), (333, 1000, 320, 48), (512, 200, 15360, 32),
+     (1000, 3072, 448, 128), (4608, 1032, 1024, 256), (5, 100, 100, 32), (130, 8, 128, 0)],
+)  # fmt: skip
+def test_gemm(m, n, k, rank, precision, dtype):
+    """Every path: Gluon where the features are a multiple of 8, plain Triton elsewhere; xd a slice of a wider matrix."""
+    fmt = FORMATS[precision]
+    weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
+    qx, ascales = fmt.quantize_activation(normal(m, k))
+    wide = normal(m, rank + 32, dtype=dtype)
+    xd, up, bias = wide[:, 16 : 16 + rank], normal(n, rank, dtype=dtype), normal(n, dtype=dtype)
+    offset = normal(n) if precision == "int4" else None
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, torch.float32)
+    packed = layout.to_kernel(precision, weight)
+    for out in (dtype, torch.float32):
+        y = launch.gemm(qx, ascales, xd, list(packed), up, bias, offset, precision, out)
+        assert y.dtype == out
+        assert error(y, expected) < BOUND[out]
+        assert torch.equal(y, launch.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, out))
+
+
+def test_gemm_integers_are_exact():
+    """With every scale one, no low rank and values that bf16 holds, the result is the integer product itself."""
+    fmt = FORMATS["w4a8"]
+    qweight = torch.randint(0, 256, (256, 2048), device="cuda", dtype=torch.uint8)
+    qweight = torch.where(qweight & 15 == 0, qweight + 1, qweight)
+    subscales = torch.randint(1, 17, (256, 64), device="cuda", dtype=torch.int8)
+    weight = (qweight, subscales, torch.full((256,), 2.0**-14, device="cuda"))
+    qx = torch.randint(-127, 128, (300, 4096), device="cuda", dtype=torch.int8)
+    empty = torch.empty(300, 0, device="cuda", dtype=torch.float16), torch.empty(256, 0, device="cuda")
+    ones = torch.ones(300, 1, device="cuda")
+    y = launch.gemm(qx, ones, empty[0], list(weight), empty[1], None, None, "w4a8", torch.float16)
+    assert torch.equal(y, fmt.matmul(qx, ones, *weight).half())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "rank"), [(64, 64, 0), (100, 1000, 16), (9216, 3072, 32), (1000, 320, 128)])
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 65, 300])
+def test_gemv(m, n, k, rank, dtype):
+    weight = FORMATS["w4a16"].quantize_weight(normal(n, k) * k**-0.5)
+    x, bias = normal(m, k, dtype=dtype), normal(n, dtype=dtype)
+    xd, up = (normal(m, rank, dtype=dtype), normal(n, rank, dtype=dtype)) if rank else (None, None)
+    expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32)
+    packed = layout.to_kernel("w4a16", weight)
+    assert error(launch.gemv(x, xd, list(packed), up, bias, "w4a16", dtype), expected) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (2, 3, 5), ()])
+def test_leading_dimensions(lead):
+    """Zero rows, several leading dimensions, none at all."""
+    weight = FORMATS["w4a8"].quantize_weight(normal(64, 128))
+    x, smooth, down = (
+        normal(*lead, 128, dtype=torch.bfloat16),
+        torch.ones(128, device="cuda"),
+        normal(48, 128).bfloat16(),
+    )
+    qx, ascales, xd = launch.quantize(x, smooth, down, "w4a8", 0.0)
+    y = launch.gemm(qx, ascales, xd[..., 16:32], list(weight), normal(64, 16).bfloat16(), None, None, "w4a8", x.dtype)
+    assert y.shape == (*lead, 64)
+    weight = FORMATS["w4a16"].quantize_weight(normal(64, 128))
+    assert launch.gemv(x, None, list(weight), None, None, "w4a16", x.dtype).shape == (*lead, 64)
+
+
+def test_every_element_is_written():
+    """Freed memory full of NaN is what torch.empty hands out next."""
+    weight = layout.to_kernel("w4a8", FORMATS["w4a8"].quantize_weight(normal(1000, 256)))
+    x, smooth = normal(333, 256, dtype=torch.bfloat16), torch.ones(256, device="cuda")
+    down, up = normal(32, 256).bfloat16(), normal(1000, 32).bfloat16()
+    for _ in range(3):
+        poison = [
+            torch.full((size,), float("nan"), device="cuda") for size in (333 * 500, 333 * 64, 333 * 16, 333 * 32)
+        ]
+        del poison
+        qx, ascales, xd = launch.quantize(x, smooth, down, "w4a8", 0.0)
+        y = launch.gemm(qx, ascales, xd, list(weight), up, None, None, "w4a8", torch.bfloat16)
+        assert torch.isfinite(ascales).all()
+        assert torch.isfinite(xd).all()
+        assert torch.isfinite(y).all()
+
+
+def test_captured_in_a_graph():
+    weight = layout.to_kernel("w4a8", FORMATS["w4a8"].quantize_weight(normal(256, 256)))
+    x, smooth = normal(64, 256, dtype=torch.bfloat16), torch.ones(256, device="cuda")
+    down, up = normal(32, 256).bfloat16(), normal(256, 32).bfloat16()
+
+    def run():
+        qx, ascales, xd = launch.quantize(x, smooth, down, "w4a8", 0.0)
+        return launch.gemm(qx, ascales, xd, list(weight), up, None, None, "w4a8", torch.bfloat16)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(normal(64, 256))
+    graph.replay()
+    assert torch.equal(y, run())
