@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from record import RESULTS, write
 from torch import Tensor
 
+from record import RESULTS, write
 from svdq_compile.config import Config
 from svdq_compile.lowering import ops
 from svdq_compile.quantizer import quantize_group

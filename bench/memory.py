@@ -14,13 +14,19 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
-from record import RESULTS, write
 
 import svdq_compile as svdq
+from record import RESULTS, write
 
 GIB = 2**30
-DEV = dict(guidance_embeds=True)  # the class's defaults are FLUX.1's: 19 + 38 blocks, width 3072
-TINY = dict(num_layers=1, num_single_layers=2, num_attention_heads=2, joint_attention_dim=256, pooled_projection_dim=64)
+DEV = {"guidance_embeds": True}  # the class's defaults are FLUX.1's: 19 + 38 blocks, width 3072
+TINY = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 256,
+    "pooled_projection_dim": 64,
+}
 
 
 def build(config: dict, fill: torch.device) -> FluxTransformer2DModel:

@@ -29,7 +29,8 @@ def best_of(groups: Tensor, candidates, reconstruct, importance: Tensor | None) 
     groups      [N, G, group]  fp32, the values to represent
     candidates  scales [N, G, 1], tried in order; the earlier one wins a tie
     reconstruct (groups, scale) -> what the format would give back, same shape as groups
-    importance  [G, group] or None: how much a squared error in each input channel costs (the activations' second moment)
+    importance  [G, group] or None: how much a squared error in each input channel costs (the activations' second
+    moment)
     """
     best, best_loss = None, None
     for scale in candidates:

@@ -7,8 +7,8 @@
     qx       [..., Kp]       int8     -7..7, or 0..15 where the input is known to be non-negative after a shift
     ascales  [..., Kp/64]    fp32
 
-A linear after GELU or SiLU reads values that are never far below zero: with a shift they fit an unsigned code of 16 steps
-instead of 15 signed ones, half of which would be idle (svdq_compile/quantizer.py has the correction).
+A linear after GELU or SiLU reads values that are never far below zero: with a shift they fit an unsigned code of 16
+steps instead of 15 signed ones, half of which would be idle (svdq_compile/quantizer.py has the correction).
 """
 
 import torch

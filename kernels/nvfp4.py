@@ -9,6 +9,8 @@ qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
 ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ CLIP = (1.0, 0.9, 0.8)
 
 def encode_e2m1(x: Tensor) -> Tensor:
     """Nearest e2m1 code of each value, ties to the even code, saturating at 6: [...] fp32 -> [...] uint8."""
-    bounds = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)], device=x.device)
+    bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=x.device)
     magnitude = x.abs()
     code = torch.bucketize(magnitude, bounds)  # a tie falls to the lower code
     tie = magnitude == bounds[code.clamp_max(len(bounds) - 1)]

@@ -1,4 +1,5 @@
-"""int4 weights with zero points, 16-bit activations: for linears with few rows, which wait for bytes and not for arithmetic.
+"""int4 weights with zero points, 16-bit activations: for linears with few rows, which wait for bytes and not for
+arithmetic.
 
 y = x @ (q * wscales + wzeros)^T
 

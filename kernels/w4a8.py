@@ -2,8 +2,8 @@
 
     y = (qx @ (q * s)^T) * ascales * wscales
 
-The expanded weight q * s (|q| <= 7, s <= 16, so at most 112) is an int8 matrix: the product accumulates in int32 over the
-whole of K and both scales wait until the end, which is what lets int8 tensor cores run at full rate.
+The expanded weight q * s (|q| <= 7, s <= 16, so at most 112) is an int8 matrix: the product accumulates in int32 over
+the whole of K and both scales wait until the end, which is what lets int8 tensor cores run at full rate.
 
     qweight    [N, Kp/2]    uint8   q + 8, two nibbles a byte (nibbles.py); Kp = K rounded up to whole groups of 64
     subscales  [N, Kp/64]   int8    s, 1..16

@@ -2,8 +2,8 @@
 
     y = Q_w(R) . Q_a((x + shift) / smooth) - offset  +  up (down x)  +  bias          (SVDQuant, arXiv 2411.05007)
 
-Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits. Inputs may
-have any strides, results are contiguous.
+Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits. Inputs
+may have any strides, results are contiguous.
 """
 
 import torch

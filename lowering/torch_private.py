@@ -17,7 +17,7 @@ def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     """
     if device.type == "meta":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    from torch._C._dynamo.guards import _reinterpret_tensor
+    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 
     return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
 

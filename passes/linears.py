@@ -1,7 +1,7 @@
 """Find the linears of a Dynamo graph: the analysis that every pass starts from.
 
-At this level one `F.linear` node is one layer, its weight is a graph input with the model's own Parameter behind it, and
-`nn_module_stack` says where it stands in the model. A 1x1 convolution is a linear over its channels.
+At this level one `F.linear` node is one layer, its weight is a graph input with the model's own Parameter behind it,
+and `nn_module_stack` says where it stands in the model. A 1x1 convolution is a linear over its channels.
 
 Left alone, each with a reason: a weight that is not a graph input, that something else than a linear reads, that is too
 small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the repeated blocks (see `scope.py`).

@@ -7,8 +7,8 @@
              y = svdq.gemv(x, xd, [qweight, ...], up, b)
 
 The packed tensors become graph inputs, never constants: one compiled block serves all blocks and all instances. Where
-each comes from is noted in the placeholder's meta as `PackedInput`. A 1x1 convolution is wrapped in moves of its channel
-dimension. A subgraph is rewritten once for each way its calls' weights are packed.
+each comes from is noted in the placeholder's meta as `PackedInput`. A 1x1 convolution is wrapped in moves of its
+channel dimension. A subgraph is rewritten once for each way its calls' weights are packed.
 
 Left alone: linears without an entry in `packs`, and what `find_linears` rejects.
 """
@@ -61,7 +61,9 @@ def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
 
 
 class _PackedInputs:
-    """The graph inputs for packed tensors, each made when first asked for; linears that share a tensor share its input."""
+    """The graph inputs for packed tensors, each made when first asked for; linears that share a tensor share its
+    input.
+    """
 
     def __init__(self, graph: fx.Graph, packs: Packs) -> None:
         self.packs = packs
@@ -137,7 +139,9 @@ def _emit(graph: fx.Graph, instead_of: fx.Node, target: Callable, *args: Any) ->
 def _quantize_subgraph(
     gm: fx.GraphModule, call: Invocation, inputs: _PackedInputs, bodies: dict[tuple, tuple[str, int]]
 ) -> int:
-    """Rewrite the body that one call runs, or reuse it as an earlier call with packs of the same form had it rewritten."""
+    """Rewrite the body that one call runs, or reuse it as an earlier call with packs of the same form had it
+    rewritten.
+    """
     outer = {i: node for i, node in enumerate(call.operands) if isinstance(node, fx.Node) and node in inputs.packs}
     form = tuple((i, inputs.packs[node].signature()) for i, node in outer.items())
     key = (call.subgraph, form, sharing([inputs.packs[node].shared for node in outer.values()]))

@@ -37,8 +37,8 @@ def elements(name: str) -> list[str]:
 def sibling_scope(name: str) -> str:
     """The nearest list element a layer stands in.
 
-    Layers share a quantized input only inside one: in a whole-model graph the cross-attention keys of all blocks read the
-    same text, but what one block shares must be what it would share when the block is compiled by itself.
+    Layers share a quantized input only inside one: in a whole-model graph the cross-attention keys of all blocks read
+    the same text, but what one block shares must be what it would share when the block is compiled by itself.
     """
     return next(reversed(elements(name)), "")
 

@@ -4,7 +4,8 @@
              k0 = svdq.quantize(x, smooth, down)      k = svdq.gemm(k0...)
     after    q0 = svdq.quantize(x, smooth, down)      q = svdq.gemm(q0...),  k = svdq.gemm(q0...)
 
-The same for the channel moves around 1x1 convolutions and for the low-rank branch of linears whose input stays 16-bit. Left alone: linears with smoothing factors of their own.
+The same for the channel moves around 1x1 convolutions and for the low-rank branch of linears whose input stays 16-bit.
+Left alone: linears with smoothing factors of their own.
 """
 
 import torch

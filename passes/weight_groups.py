@@ -1,4 +1,5 @@
-"""Which of a graph's inputs are weights of linears, and which of those read the same tensor: what gets quantized together.
+"""Which of a graph's inputs are weights of linears, and which of those read the same tensor: what gets quantized
+together.
 
 This is the view from outside: by the number of the input, subgraphs and their calls included.
 """

@@ -98,7 +98,7 @@ def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
     """Trace a twin of the model on the meta device."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
-    original = {id(memo[id(t)]): t for t in tensors}
+    original: dict[int, Any] = {id(memo[id(t)]): t for t in tensors}
     twin = copy.deepcopy(model, memo)
     tasks: list[Task] = []
 
@@ -145,8 +145,8 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
     """Turn every quantized weight back into a plain 16-bit one, in place. Returns how many.
 
     The values are the originals with weights="keep" or "offload". With "release" they are gone: they come from
-    `state_dict` (by the model's names), or with `dequantize=True` from the 4-bit form, which is close to the originals but
-    not equal. Raises WeightsReleased, before anything is changed, if some weight has none of these.
+    `state_dict` (by the model's names), or with `dequantize=True` from the 4-bit form, which is close to the originals
+    but not equal. Raises WeightsReleased, before anything is changed, if some weight has none of these.
     """
     named = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
     values: dict[str, Tensor | None] = {}

@@ -112,7 +112,8 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         entries.append(_entry(name, parameter, owner[id(packed.shared)]))
     if not entries:
         raise NothingToQuantize(
-            f"no weight of this {type(model).__name__} is quantized: run the compiled model, or svdq_compile.quantize it"
+            f"no weight of this {type(model).__name__} is quantized: run the compiled model, or svdq_compile.quantize
+            it"
         )
     for name, buffer in model.named_buffers():
         tensors[name] = buffer
@@ -153,7 +154,7 @@ def _shown(items: Iterable, text: str, progress: bool) -> Iterable:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
 @contextmanager
@@ -216,7 +217,8 @@ def load(
 ) -> nn.Module:
     """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model.
 
-    device  where the tensors go; by default where the model is, or the CPU for a model on the meta device. No 16-bit form
+    device  where the tensors go; by default where the model is, or the CPU for a model on the meta device. No 16-bit
+    form
             of a quantized weight is made anywhere. Raises FileRefused, naming the tensor, before the model is changed.
     """
     header = read_header(path)

@@ -1,4 +1,5 @@
-"""The second phase of a compiled graph: 4-bit code, and before each call the packed tensors of the weights it was given.
+"""The second phase of a compiled graph: 4-bit code, and before each call the packed tensors of the weights it was
+given.
 
 Dynamo passes the model's own Parameters; the compiled code wants their packed tensors. Which blocks or models the
 Parameters belong to does not matter, so a block compiled once serves all, as long as they are packed in the same form.
@@ -6,7 +7,6 @@ For another form (another rank, a layer that shares its input with others) anoth
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,9 +17,8 @@ from .lowering.packed import PackedLinear
 from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
-from .passes import QUANTIZING, pipeline
-from .passes.drop_replaced_weights import drop_replaced_weights
-from .passes.quantize_linears import PackedInput, quantize_linears, sharing
+from .passes import pipeline, quantizing
+from .passes.quantize_linears import PackedInput, sharing
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
 
@@ -87,9 +86,7 @@ class Variant:
         gm = clone_dynamo_graph(gm)
         originals = placeholders(gm.graph)
         number = {node: i for i, node in enumerate(originals)}
-        by_node = {originals[i]: packed for i, packed in packs.items()}
-        bound = {quantize_linears: {"packs": by_node}, drop_replaced_weights: {"weights": list(by_node)}}
-        pipeline.run(gm, [partial(rewrite, **bound.get(rewrite, {})) for rewrite in QUANTIZING])
+        pipeline.run(gm, quantizing({originals[i]: packed for i, packed in packs.items()}))
         # (position among the new inputs, number of the old input) and the same with where a packed tensor comes from.
         self.plain: list[tuple[int, int]] = []
         self.packed: list[tuple[int, PackedInput]] = []

@@ -4,7 +4,6 @@ When every weight of a call has been observed often enough, the call quantizes t
 with that, Dynamo traces again at the next call, and the backend compiles the 4-bit code (compiled.py).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +16,20 @@ from .convert import Task, convert
 from .lowering import ops
 from .lowering.torch_private import clone_dynamo_graph
 from .parameter import QuantizedWeight
-from .passes import OBSERVING, pipeline
+from .passes import observing, pipeline
 from .passes.weight_groups import WeightInputs
 
 
 class ObservingGraph:
-    """Callable like the graph it was made of. One instance serves all blocks and models that Dynamo gives the graph to."""
+    """Callable like the graph it was made of. One instance serves all blocks and models that Dynamo gives the graph
+    to.
+    """
 
     def __init__(self, gm: fx.GraphModule, inputs: WeightInputs, config: Config) -> None:
         self._gm = clone_dynamo_graph(gm)
         self._inputs = inputs
         self._config = config
-        watch = [partial(rewrite, observe=_observe, run=run_linear) for rewrite in OBSERVING]
-        pipeline.run(self._gm, watch)
+        pipeline.run(self._gm, observing(_observe, run_linear))
 
     def tasks(self, args: tuple) -> list[Task]:
         """What this call's weights need: the groups with a weight that is still undecided."""
@@ -63,7 +63,8 @@ def _observe(x: Tensor, weights: tuple[nn.Parameter, ...], channel_dim: int) -> 
 
 
 def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Called by the graph for each linear or 1x1 convolution: as it was, or in 4 bits if its weight is quantized already.
+    """Called by the graph for each linear or 1x1 convolution: as it was, or in 4 bits if its weight is quantized
+    already.
 
     kind  the name of the function in torch.nn.functional
     """

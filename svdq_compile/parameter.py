@@ -2,8 +2,8 @@
 
 Quantizing changes the class of the model's own Parameter, in place. Everything that refers to the Parameter (modules,
 state dicts being built, optimizers, adapters) goes on referring to the same object, torch.compile sees another type
-and traces again, and every use of the missing 16-bit values passes through `__torch_function__` below, which does one of
-four things:
+and traces again, and every use of the missing 16-bit values passes through `__torch_function__` below, which does one
+of four things:
 
     describe   shape, dtype, device and the like are what they were
     move       .to(device), .cuda(), .cpu() move the packed tensors
@@ -18,17 +18,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lowering.packed import PackedLinear
 from .errors import WeightsReleased
+from .lowering.packed import PackedLinear
 from .lowering.torch_private import data_property_calls, shell
 
 _DATA_GET, _DATA_SET = data_property_calls()
 
 # What tells about a tensor without reading its values.
 _DESCRIBE = frozenset(
-    "_has_compatible_shallow_copy_type __hash__ __len__ _is_view _is_zerotensor _typed_storage dim element_size "
-    "get_device is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_same_size is_signed nelement "
-    "ndimension numel requires_grad_ size storage_offset storage_type stride untyped_storage".split()
+    # fmt: off
+    [
+        "_has_compatible_shallow_copy_type",
+        "__hash__",
+        "__len__",
+        "_is_view",
+        "_is_zerotensor",
+        "_typed_storage",
+        "dim",
+        "element_size",
+        "get_device",
+        "is_complex",
+        "is_conj",
+        "is_contiguous",
+        "is_floating_point",
+        "is_inference",
+        "is_neg",
+        "is_same_size",
+        "is_signed",
+        "nelement",
+        "ndimension",
+        "numel",
+        "requires_grad_",
+        "size",
+        "storage_offset",
+        "storage_type",
+        "stride",
+        "untyped_storage",
+    ]
+    # fmt: on
 )
 # Properties that hand out the values.
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
@@ -146,7 +173,7 @@ def thaw(weight: QuantizedWeight, values: Tensor | None = None) -> nn.Parameter:
     device, dtype = weight._svdq.device, weight.dtype
     for name in ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version"):
         delattr(weight, name)
-    weight.__class__ = nn.Parameter
+    weight.__class__ = nn.Parameter  # type: ignore[assignment]
     # A copy, or the Parameter would write into the offloaded original or into the caller's tensor.
     weight.data = values.detach().to(device, dtype, copy=True)
     return weight

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import Config
+from .errors import NonFiniteWeight
 from .kernels import FORMATS
 from .lowering import reference
 from .lowering.packed import PackedLinear, SharedInput
-from .config import Config
-from .errors import NonFiniteWeight
 from .lowrank import factorize
 from .statistics import InputStatistics
 

@@ -14,7 +14,9 @@ WIDTH, TOKENS, CHANNELS = 128, 24, 16
 
 
 class Block(nn.Module):
-    """What transformers' blocks have in common: siblings that read one tensor, GELU, a modulation with one row a sample."""
+    """What transformers' blocks have in common: siblings that read one tensor, GELU, a modulation with one row a
+    sample.
+    """
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import compiled, inputs, net, quiet, relative_error
 from torch import nn
 
 import svdq_compile as svdq
+from conftest import compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import NothingToQuantize, UnsupportedDevice
 from svdq_compile.parameter import QuantizedWeight
 

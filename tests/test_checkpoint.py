@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Net, compiled, inputs, net, quiet
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import svdq_compile as svdq
+from conftest import Net, compiled, inputs, net, quiet
 from svdq_compile import checkpoint
 from svdq_compile.errors import FileRefused, NothingToQuantize
 
@@ -47,7 +47,7 @@ def test_every_tensor_comes_back(tmp_path: Path, precision: str) -> None:
 
 
 def test_a_new_process_gives_bit_equal_output(tmp_path: Path) -> None:
-    model, file = saved(tmp_path)
+    model, _ = saved(tmp_path)
     torch.save(run(model), tmp_path / "expected.pt")
     code = (
         f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -155,7 +155,9 @@ def refused(file: Path, message: str) -> None:
     model = net(dtype=torch.bfloat16)
     with pytest.raises(FileRefused, match=message):
         svdq.load(model, file, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net(dtype=torch.bfloat16).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), net(dtype=torch.bfloat16).parameters(), strict=True)
+    )
 
 
 def rewrite(file: Path, drop: str = "", **changes: str) -> None:
@@ -212,7 +214,9 @@ def test_file_of_another_model(tmp_path: Path) -> None:
     _, file = saved(tmp_path)
     torch.manual_seed(0)
     wide = Net(width=256).to(torch.bfloat16).requires_grad_(False)
-    with pytest.raises(FileRefused, match=r"blocks\.0\.modulate\.weight is \(256, 128\) in the file, \(512, 256\) in the"):
+    with pytest.raises(
+        FileRefused, match=r"blocks\.0\.modulate\.weight is \(256, 128\) in the file, \(512, 256\) in the"
+    ):
         svdq.load(wide, file, progress=False)
     deep = Net(blocks=3).to(torch.bfloat16).requires_grad_(False)
     with pytest.raises(FileRefused, match=r"tensor blocks\.2\.\S+ of the model is missing \(the file is of a Net"):

@@ -45,7 +45,9 @@ def test_what_is_representable_survives(name: str, shape: tuple[int, int]) -> No
     st.sampled_from(sorted(FORMATS)), st.integers(1, 40), st.integers(1, 200), st.integers(0, 99), st.floats(-20, 20)
 )
 def test_weight_error_is_bounded_by_half_a_step(name: str, n: int, k: int, seed: int, log_size: float) -> None:
-    """No element is off by more than the step of its group: half of one from rounding, the rest from clipping the span."""
+    """No element is off by more than the step of its group: half of one from rounding, the rest from clipping the
+    span.
+    """
     fmt = FORMATS[name]
     w = random(n, k, seed) * 2.0**log_size
     got = fmt.dequantize_weight(*fmt.quantize_weight(w))[:, :k]

@@ -4,15 +4,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from conftest import inputs, net
 from expecttest import TestCase
 from torch import Tensor, fx, nn
 
+from conftest import inputs, net
 from svdq_compile.config import Config
 from svdq_compile.lowering.torch_private import clone_dynamo_graph
-from svdq_compile.passes import drop_replaced_weights, observe_linears, quantize_linears, share_quantized_inputs
+from svdq_compile.passes.drop_replaced_weights import drop_replaced_weights
 from svdq_compile.passes.linears import find_linears, group_by_input
+from svdq_compile.passes.observe_linears import observe_linears
+from svdq_compile.passes.quantize_linears import quantize_linears
 from svdq_compile.passes.scope import clean, elements, outside_blocks, sibling_scope
+from svdq_compile.passes.share_quantized_inputs import share_quantized_inputs
 from svdq_compile.passes.subgraphs import placeholders
 from svdq_compile.passes.weight_groups import weight_inputs
 from svdq_compile.quantizer import quantize_group
@@ -90,7 +93,9 @@ class PassTests(TestCase):
 
     def test_observe_linears(self) -> None:
         gm, _ = self.siblings()
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 k_weight_ = input
 l_x_ = input
 q_weight_ = input
@@ -102,7 +107,8 @@ linear_1 = linear(l_x_, q_weight_, q_bias_)
 gelu = gelu(linear_1)
 linear_2 = linear(gelu, o_weight_, o_bias_)
 add = add(linear, linear_2)
-return [add]""")
+return [add]""",
+        )
 
         def observe(x: Tensor, weights: tuple, channel_dim: int) -> None: ...
 
@@ -110,7 +116,9 @@ return [add]""")
             return getattr(F, kind)(x, weight, bias)
 
         self.assertEqual(observe_linears(gm, observe=observe, run=run), 3)
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 k_weight_ = input
 l_x_ = input
 q_weight_ = input
@@ -124,14 +132,17 @@ gelu = gelu(linear_1)
 observe_1 = observe(gelu, [o_weight_], -1)
 linear_2 = run(linear, -1, gelu, o_weight_, o_bias_)
 add = add(linear, linear_2)
-return [add]""")
+return [add]""",
+        )
         self.assertEqual(observe_linears(gm, observe=observe, run=run), 0, "nothing is watched twice")
 
     def test_quantize_linears(self) -> None:
         gm, example_inputs = self.siblings()
         packs = packs_for(gm, example_inputs)
         self.assertEqual(quantize_linears(gm, packs), 3)
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 k_weight_ = input
 l_x_ = input
 q_weight_ = input
@@ -173,12 +184,15 @@ getitem_9 = getitem(quantize_default_2, 1)
 getitem_10 = getitem(quantize_default_2, 2)
 gemm_default_2 = gemm(getitem_8, getitem_9, getitem_10, [o_weight__qweight, o_weight__subscales, o_weight__wscales], o_weight__up, o_bias_, None, w4a8, torch.float32)
 add = add(gemm_default, gemm_default_2)
-return [add]""")
+return [add]""",
+        )
         self.assertEqual(quantize_linears(gm, packs), 0)
         self.assertEqual(share_quantized_inputs(gm), 1)
         self.assertEqual(share_quantized_inputs(gm), 0)
         self.assertEqual(drop_replaced_weights(gm, list(packs)), 3)
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 l_x_ = input
 q_bias_ = input
 o_bias_ = input
@@ -213,7 +227,8 @@ getitem_9 = getitem(quantize_default_2, 1)
 getitem_10 = getitem(quantize_default_2, 2)
 gemm_default_2 = gemm(getitem_8, getitem_9, getitem_10, [o_weight__qweight, o_weight__subscales, o_weight__wscales], o_weight__up, o_bias_, None, w4a8, torch.float32)
 add = add(gemm_default, gemm_default_2)
-return [add]""")
+return [add]""",
+        )
 
     def test_quantize_linears_with_16_bit_activations(self) -> None:
         gm, example_inputs = self.siblings()
@@ -221,7 +236,9 @@ return [add]""")
         self.assertEqual(quantize_linears(gm, packs), 3)
         self.assertEqual(share_quantized_inputs(gm), 1, "q and k share the branch's first product")
         self.assertEqual(drop_replaced_weights(gm, list(packs)), 3)
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 l_x_ = input
 q_bias_ = input
 o_bias_ = input
@@ -248,7 +265,8 @@ gelu = gelu(gemv_default_1)
 linear_5 = linear(gelu, o_weight__down)
 gemv_default_2 = gemv(gelu, linear_5, [o_weight__qweight, o_weight__wscales, o_weight__wzeros], o_weight__up, o_bias_, w4a16, torch.float32)
 add = add(gemv_default, gemv_default_2)
-return [add]""")
+return [add]""",
+        )
 
     def test_pointwise_convolution(self) -> None:
         torch.manual_seed(0)
@@ -257,7 +275,9 @@ return [add]""")
         packs = packs_for(gm, example_inputs)
         self.assertEqual(quantize_linears(gm, packs), 1)
         drop_replaced_weights(gm, list(packs))
-        self.assertExpectedInline(show(gm), """\
+        self.assertExpectedInline(
+            show(gm),
+            """\
 l_fn_modules_0_bias_ = input
 l_args_0_ = input
 l_fn_modules_0_weight__qweight = input
@@ -274,7 +294,8 @@ getitem_2 = getitem(quantize_default, 2)
 gemm_default = gemm(getitem, getitem_1, getitem_2, [l_fn_modules_0_weight__qweight, l_fn_modules_0_weight__subscales, l_fn_modules_0_weight__wscales], l_fn_modules_0_weight__up, l_fn_modules_0_bias_, None, w4a8, torch.float32)
 movedim_1 = movedim(gemm_default, -1, 1)
 contiguous = contiguous(movedim_1)
-return [contiguous]""")
+return [contiguous]""",
+        )
 
     def test_only_what_is_packed_is_replaced(self) -> None:
         gm, example_inputs = self.siblings()
@@ -290,7 +311,9 @@ return [contiguous]""")
         packs = {}
         for site in find_linears(gm.graph).sites:
             weight = example_inputs[number[site.weight]].detach()
-            packs[site.weight] = quantize_group([weight], [site.name], "w4a8", Config(rank=16), InputStatistics())[0].packed
+            packs[site.weight] = quantize_group([weight], [site.name], "w4a8", Config(rank=16), InputStatistics())[
+                0
+            ].packed
         quantize_linears(gm, packs)
         self.assertEqual(share_quantized_inputs(gm), 0)
 
@@ -391,7 +414,9 @@ class ScopeTests(TestCase):
         self.assertEqual(clean("L['self']._modules['blocks']._modules['3'].proj"), "blocks.3.proj")
 
     def test_elements(self) -> None:
-        self.assertEqual(elements("down_blocks.1.attentions.0.to_out.0"), ["down_blocks.1", "down_blocks.1.attentions.0"])
+        self.assertEqual(
+            elements("down_blocks.1.attentions.0.to_out.0"), ["down_blocks.1", "down_blocks.1.attentions.0"]
+        )
         self.assertEqual(sibling_scope("blocks.3.ff.net.0.proj"), "blocks.3.ff.net.0")
         self.assertEqual(sibling_scope("attn.to_q"), "")
 
@@ -399,5 +424,3 @@ class ScopeTests(TestCase):
         names = ["x_embedder", "blocks.0.q", "blocks.0.k", "blocks.0.ff.net.0.proj", "norm_out.linear", "heads.0.proj"]
         self.assertEqual(outside_blocks(names), {"x_embedder", "norm_out.linear", "heads.0.proj"})
         self.assertEqual(outside_blocks(["attn.to_q", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"]), set())
-
-

@@ -8,10 +8,10 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from conftest import Net, compiled, inputs, net, relative_error
 from torch import nn
 
 import svdq_compile as svdq
+from conftest import Net, compiled, inputs, net, relative_error
 from svdq_compile.errors import WeightsReleased
 from svdq_compile.parameter import QuantizedWeight
 
@@ -77,9 +77,7 @@ def test_described_as_it_was() -> None:
     assert (weight.size(), weight.stride(), weight.numel(), weight.dim()) == ((256, 128), (128, 1), 256 * 128, 2)
     assert weight.untyped_storage().nbytes() == 0
     assert isinstance(weight, nn.Parameter)
-    assert repr(weight) == (
-        "QuantizedWeight('blocks.0.up', shape=[256, 128], precision='w4a8', rank=32, device='cpu')"
-    )
+    assert repr(weight) == ("QuantizedWeight('blocks.0.up', shape=[256, 128], precision='w4a8', rank=32, device='cpu')")
     assert "Linear(in_features=128" in repr(model)
 
 

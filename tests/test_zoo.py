@@ -1,7 +1,7 @@
 """Twelve diffusers models through the same one line, whole and by their repeated blocks.
 
-Inductor takes minutes for all of them on two cores, so here the rewritten graphs run as they are; `make zoo` runs the same
-tests with SVDQ_ZOO_INDUCTOR=1, through Inductor. One model goes through it here too.
+Inductor takes minutes for all of them on two cores, so here the rewritten graphs run as they are; `make zoo` runs the
+same tests with SVDQ_ZOO_INDUCTOR=1, through Inductor. One model goes through it here too.
 """
 
 import os
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import quiet, relative_error
 from torch import fx
-from zoo import ZOO, make
 
 import svdq_compile as svdq
+from conftest import quiet, relative_error
 from svdq_compile import compiled as compiled_module
 from svdq_compile.parameter import QuantizedWeight
+from zoo import ZOO, make
 
 # A layer's own relative output error on the rows it was calibrated on. Gaussian weights are the worst case: without
 # structure, rounding to 4 bits loses 10 %, and a branch of rank 16 of 128 takes a part of that away.

@@ -1,0 +1,39 @@
+# Everything sets itself up on first use, in .venv, and is quick the second time.
+#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html
+#   make test    format, lint, types, tests
+#   make zoo     the twelve diffusers models through Inductor as well (about 20 minutes on 2 cores)
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint types zoo clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint types
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The four folders are one package once installed; links show them to the type checker as such.
+types: $(READY)
+	@rm -rf build/types && mkdir -p build/types/svdq_compile
+	@ln -s $(CURDIR)/svdq_compile/*.py $(CURDIR)/passes $(CURDIR)/lowering $(CURDIR)/kernels build/types/svdq_compile/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p svdq_compile
+
+zoo: $(READY)
+	SVDQ_ZOO_INDUCTOR=1 $(BIN)/python -m pytest -q -n 2 tests/test_zoo.py
+
+$(READY): requirements-dev.txt pyproject.toml
+	@echo "setting up .venv (about two minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis demo.html
