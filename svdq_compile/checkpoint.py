@@ -60,6 +60,19 @@ class LayerEntry:
     bytes_before: int
     bytes_after: int
 
+    def own_names(self) -> dict[str, str]:
+        """Field -> tensor name, of the tensors that no other layer uses."""
+        fields = (*FORMATS[self.precision].fields, "up", *(("offset",) if self.has_offset else ()))
+        return {field: f"{self.weight}.{field}" for field in fields}
+
+    def shared_names(self) -> tuple[str, str]:
+        """The tensor names of smooth and down."""
+        return f"{self.shared}.smooth", f"{self.shared}.down"
+
+    def names(self) -> set[str]:
+        """All tensor names the layer is made from."""
+        return {*self.own_names().values(), *self.shared_names()}
+
 
 @dataclass(frozen=True)
 class Header:
@@ -112,8 +125,8 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         entries.append(_entry(name, parameter, owner[id(packed.shared)]))
     if not entries:
         raise NothingToQuantize(
-            f"no weight of this {type(model).__name__} is quantized: run the compiled model, or svdq_compile.quantize
-            it"
+            f"no weight of this {type(model).__name__} is quantized: "
+            "run the compiled model, or svdq_compile.quantize it"
         )
     for name, buffer in model.named_buffers():
         tensors[name] = buffer
@@ -154,7 +167,7 @@ def _shown(items: Iterable, text: str, progress: bool) -> Iterable:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -217,9 +230,10 @@ def load(
 ) -> nn.Module:
     """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model.
 
-    device  where the tensors go; by default where the model is, or the CPU for a model on the meta device. No 16-bit
-    form
-            of a quantized weight is made anywhere. Raises FileRefused, naming the tensor, before the model is changed.
+    device  where the tensors go; by default where the model is, or the CPU for a model on the meta device
+
+    No 16-bit form of a quantized weight is made anywhere. Raises FileRefused, naming the tensor, before the model is
+    changed.
     """
     header = read_header(path)
     _check_fit(model, header, path)
@@ -230,16 +244,17 @@ def load(
                 raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
         shared: dict[str, SharedInput] = {}
         for entry in _shown(header.layers, "loading", progress):
-            tensors = {field: file.get_tensor(name).to(target) for field, name in _own_names(entry).items()}
+            tensors = {field: file.get_tensor(name).to(target) for field, name in entry.own_names().items()}
             if entry.shared not in shared:
-                smooth, down = (file.get_tensor(name).to(target) for name in _shared_names(entry))
+                smooth, down = (file.get_tensor(name).to(target) for name in entry.shared_names())
                 shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
             weight = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
             packed = PackedLinear(shared[entry.shared], weight, tensors["up"], entry.rank_start, tensors.get("offset"))
             _put_quantized(model, entry, packed)
-        quantized = {name for entry in header.layers for name in (*_own_names(entry).values(), *_shared_names(entry))}
-        for name in header.checksums.keys() - quantized:
+        for name in header.checksums.keys() - _quantized_names(header):
             _put_plain(model, name, file.get_tensor(name).to(target))
+    for name, buffer in list(model.named_buffers()):
+        _put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
         _assign(model, alias, model.get_parameter(name))
     for layer in layers(model):
@@ -248,14 +263,8 @@ def load(
     return model
 
 
-def _own_names(entry: LayerEntry) -> dict[str, str]:
-    """Field -> tensor name, of the tensors only this layer uses."""
-    fields = (*FORMATS[entry.precision].fields, "up", *(("offset",) if entry.has_offset else ()))
-    return {field: f"{entry.weight}.{field}" for field in fields}
-
-
-def _shared_names(entry: LayerEntry) -> tuple[str, str]:
-    return f"{entry.shared}.smooth", f"{entry.shared}.down"
+def _quantized_names(header: Header) -> set[str]:
+    return {name for entry in header.layers for name in entry.names()}
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -277,12 +286,18 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
             )
         if entry.precision not in FORMATS or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
             raise FileRefused(path, f"{name} is {entry.precision!r} of {entry.dtype!r}, unknown to this version")
-        for tensor in (*_own_names(entry).values(), *_shared_names(entry)):
-            if tensor not in header.checksums:
-                raise FileRefused(path, f"tensor {tensor} is missing")
-    for name in state:
-        if name not in entries and name not in header.checksums and name not in header.tied:
-            raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
+        for tensor in entry.names() - header.checksums.keys():
+            raise FileRefused(path, f"tensor {tensor} is missing")
+    temporary = {
+        f"{prefix}.{buffer}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+        if not module.get_buffer(buffer).is_meta
+    }
+    for name in state.keys() - entries.keys() - header.checksums.keys() - header.tied.keys() - temporary:
+        raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
+    for name in header.checksums.keys() - _quantized_names(header) - state.keys():
+        raise FileRefused(path, f"the model has no tensor {name} ({hint})")
 
 
 def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear) -> None:

@@ -26,8 +26,7 @@ _DATA_GET, _DATA_SET = data_property_calls()
 
 # What tells about a tensor without reading its values.
 _DESCRIBE = frozenset(
-    # fmt: off
-    [
+    (
         "_has_compatible_shallow_copy_type",
         "__hash__",
         "__len__",
@@ -54,8 +53,7 @@ _DESCRIBE = frozenset(
         "storage_type",
         "stride",
         "untyped_storage",
-    ]
-    # fmt: on
+    )
 )
 # Properties that hand out the values.
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")

@@ -221,3 +221,24 @@ def test_file_of_another_model(tmp_path: Path) -> None:
     deep = Net(blocks=3).to(torch.bfloat16).requires_grad_(False)
     with pytest.raises(FileRefused, match=r"tensor blocks\.2\.\S+ of the model is missing \(the file is of a Net"):
         svdq.load(deep, file, progress=False)
+
+
+def test_buffers_that_are_never_saved_may_be_missing(tmp_path: Path) -> None:
+    """A file made from a plain state dict has no non-persistent buffers; a model that made its own keeps them."""
+    _, file = saved(tmp_path)
+    model = net(seed=3, dtype=torch.bfloat16)
+    model.register_buffer("positions", torch.arange(4.0), persistent=False)
+    svdq.load(model, file, progress=False)
+    assert torch.equal(model.positions, torch.arange(4.0))
+    model = on_meta()
+    model.register_buffer("positions", torch.empty(4, device="meta"), persistent=False)
+    with pytest.raises(FileRefused, match="tensor positions of the model is missing"):
+        svdq.load(model, file, progress=False)
+
+
+def test_a_tensor_the_model_does_not_have(tmp_path: Path) -> None:
+    model = net(dtype=torch.bfloat16)
+    model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2), requires_grad=False))
+    svdq.quantize(model, svdq.Config(**quiet()))
+    svdq.save(model, tmp_path / "m", progress=False)
+    refused(tmp_path / "m", "the model has no tensor extra")

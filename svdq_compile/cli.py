@@ -1,0 +1,260 @@
+"""The command line: `svdq quantize`, `svdq inspect`, `svdq demo`."""
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+import svdq_compile as svdq
+
+from .checkpoint import Header, LayerEntry, read_header
+from .config import PRECISIONS, Config
+from .errors import OptionError, SvdqError
+from .sources import Source, open_source
+
+DEFAULT = Config()
+PIPED_WIDTH = 140  # of tables that no terminal shows
+
+
+class _Commands(TyperGroup):
+    """Shows what a user can mend as one line, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of our output has seen enough
+        except (SvdqError, OSError, ValueError) as error:
+            _console(stderr=True).print(" ".join(f"svdq: {error}".split()), style="red", soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="SVDQuant: diffusion models in 4 bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    app(prog_name="svdq")
+
+
+def _console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, markup=False, emoji=False, highlight=False, width=_width(stream))
+
+
+def _width(stream: Any) -> int | None:
+    return None if stream.isatty() else PIPED_WIDTH
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"svdq-compile {version('svdq-compile')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A diffusers pipeline folder, a diffusers model folder, or a .safetensors state dict."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .safetensors file to write.")],
+    precision: Annotated[
+        str, typer.Option(metavar="|".join(PRECISIONS), help="auto: what the device runs fastest.")
+    ] = DEFAULT.precision,
+    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
+    refine: Annotated[
+        int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")
+    ] = DEFAULT.refine,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
+    ] = None,
+    error_budget: Annotated[
+        float, typer.Option(help="A layer with a larger relative error stays 16-bit.")
+    ] = DEFAULT.error_budget,
+    no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Do not move outliers into the weights.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Calibrate on drawing this; needs a pipeline folder. Repeatable. Without: by weights alone."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")] = DEFAULT.calibration_steps,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="With --prompt: run the Python files that a pipeline folder brings.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+) -> None:
+    """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16."""
+    _check_output(source, output, force)
+    config = Config(
+        precision=precision,
+        rank=rank,
+        refine=refine,
+        skip=tuple(skip or ()),
+        error_budget=error_budget,
+        smooth=not no_smooth,
+    )
+    at = _device(device)
+    with _console(stderr=True).status(f"loading {source}"):
+        opened = open_source(source, component=component, device=at if prompt else None, trust_code=trust_code)
+    svdq.quantize(opened.model, config, calibrate=_calibration(opened, prompt or [], steps), device=at)
+    svdq.save(opened.model, output, config=config)
+    console, place = _console(), opened.place
+    console.print(_totals(read_header(output)))
+    console.print(f'Next: svdq_compile.load({place}, "{output}"); {place}.compile(backend="svdquant")', soft_wrap=True)
+
+
+def _check_output(source: Path, output: Path, force: bool) -> None:
+    """What would go wrong after the work is better said before it."""
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder; OUTPUT is the file to write")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent}: there is no such folder to write {output.name} to")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OptionError(f"{output} is SOURCE itself: write to another file")
+    if output.exists() and not force:
+        raise OptionError(f"{output} exists already; --force overwrites it")
+
+
+def _device(name: str | None) -> str:
+    has_cuda = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if has_cuda else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise OptionError(f"option device={name!r}: it can be 'cpu' or 'cuda'")
+    if name != "cpu" and not has_cuda:
+        raise OptionError(f"option device={name!r}: this PyTorch sees no CUDA GPU; leave it out to use the CPU")
+    return name
+
+
+def _calibration(source: Source, prompts: list[str], steps: int) -> Callable[[Any], None] | None:
+    """Draws the prompts one by one: a batch of all could need more memory than the model ever will."""
+    draw = source.draw
+    if draw is None:
+        return None
+
+    def calibrate(model: Any) -> None:
+        for prompt in prompts:
+            draw(prompt=prompt, num_inference_steps=steps)
+
+    return calibrate
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that svdq quantize or svdq_compile.save wrote.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Every linear, in a table.")] = False,
+) -> None:
+    """Show what is in a quantized file, from its metadata alone."""
+    header = read_header(file)
+    console = _console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("file", f"{file} ({_mib(header.nbytes)} MiB)")
+    facts.add_row("format version", str(header.version))
+    facts.add_row("model class", header.model_class)
+    facts.add_row("config", ", ".join(f"{name}={value}" for name, value in header.config.items()))
+    for reason, count in Counter(header.others.values()).most_common():
+        facts.add_row("16-bit linears", f"{count}: {reason}")
+    console.print(facts)
+    if layers:
+        console.print(_quantized_table(header))
+        console.print(_others_table(header))
+    console.print(_totals(header))
+
+
+def _totals(header: Header) -> Table:
+    """One row a precision, and one for the rest of the file."""
+    table = Table("precision", *_right("layers", "MiB before", "MiB after"), "largest error")
+    for precision in sorted({entry.precision for entry in header.layers}):
+        table.add_row(precision, *_sums([entry for entry in header.layers if entry.precision == precision]))
+    before, after = (sum(getattr(e, field) for e in header.layers) for field in ("bytes_before", "bytes_after"))
+    rest = header.nbytes - after
+    table.add_row("everything else", "", _mib(rest), _mib(rest), "")
+    table.add_section()
+    table.add_row("the file", str(len(header.layers)), _mib(before + rest), _mib(header.nbytes), "")
+    return table
+
+
+def _sums(entries: list[LayerEntry]) -> tuple[str, ...]:
+    worst = max(entries, key=lambda entry: entry.error)
+    before, after = sum(e.bytes_before for e in entries), sum(e.bytes_after for e in entries)
+    return str(len(entries)), _mib(before), _mib(after), f"{_percent(worst.error)} ({worst.name})"
+
+
+def _quantized_table(header: Header) -> Table:
+    table = Table("4-bit layer", "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
+    for entry in header.layers:
+        shape, sizes = " x ".join(map(str, entry.shape)), (_mib(entry.bytes_before), _mib(entry.bytes_after))
+        table.add_row(entry.name, entry.precision, shape, str(entry.rank), *sizes, _percent(entry.error))
+    return table
+
+
+def _others_table(header: Header) -> Table:
+    table = Table("16-bit layer", "why")
+    for name, reason in header.others.items():
+        table.add_row(name, reason)
+    return table
+
+
+def _right(*headings: str) -> list[Column]:
+    return [Column(heading, justify="right") for heading in headings]
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2f} %"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def demo(context: typer.Context) -> None:
+    """Run the demo of a source checkout. What follows goes to it: `svdq demo -- --help` lists its options."""
+    script = Path(svdq.__file__).parents[1] / "examples" / "demo.py"
+    if not script.is_file():
+        raise SvdqError(
+            "the demo and its model come with the source, not with the installed package: "
+            'get a checkout of svdq-compile, run pip install -e ".[demo]" in it, then svdq demo again'
+        )
+    raise typer.Exit(_run_main(script, context.args) or 0)
+
+
+def _run_main(script: Path, arguments: list[str]) -> int | None:
+    """Call main(arguments) of a script, which may import its neighbours."""
+    sys.path.insert(0, str(script.parent))
+    spec = importlib.util.spec_from_file_location("svdq_demo", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(arguments)

@@ -1,0 +1,230 @@
+"""What the command line can quantize: a diffusers pipeline folder, a diffusers model folder, a plain state dict.
+
+Everything is read from local files; nothing is downloaded, and no code in a folder is run unless it is trusted.
+A model comes in the 16-bit dtype it is stored in, and in bfloat16 if that is float32: once quantized, it cannot be cast
+any more, and nobody runs 4-bit weights in float32.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .checkpoint import FORMAT
+from .errors import FileRefused, OptionError, SvdqError
+
+_DENOISERS = ("transformer", "unet")  # of a pipeline, the first it has is quantized
+_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was loaded.
+
+    draw    runs its whole pipeline: draw(prompt=..., num_inference_steps=...); None if it was loaded alone
+    place   what a program would call the model, as in "pipe.transformer"
+    """
+
+    model: nn.Module
+    draw: Callable[..., Any] | None
+    place: str
+
+
+def open_source(
+    path: Path, *, component: str | None = None, device: str | None = None, trust_code: bool = False
+) -> Source:
+    """Load a model, on the CPU unless a device is given.
+
+    component   of a pipeline folder: which model; by default the transformer, else the unet
+    device      load the whole pipeline around the model, too, and move it there
+    trust_code  let Python files in a pipeline folder run, if the pipeline needs them
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder (nothing is downloaded)")
+    if (path / "model_index.json").is_file():
+        return _open_pipeline(path, component, device, trust_code)
+    for option, given in (("--component", component), ("--prompt", device)):
+        if given is not None:
+            raise OptionError(f"{option} needs a pipeline folder, and {path} has no model_index.json")
+    return Source(_load_model(path) if path.is_dir() else _load_state_dict(path), None, "model")
+
+
+def _open_pipeline(path: Path, component: str | None, device: str | None, trust_code: bool) -> Source:
+    index = _read_json(path / "model_index.json")
+    component = component or next((name for name in _DENOISERS if name in index), _DENOISERS[0])
+    if not isinstance(index.get(component), list) or not (path / component).is_dir():
+        models = ", ".join(sorted(f.parent.name for f in path.glob("*/config.json"))) or "none"
+        raise FileRefused(path, f"this pipeline has no {component}; its models are: {models}")
+    place = f"pipe.{component}"
+    if device is None:
+        return Source(_load_model(path / component), None, place)
+    pipe = _load_pipeline(path, index, _dtype(path / component), trust_code).to(device)
+    # One bar a prompt, gone when it is done; none where nobody watches.
+    pipe.set_progress_bar_config(desc="calibrating", leave=False, disable=None)
+    return Source(getattr(pipe, component), pipe, place)
+
+
+def _load_pipeline(path: Path, index: Mapping[str, Any], dtype: torch.dtype, trust_code: bool) -> Any:
+    own = _code_of_pipeline(path, index.get("_class_name"))
+    code = [*([own] if own else []), *_code_of_components(path, index)]
+    if code and not trust_code:
+        names = ", ".join(str(file.relative_to(path)) for file in code)
+        raise SvdqError(
+            f"{path} brings its own code ({names}), which running prompts would execute. Read it, then give "
+            "--trust-code; or leave --prompt out: quantizing by the weights alone runs no code of the folder"
+        )
+    custom = {"custom_pipeline": str(own)} if own else {}
+    return _diffusers().DiffusionPipeline.from_pretrained(
+        path, dtype=dtype, local_files_only=True, trust_remote_code=bool(code), **custom
+    )
+
+
+def _code_of_pipeline(path: Path, name: Any) -> Path | None:
+    """The file with the pipeline's class; None for one of diffusers' own."""
+    if isinstance(name, str) and hasattr(_diffusers(), name):
+        return None
+    file = path / (f"{name[0]}.py" if isinstance(name, list) else "pipeline.py")
+    if not file.is_file():
+        raise FileRefused(path, f"its class {name} is not in diffusers, and there is no {file.name} in the folder")
+    return file
+
+
+def _code_of_components(path: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files beside a component's weights that its class comes from."""
+    files = [path / name / f"{value[0]}.py" for name, value in index.items() if isinstance(value, list) and value]
+    return [file for file in files if file.is_file()]
+
+
+def _load_model(path: Path) -> nn.Module:
+    if not (path / "config.json").is_file():
+        raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
+    kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
+    return kind.from_pretrained(path, dtype=_dtype(path), local_files_only=True)
+
+
+def _model_class(path: Path, name: Any) -> Any:
+    if name is None:
+        raise FileRefused(path, "its config.json names no _class_name: it is not a model of diffusers")
+    diffusers = _diffusers()
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise FileRefused(path, f"diffusers {diffusers.__version__} has no model class {name}")
+    return kind
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ModuleNotFoundError as missing:
+        raise SvdqError(f"reading a diffusers folder needs {missing.name}: pip install diffusers accelerate") from None
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileRefused(path, f"not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileRefused(path, "not a JSON object")
+    return content
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """What to load the model of a folder in."""
+    return _DTYPES.get(_stored_in([f for f in folder.iterdir() if _WEIGHTS.fullmatch(f.name)]), torch.bfloat16)
+
+
+def _stored_in(files: Sequence[Path]) -> str:
+    """The dtype that holds most of the numbers, by its name in safetensors: "BF16"; "" without files."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+                view = file.get_slice(name)
+                counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
+    return max(counts, key=lambda dtype: counts[dtype], default="")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
+
+
+def _load_state_dict(path: Path) -> nn.Module:
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") == FORMAT:
+        raise FileRefused(path, f"this file is quantized already; see svdq inspect {path}")
+    mapped = load_file(path)  # a tensor's bytes are read when it is used
+    tensors = {name: mapped[name] for name in sorted(mapped, key=_in_order)}
+    if _stored_in([path]) == "F32":
+        tensors = {n: t.to(torch.bfloat16) if t.dtype == torch.float32 else t for n, t in tensors.items()}
+    try:
+        return skeleton(tensors)
+    except KeyError as error:
+        raise FileRefused(path, f"its tensor names are not those of a model's state dict ({error})") from error
+
+
+def _in_order(name: str) -> list[str]:
+    """A sort key: block 2 before block 10, which files do not do."""
+    return [part.zfill(6) if part.isdigit() else part for part in name.split(".")]
+
+
+class StateDict(nn.Module):
+    """A tree of modules that holds a state dict and cannot be run."""
+
+
+def skeleton(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Modules that have these tensors as their state dict, without the model's class.
+
+    `x.weight` of two dimensions becomes an nn.Linear `x`, of four with 1x1 pixels an nn.Conv2d, each with its `x.bias`;
+    everything else a plain Parameter. Names cannot tell an embedding table from a linear: both are a `weight` of two
+    dimensions. What protects tables is the rule of passes/scope.py that layers outside the repeated blocks stay 16-bit;
+    in a file without such blocks, name the tables with `skip`.
+    Nor do they tell a grouped or strided 1x1 convolution from a plain one; loading into the real model shows that.
+    """
+    modules: dict[str, nn.Module] = {"": StateDict()}
+
+    def module(path: str) -> nn.Module:
+        if path not in modules:
+            parent, _, leaf = path.rpartition(".")
+            modules[path] = _module_of(tensors.get(f"{path}.weight"))
+            module(parent).add_module(leaf, modules[path])
+        return modules[path]
+
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module(path)
+        if owner._parameters.get(leaf) is None:
+            owner.register_parameter(leaf, _frozen(tensor))
+    return modules[""].eval()
+
+
+def _module_of(weight: Tensor | None) -> nn.Module:
+    """A linear that holds the weight, without a bias yet; an empty module if it is not a linear's."""
+    layer: nn.Module
+    if weight is not None and weight.dim() == 2:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    elif weight is not None and weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
+    else:
+        return StateDict()
+    layer.weight = _frozen(weight)
+    return layer
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
