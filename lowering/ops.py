@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import FORMATS
 from ..kernels.groups import padded
-from . import reference
+from . import launch
 from .packed import PackedLinear
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
@@ -45,19 +45,19 @@ def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
 _define(
     "quantize(Tensor x, Tensor smooth, Tensor down, str precision, float shift)"
     " -> (Tensor qx, Tensor ascales, Tensor xd)",
-    reference.quantize,
+    launch.quantize,
     _fake_quantize,
 )
 _define(
     "gemm(Tensor qx, Tensor ascales, Tensor xd, Tensor[] weight, Tensor up, Tensor? bias, Tensor? offset,"
     " str precision, ScalarType out_dtype) -> Tensor",
-    reference.gemm,
+    launch.gemm,
     _fake_gemm,
 )
 _define(
     "gemv(Tensor x, Tensor? xd, Tensor[] weight, Tensor? up, Tensor? bias, str precision, ScalarType out_dtype)"
     " -> Tensor",
-    reference.gemv,
+    launch.gemv,
     _fake_gemv,
 )
 

@@ -7,7 +7,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..kernels import FORMATS
+from ..kernels import FORMATS, layout
+from . import launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class SharedInput:
 class PackedLinear:
     """One linear, W diag(smooth) = dequantize(weight) + up @ down[rank_start : rank_start + rank] diag(smooth).
 
-    weight      the format's tensors (`Format.fields`)
+    weight      the format's tensors (`Format.fields`), in the order that the device's kernels want
     up          [N, r]  model dtype
     offset      [N]     fp32 or None: what the input's shift adds to each output; the GEMM subtracts it
     """
@@ -80,6 +81,16 @@ class PackedLinear:
         """[r, K], this linear's own rows of the shared matrix."""
         return self.shared.down[self.rank_start : self.rank_start + self.rank]
 
+    @property
+    def plain_weight(self) -> tuple[Tensor, ...]:
+        """The format's tensors in the order that its reference and files hold."""
+        return layout.to_plain(self.precision, self.weight, self.in_features)
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """`own_tensors` in that order."""
+        plain = zip(FORMATS[self.precision].fields, self.plain_weight, strict=True)
+        return self.own_tensors() | dict(plain)
+
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors no other linear uses, by name."""
         named = dict(zip(FORMATS[self.precision].fields, self.weight, strict=True), up=self.up)
@@ -97,7 +108,7 @@ class PackedLinear:
         return replace(
             self,
             shared=self.shared.to(device),
-            weight=tuple(t.to(device) for t in self.weight),
+            weight=launch.in_device_order(self.precision, tuple(t.to(device) for t in self.weight)),
             up=self.up.to(device),
             resolved=WeakKeyDictionary(),
             offset=None if self.offset is None else self.offset.to(device),
@@ -105,7 +116,7 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain [N, K] matrix this linear now multiplies by: quantized part plus low-rank branch."""
-        q = FORMATS[self.precision].dequantize_weight(*self.weight)[:, : self.in_features]
+        q = FORMATS[self.precision].dequantize_weight(*self.plain_weight)[:, : self.in_features]
         return (q / self.shared.smooth + self.up.float() @ self.down.float()).to(dtype)
 
     def signature(self) -> tuple:

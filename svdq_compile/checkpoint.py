@@ -29,6 +29,7 @@ from .config import Config
 from .errors import FileRefused, NothingToQuantize
 from .kernels import FORMATS
 from .layers import layers
+from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
@@ -121,7 +122,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         if id(packed.shared) not in owner:
             owner[id(packed.shared)] = name
             tensors |= {f"{name}.smooth": packed.shared.smooth, f"{name}.down": packed.shared.down}
-        tensors |= {f"{name}.{field}": tensor for field, tensor in packed.own_tensors().items()}
+        tensors |= {f"{name}.{field}": tensor for field, tensor in packed.plain_tensors().items()}
         entries.append(_entry(name, parameter, owner[id(packed.shared)]))
     if not entries:
         raise NothingToQuantize(
@@ -248,7 +249,8 @@ def load(
             if entry.shared not in shared:
                 smooth, down = (file.get_tensor(name).to(target) for name in entry.shared_names())
                 shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
-            weight = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
+            plain = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
+            weight = in_device_order(entry.precision, plain)
             packed = PackedLinear(shared[entry.shared], weight, tensors["up"], entry.rank_start, tensors.get("offset"))
             _put_quantized(model, entry, packed)
         for name in header.checksums.keys() - _quantized_names(header):

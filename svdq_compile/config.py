@@ -40,7 +40,7 @@ class Config:
     smooth: bool = True
     refine: int = 10
     calibration_steps: int = 8
-    error_budget: float = 0.5
+    error_budget: float = 0.3
     skip: tuple[str, ...] = ()
     weights: str = "release"
     mode: str | None = None

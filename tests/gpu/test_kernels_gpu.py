@@ -5,6 +5,7 @@ python -m pytest tests/gpu
 
 import pytest
 import torch
+
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import launch, reference
 
@@ -55,7 +56,7 @@ def test_quantize(m, k, rank, dtype):
      (1000, 3072, 448, 128), (4608, 1032, 1024, 256), (5, 100, 100, 32), (130, 8, 128, 0)],
 )  # fmt: skip
 def test_gemm(m, n, k, rank, precision, dtype):
-    """Every path: Gluon where the features are a multiple of 8, plain Triton elsewhere; xd a slice of a wider matrix."""
+    """Gluon where the features are a multiple of 8, plain Triton elsewhere; xd is a slice of a wider matrix."""
     fmt = FORMATS[precision]
     weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
     qx, ascales = fmt.quantize_activation(normal(m, k))

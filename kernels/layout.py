@@ -1,0 +1,93 @@
+"""How the bytes of a packed weight lie for the GPU kernels, and back.
+
+Files, the references and the CPU hold every format in the plain order: two neighbouring input channels share a byte,
+and scales are [N, groups]. A kernel wants, from one 16-byte load, codes that all belong to one group, and the scales
+of neighbouring output channels side by side. `Planar` is that order, the same for every integer format:
+
+    qweight    [N, P/2]      int8   P = Kp rounded up to 128. Of each 64 bytes, which hold 128 channels, byte j has
+                                    channel j in its low and 64 + j in its high nibble: one group of 64 in each half
+    w4a8   subscales [P/128, N]     int16  two groups' int8 scales, the even group's in the low byte
+    int4   wscales   [P/64, N]      bf16
+    w4a16  wscales   [P/64, N, 2]   bf16   a scale and its zero point: the 4 bytes an asynchronous copy needs
+           wzeros    [0]            bf16   nothing: the zero points are with the scales
+
+The dtype tells the orders apart: a plain qweight is uint8. Groups that pad Kp to P have scale 0 and so add nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import nibbles
+
+GROUP_SIZE = 64
+PLANAR_FORMATS = ("w4a8", "int4", "w4a16")
+_NO_CODE = 8  # what pads the codes; its scale is 0
+
+
+@dataclass(frozen=True)
+class Planar:
+    """The kernel order of one weight, whose plain form has `groups` groups of 64 input channels."""
+
+    precision: str
+    groups: int
+
+    def pack(self, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Plain tensors, in the order of `Format.fields` -> the kernel's; the inverse of `unpack`."""
+        qweight, scales, *rest = weight
+        codes = F.pad(nibbles.unpack(qweight), (0, GROUP_SIZE * self._padding), value=_NO_CODE)
+        low, high = codes.unflatten(-1, (-1, 2, GROUP_SIZE)).unbind(-2)
+        planar = (low | (high << 4)).flatten(-2).view(torch.int8)
+        by_group = self._by_group(scales)
+        if self.precision == "w4a8":
+            pairs = by_group.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+            return planar, pairs.view(torch.int16).squeeze(-1), *rest
+        if self.precision == "w4a16":
+            zeros = self._by_group(rest[0])
+            return planar, torch.stack((by_group, zeros), dim=-1), zeros.new_empty(0)
+        return planar, by_group
+
+    def unpack(self, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The kernel's tensors -> plain ones, bit for bit what was packed."""
+        qweight, scales, *rest = weight
+        planar = qweight.view(torch.uint8).unflatten(-1, (-1, GROUP_SIZE))
+        codes = torch.stack((planar & 0xF, planar >> 4), dim=-2).flatten(-3)
+        plain = nibbles.pack(codes[..., : GROUP_SIZE * self.groups])
+        if self.precision == "w4a8":
+            by_group = scales.unsqueeze(-1).view(torch.int8).transpose(1, 2).flatten(0, 1)
+            return plain, self._by_row(by_group), *rest
+        if self.precision == "w4a16":
+            return plain, *(self._by_row(s) for s in scales.unbind(-1))
+        return plain, self._by_row(scales)
+
+    @property
+    def _padding(self) -> int:
+        return self.groups % 2
+
+    def _by_group(self, scales: Tensor) -> Tensor:
+        """[N, groups] -> [groups and padding, N]."""
+        return F.pad(scales, (0, self._padding)).t().contiguous()
+
+    def _by_row(self, scales: Tensor) -> Tensor:
+        return scales[: self.groups].t().contiguous()
+
+
+def is_planar(qweight: Tensor) -> bool:
+    """Whether a qweight lies in the kernel order."""
+    return qweight.dtype == torch.int8
+
+
+def to_kernel(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A weight in either order -> the kernel order. Formats without a kernel keep the plain one."""
+    if precision not in PLANAR_FORMATS or is_planar(weight[0]):
+        return weight
+    return Planar(precision, 2 * weight[0].shape[1] // GROUP_SIZE).pack(weight)
+
+
+def to_plain(precision: str, weight: tuple[Tensor, ...], in_features: int) -> tuple[Tensor, ...]:
+    """A weight in either order -> the plain one. in_features: K, which says how many groups are not padding."""
+    if precision not in PLANAR_FORMATS or not is_planar(weight[0]):
+        return weight
+    return Planar(precision, -(-in_features // GROUP_SIZE)).unpack(weight)

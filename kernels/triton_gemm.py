@@ -1,0 +1,159 @@
+"""y = W x^T scaled, plus low rank and bias, on every GPU from sm_80: plain Triton, int8 tensor cores.
+
+    w4a8   y = (qx (q s)^T) * ascales * wscales + xd up^T + bias               int32 over all of K
+    int4   y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + xd up^T + bias   int32 within a group of 64
+
+    qx         [M, Kp]           int8
+    ascales    [M, 1 | Kp/64]    fp32
+    qweight    [N, P/2]          int8, planar (layout.py); P = Kp rounded up to 128
+    subscales  [P/128, N]        int16, w4a8 only: two groups' scales in a word
+    wscales    [N] fp32 (w4a8) or [P/64, N] bf16 (int4)
+    xd         [M, r]            bf16 or fp16, rows `xd.stride(0)` apart
+    up         [N, r]            xd's dtype
+    bias       [N]               any float dtype, or None
+    offset     [N]               fp32, or None
+    y          [M, N]            bf16, fp16 or fp32
+
+The tile is computed transposed, weights [TN, 64] by activations [64, TM], so that codes go from registers straight into
+the product. On sm_90 gluon_gemm.py is about twice as fast for w4a8; this one takes what that cannot.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import check_low_rank, check_tensor, launch
+from .triton_unpack import nibble, scaled
+
+
+@triton.jit
+def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Grouped order: GROUP token tiles in a row use the same weights, which then come from L2."""
+    width = GROUP * tiles_n
+    first = t // width * GROUP
+    size = min(tiles_m - first, GROUP)
+    inside = t % width
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, N, KP):
+    """The int4 scales of step w's two groups: of the weights [TN, 1], of the activations [1, TM]."""
+    w = min(w, words - 1)
+    s0 = tl.load(wscales + 2 * w * N + rn, mask=live_n, other=0.0).to(tl.float32)
+    s1 = tl.load(wscales + (2 * w + 1) * N + rn, mask=live_n, other=0.0).to(tl.float32)
+    groups = KP // 64
+    a0 = tl.load(ascales + wide_m * groups + 2 * w, mask=live_m, other=0.0)
+    a1 = tl.load(ascales + wide_m * groups + min(2 * w + 1, groups - 1), mask=live_m, other=0.0)
+    return s0, s1, a0, a1
+
+
+@triton.jit
+def _gemm_kernel(
+    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, M, N, KP, r, xd_stride,
+    TM: tl.constexpr, TN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, GROUPED: tl.constexpr,
+    BIAS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
+    rm = pm * TM + tl.arange(0, TM)
+    rn = pn * TN + tl.arange(0, TN)
+    live_m = (rm < M)[None, :]
+    live_n = (rn < N)[:, None]
+    wide_m = rm.to(tl.int64)[None, :]
+    wide_n = rn.to(tl.int64)[:, None]
+    j = tl.arange(0, 64)
+    words = tl.cdiv(KP, 128)
+    p_at = qweight + wide_n * (words * 64) + j[None, :]
+    x_at = qx + wide_m * KP + j[:, None]
+    acc = tl.zeros((TN, TM), tl.float32 if GROUPED else tl.int32)
+    # Scales are too narrow for asynchronous copies: the loop loads them a step ahead.
+    if GROUPED:
+        s0, s1, a0, a1 = _group_scales(wscales, ascales, 0, words, rn[:, None], live_n, wide_m, live_m, N, KP)
+    else:
+        pair = tl.load(subscales + rn[:, None], mask=live_n, other=0).to(tl.int32)
+    for w in range(words):
+        p = tl.load(p_at + w * 64, mask=live_n, other=0)
+        x0 = tl.load(x_at + w * 128, mask=live_m, other=0)
+        x1 = tl.load(x_at + min(w * 128 + 64, KP - 64), mask=live_m, other=0)  # past the end: any value times 0
+        if GROUPED:
+            d0 = tl.dot(nibble(p, False) - 8, x0, out_dtype=tl.int32)
+            acc += d0.to(tl.float32) * s0 * a0
+            d1 = tl.dot(nibble(p, True) - 8, x1, out_dtype=tl.int32)
+            acc += d1.to(tl.float32) * s1 * a1
+            s0, s1, a0, a1 = _group_scales(wscales, ascales, w + 1, words, rn[:, None], live_n, wide_m, live_m, N, KP)
+        else:
+            low, high = scaled(p, pair & 0xFF, False), scaled(p, pair >> 8, True)
+            pair = tl.load(subscales + min(w + 1, words - 1) * N + rn[:, None], mask=live_n, other=0).to(tl.int32)
+            acc = tl.dot(low, x0, acc, out_dtype=tl.int32)
+            acc = tl.dot(high, x1, acc, out_dtype=tl.int32)
+    if GROUPED:
+        out = acc
+    else:
+        a = tl.load(ascales + rm[None, :], mask=live_m, other=0.0)
+        out = acc.to(tl.float32) * a * tl.load(wscales + rn[:, None], mask=live_n, other=0.0)
+    if OFFSET:
+        out -= tl.load(offset + rn[:, None], mask=live_n, other=0.0)
+    if BIAS:
+        out += tl.load(bias + rn[:, None], mask=live_n, other=0.0).to(tl.float32)
+    if RANK > 0:
+        for first in range(0, r, RANK):
+            rr = first + tl.arange(0, RANK)
+            u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
+            d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
+            out = tl.dot(u, d, out)
+    tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live_m & live_n)
+
+
+def check_gemm(precision, qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int, int]:
+    """Raise unless the tensors are what the module says, in the planar order; -> M, N, Kp."""
+    (m, kp), (n, r) = qx.shape, up.shape
+    words = -(-kp // 128)
+    check_tensor("qx", qx, qx.device, torch.int8, (m, kp))
+    check_tensor("ascales", ascales, qx.device, torch.float32, (m, 1 if precision == "w4a8" else kp // 64))
+    check_tensor("qweight", weight[0], qx.device, torch.int8, (n, words * 64))
+    if precision == "w4a8":
+        check_tensor("subscales", weight[1], qx.device, torch.int16, (words, n))
+        check_tensor("wscales", weight[2], qx.device, torch.float32, (n,))
+    else:
+        check_tensor("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
+    if r:
+        check_low_rank(xd, up, m, n)
+    if kp % 64:
+        raise ValueError(f"qx has {kp} columns, not whole groups of 64")
+    if bias is not None:
+        check_tensor("bias", bias, qx.device, bias.dtype, (n,))
+    if offset is not None:
+        check_tensor("offset", offset, qx.device, torch.float32, (n,))
+    return m, n, kp
+
+
+def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor,
+         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, config=None) -> Tensor:  # fmt: skip
+    """w4a8 or int4, tensors as above -> y [M, N]."""
+    m, n, kp = check_gemm(precision, qx, ascales, xd, weight, up, bias, offset)
+    y = qx.new_empty(m, n, dtype=out_dtype)
+    if m == 0 or n == 0:
+        return y
+    grouped = precision == "int4"
+    subscales, wscales = (weight[1], weight[1]) if grouped else weight[1:]
+    r = up.shape[1]
+    tm, tn, warps, stages = config or _config(m, n, grouped)
+    arguments = (
+        qx, ascales, weight[0], subscales, wscales, xd, up, wscales if bias is None else bias,
+        ascales if offset is None else offset, y, m, n, kp, r, xd.stride(0),
+    )  # fmt: skip
+    rank = min(64, triton.next_power_of_2(r)) if r else 0
+    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None)
+    grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
+    launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
+    return y
+
+
+def _config(rows: int, features: int, grouped: bool) -> tuple[int, int, int, int]:
+    """TM, TN, warps, stages: the fastest on an H200 of those in bench/gemm.py."""
+    if rows <= 128:
+        return 64, 64, 4, 4
+    if grouped:
+        return 128, 64, 4, 4
+    return (128, 128, 8, 3) if rows * features > 2**22 else (64, 64, 4, 4)

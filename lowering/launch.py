@@ -1,0 +1,139 @@
+"""Pick, for each svdq:: operator call, the kernel that can run it, or the reference.
+
+    quantize  w4a8          triton_quantize   any CUDA GPU from sm_80, 16-bit x
+    gemm      w4a8          gluon_gemm        sm_90, 16-bit result, out features a multiple of 8
+    gemm      w4a8, int4    triton_gemm       the rest
+    gemv      w4a16         triton_gemv       up to 64 rows; above, a 16-bit copy of the weight and a library product
+    everything else         reference         CPU, other GPUs, fp32 models, int4 and nvfp4 activations, nvfp4
+
+Weights come in the kernel order (kernels/layout.py), into which a packed linear is brought once. The plain order is
+taken too, and is reordered in every call.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import FORMATS, layout
+from . import reference
+
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether weights on this device should lie in the kernel order."""
+    return _capability(device) >= (8, 0)
+
+
+def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A weight as its device's kernels read it; where there are none it stays as it is, since either order is right."""
+    return layout.to_kernel(precision, weight) if has_kernels(weight[0].device) else weight
+
+
+@cache
+def _gluon_works(device: torch.device) -> bool:
+    """Gluon is experimental: a release may lack what gluon_gemm.py needs."""
+    if _capability(device) != (9, 0):
+        return False
+    try:
+        from ..kernels import gluon_gemm  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[..., C] -> [rows, C], a view wherever the leading dimensions are evenly spaced."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.quantize` on the fastest kernel that can."""
+    kernel = precision == "w4a8" and not shift and x.dtype in _SIXTEEN_BIT and x.dtype == down.dtype
+    if not kernel or not has_kernels(x.device):
+        return reference.quantize(x, smooth, down, precision, shift)
+    from ..kernels import triton_quantize
+
+    rows, rank = _rows(x).contiguous(), down.shape[0]
+    with torch.cuda.device(x.device):
+        if rank % 16 == 0 and rank <= triton_quantize.MAX_RANK:
+            qx, ascales, xd = triton_quantize.quantize_w4a8(rows, smooth, down.contiguous())
+        else:
+            qx, ascales, _ = triton_quantize.quantize_w4a8(rows, smooth, down[:0])
+            xd = F.linear(rows, down)
+    lead = x.shape[:-1]
+    return qx.view(*lead, qx.shape[1]), ascales.view(*lead, 1), xd.view(*lead, rank)
+
+
+def gemm(
+    qx: Tensor,
+    ascales: Tensor,
+    xd: Tensor,
+    weight: list[Tensor],
+    up: Tensor,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`reference.gemm` on the fastest kernel that can; weight in either order."""
+    kernel = precision in ("w4a8", "int4") and (not up.shape[1] or up.dtype in _SIXTEEN_BIT)
+    if not kernel or not has_kernels(qx.device):
+        plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
+        return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
+    from ..kernels import triton_gemm
+
+    packed = layout.to_kernel(precision, tuple(weight))
+    lead = qx.shape[:-1]
+    qx, ascales, xd, up = _rows(qx), _rows(ascales), _rows(xd), up.contiguous()
+    with torch.cuda.device(qx.device):
+        if precision == "w4a8" and offset is None and _gluon_works(qx.device):
+            from ..kernels import gluon_gemm
+
+            if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
+                y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
+                return y.view(*lead, y.shape[1])
+        y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype)
+    return y.view(*lead, y.shape[1])
+
+
+def gemv(
+    x: Tensor,
+    xd: Tensor | None,
+    weight: list[Tensor],
+    up: Tensor | None,
+    bias: Tensor | None,
+    precision: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`reference.gemv` on the fastest kernel that can; weight in either order."""
+    k = x.shape[-1]
+    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device) or (up is not None and up.dtype != x.dtype):
+        plain = layout.to_plain(precision, tuple(weight), k)
+        return reference.gemv(x, xd, list(plain), up, bias, precision, out_dtype)
+    from ..kernels import triton_gemv
+
+    rows = _rows(x).contiguous()
+    low_rank = None if xd is None else _rows(xd)
+    if rows.shape[0] <= triton_gemv.MAX_ROWS:
+        packed = layout.to_kernel(precision, tuple(weight))
+        with torch.cuda.device(x.device):
+            y = triton_gemv.gemv(rows, low_rank, packed, None if up is None else up.contiguous(), bias, out_dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    plain = layout.to_plain(precision, tuple(weight), k)
+    w = FORMATS[precision].dequantize_weight(*plain)[:, :k].to(x.dtype)
+    if low_rank is not None and up is not None:
+        rows, w = torch.cat((rows, low_rank), 1), torch.cat((w, up), 1)
+    y = F.linear(rows, w, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,126 @@
+"""The demo's page (examples/page.py): its numbers, its charts, and that it needs nothing but itself."""
+
+import base64
+import io
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+Image = pytest.importorskip("PIL.Image")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import page  # noqa: E402
+
+VOID = {"meta", "img"}
+PROMPTS = ["dog face", "fish & <chips>"]
+
+
+class Outline(HTMLParser):
+    """The tags of a page; `open_tags` is empty at the end if every tag was closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open_tags: list[str] = []
+        self.attributes: dict[str, list[dict[str, str | None]]] = {}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.setdefault(tag, []).append(dict(attrs))
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.setdefault(tag, []).append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+
+def method(name: str, pictures: np.ndarray, nbytes: int = 1_000_000) -> page.Method:
+    return page.Method(name, "a note", pictures, nbytes, 0.5)
+
+
+def example() -> str:
+    rng = np.random.default_rng(0)
+    reference = rng.random((2, 8, 8, 3)).astype(np.float32)
+    methods = [method("16-bit", reference, 4_000_000), method("4-bit", reference * 0.9), method("same", reference)]
+    weight = rng.standard_normal((6, 4))
+    branch = page.Branch("blocks.0.proj", 2, weight, weight / 2, 0.08, 0.16)
+    return page.build_page(PROMPTS, methods, branch, ["Made on a <machine>."])
+
+
+def test_psnr_is_in_decibels_of_the_mean_squared_error():
+    black = np.zeros((2, 4, 4, 3))
+    assert page.psnr(black + 0.1, black) == pytest.approx(20)
+    assert page.psnr(black + 0.05, black) == pytest.approx(26.02, abs=0.01)  # half the difference: 6 dB more
+
+
+def test_psnr_of_equal_pictures_is_infinite():
+    assert page.psnr(np.ones((1, 2, 2, 3)), np.ones((1, 2, 2, 3))) == math.inf
+
+
+def test_psnr_pools_errors_and_worst_takes_the_largest():
+    reference = np.zeros((2, 4, 4, 3))
+    pictures = reference.copy()
+    pictures[1] += 0.1
+    assert page.psnr(pictures, reference) == pytest.approx(20 + 10 * math.log10(2))
+    assert page.worst_psnr(pictures, reference) == pytest.approx(20)
+
+
+def test_difference_is_amplified_and_clipped():
+    reference = np.array([0.5, 0.5, 0.0])
+    pictures = np.array([0.5, 0.4, 1.0])
+    np.testing.assert_allclose(page.difference(pictures, reference), [0, 0.1 * page.AMPLIFIED, 1])
+
+
+def test_page_is_well_formed_and_self_contained():
+    text = example()
+    outline = Outline(text)
+    assert outline.open_tags == []
+    assert "script" not in outline.attributes
+    assert "link" not in outline.attributes
+    assert not re.search(r"https?:|url\(|@import", text)
+
+
+def test_page_shows_every_picture_and_every_difference():
+    sources = [image["src"] for image in Outline(example()).attributes["img"]]
+    assert len(sources) == 2 * 3 + 2 * 2  # prompts x methods, and the differences of all but the reference
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_pictures_survive_as_png():
+    picture = np.linspace(0, 1, 8 * 8 * 3).reshape(8, 8, 3)
+    tag = Outline(page.image(picture, 'a "dog"')).attributes["img"][0]
+    stored = Image.open(io.BytesIO(base64.b64decode(tag["src"].split(",")[1])))
+    np.testing.assert_array_equal(np.asarray(stored), np.round(picture * 255))
+    assert tag["alt"] == 'a "dog"'
+
+
+def test_text_is_escaped():
+    text = example()
+    assert "fish &amp; &lt;chips&gt;" in text
+    assert "Made on a &lt;machine&gt;." in text
+    assert "<chips>" not in text
+
+
+def test_summary_gives_the_numbers():
+    text = example()
+    assert "4.0 MB" in text
+    assert "1.0 MB <small>4.0&times; smaller</small>" in text
+    assert text.count("<tr>") == 1 + 3
+
+
+def test_branch_section_says_what_the_branch_took():
+    text = example()
+    assert "hold 75% of its" in text  # the residual is half the weight, so a quarter of its energy
+    assert "2.0 times smaller" in text
+    assert "from 16.0% to 8.0%" in text
+
+
+def test_step_path_draws_one_bar_a_value():
+    assert page.step_path(np.array([1.0, 0.5]), 100, 40) == "M0 40V0.0H50.0V20.0H100.0V40Z"
