@@ -1,0 +1,255 @@
+"""The same emoji drawn in 16 bits and in three kinds of 4 bits, side by side on one HTML page.
+
+    python examples/demo.py [--output demo.html] [--prompts 8] [--steps 16] [--open]
+
+Each method starts from a freshly loaded transformer, is calibrated on prompts that are not shown, and draws the same
+prompts from the same noise. Nothing is downloaded; the model is in examples/emoji.
+"""
+
+import argparse
+import platform
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import svdq_compile as svdq
+
+try:
+    import diffusers
+    from page import Branch, Method, build_page, decibels, psnr, worst_psnr
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"The demo needs {missing.name}: pip install 'svdq-compile[demo]'") from None
+
+if TYPE_CHECKING:
+    from pipeline import EmojiPipeline
+
+EMOJI = Path(__file__).resolve().parent / "emoji"
+SEED, GUIDANCE = 0, 3.0
+CALIBRATION_PROMPTS, CALIBRATION_STEPS = 4, 8
+LAYER = "transformer_blocks.2.attn.to_q"  # its input has the strongest outliers of all
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: its name, what it is, and how to quantize for it (not at all without a config)."""
+
+    name: str
+    note: str
+    config: svdq.Config | None = None
+
+
+STOCK = Recipe("16-bit", "the stock pipeline, not compiled")
+W4A8 = Recipe("w4a8 SVDQuant", "4-bit weights, 8-bit activations", svdq.Config("w4a8", progress=False))
+INT4 = Recipe("int4 SVDQuant", "4-bit weights, 4-bit activations", svdq.Config("int4", progress=False))
+NEAREST = Recipe(
+    "int4 round-to-nearest",
+    "no branch, no smoothing",
+    svdq.Config("int4", rank=0, smooth=False, error_budget=1.0, progress=False),
+)
+RECIPES = (STOCK, W4A8, INT4, NEAREST)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method draws, and what it is calibrated on."""
+
+    prompts: list[str]
+    calibration: list[str]
+    steps: int
+    device: str
+
+
+class Line:
+    """One method's line in the progress display, counting denoising steps."""
+
+    def __init__(self, progress: Progress, recipe: Recipe, job: Job) -> None:
+        calibration = CALIBRATION_STEPS if recipe.config else 0
+        self._progress, self._name = progress, recipe.name
+        self._task = progress.add_task("", total=calibration + 1 + job.steps)
+        self.say("loading")
+
+    def say(self, doing: str) -> None:
+        self._progress.update(self._task, description=f"{self._name:<24} [dim]{doing:<11}")
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+def load_pipeline(device: str) -> "EmojiPipeline":
+    """The emoji pipeline in bfloat16, fresh from its folder."""
+    if str(EMOJI) not in sys.path:
+        sys.path.insert(0, str(EMOJI))
+    from pipeline import EmojiPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    pipe = EmojiPipeline.from_pretrained(EMOJI, dtype=torch.bfloat16).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: "EmojiPipeline", prompts: Sequence[str], steps: int, seed: int, line: Line) -> np.ndarray:
+    """Pictures as an array [n, 64, 64, 3] in 0..1."""
+
+    def after_step(*_: object) -> dict[str, Tensor]:
+        line.advance()
+        return {}
+
+    return pipe(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        seed=seed,
+        output_type="np",
+        callback_on_step_end=after_step,
+    ).images
+
+
+def prepare(recipe: Recipe, job: Job, line: Line) -> "EmojiPipeline":
+    """A pipeline whose transformer is quantized by the recipe, and compiled."""
+    pipe = load_pipeline(job.device)
+    if recipe.config is None:
+        return pipe
+
+    def calibrate(_: nn.Module) -> None:
+        line.say("calibrating")
+        draw(pipe, job.calibration, CALIBRATION_STEPS, SEED + len(job.prompts), line)
+        line.say("quantizing")
+
+    svdq.quantize(pipe.transformer, recipe.config, calibrate=calibrate)
+    pipe.transformer.compile_repeated_blocks(backend="svdquant", fullgraph=True, options={"progress": False})
+    line.say("compiling")
+    return pipe
+
+
+def measure(recipe: Recipe, pipe: "EmojiPipeline", job: Job, line: Line) -> Method:
+    """Draw and time the pictures, after one step that compiles and is not timed."""
+    draw(pipe, job.prompts, 1, SEED, line)
+    line.say("drawing")
+    start = time.perf_counter()
+    pictures = draw(pipe, job.prompts, job.steps, SEED, line)
+    seconds = (time.perf_counter() - start) / job.steps
+    line.say("")
+    return Method(recipe.name, recipe.note, pictures, weight_bytes(pipe.transformer), seconds)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, counting a quantized one as what it takes now."""
+    linears = svdq.report(model)
+    return sum(p.numel() * p.element_size() for p in model.parameters()) - linears.bytes_before + linears.bytes_after
+
+
+@torch.no_grad()
+def branch(stock: Tensor, with_branch: Tensor, without: Tensor) -> Branch:
+    """What the page shows of LAYER, from its weight in three models."""
+    packed = svdq.packed(with_branch)
+    smooth = packed.shared.smooth
+    weight = stock.float() * smooth
+    low_rank = packed.up.float() @ (packed.down.float() * smooth)
+    return Branch(
+        layer=LAYER,
+        rank=packed.rank,
+        weight=weight.cpu().numpy(),
+        residual=(weight - low_rank).cpu().numpy(),
+        error=weight_error(stock, with_branch),
+        error_without=weight_error(stock, without),
+    )
+
+
+def weight_error(stock: Tensor, quantized: Tensor) -> float:
+    """How far a quantized weight is from the stock one, relative, each input channel counted by its smoothing."""
+    packed = svdq.packed(quantized)
+    smooth = packed.shared.smooth
+    lost = (packed.dequantize(torch.float32) - stock.float()) * smooth
+    return float(lost.norm() / (stock.float() * smooth).norm())
+
+
+def facts(job: Job) -> list[str]:
+    """Where, how and with what the page was made."""
+    if job.device == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    sentences = [
+        f"Made by examples/demo.py on {where} with PyTorch {torch.__version__} and diffusers {diffusers.__version__}.",
+        f"{job.steps} steps, guidance {GUIDANCE:g}, picture i from seed i; calibrated on {len(job.calibration)} other "
+        f"prompts, {CALIBRATION_STEPS} steps. A step is one denoising step of all {len(job.prompts)} pictures.",
+        "The pictures: Fluent Emoji (c) Microsoft, MIT licence, as redrawn by a model trained on them.",
+    ]
+    if job.device == "cpu":
+        sentences.insert(2, "On a CPU the 4-bit arithmetic is emulated in PyTorch: look at the pictures, not the time.")
+    return sentences
+
+
+def print_table(console: Console, methods: Sequence[Method]) -> None:
+    """The page's numbers in the terminal."""
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for column in ("PSNR", "worst picture", "weights", "a step"):
+        table.add_column(column, justify="right")
+    reference = methods[0].pictures
+    for method in methods:
+        table.add_row(
+            method.name,
+            decibels(psnr(method.pictures, reference)),
+            decibels(worst_psnr(method.pictures, reference)),
+            f"{method.nbytes / 1e6:.1f} MB",
+            f"{method.seconds:.2f} s",
+        )
+    console.print(table)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw emoji in 16 bits and in 4, side by side on one HTML page.")
+    parser.add_argument("--output", type=Path, default=Path("demo.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=8, help="how many emoji (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    args = parser.parse_args(argv)
+    if not 1 <= args.prompts <= 24:
+        parser.error(f"--prompts {args.prompts}: it can be 1 to 24")
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: it must be 1 or more")
+    if not args.output.resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.resolve().parent}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    console = Console()
+    captions = (EMOJI / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shown, others = captions[: args.prompts], captions[args.prompts : args.prompts + CALIBRATION_PROMPTS]
+    job = Job(shown, others, args.steps, device)
+    methods: list[Method] = []
+    weights: dict[str, Tensor] = {}
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        for recipe in RECIPES:
+            line = Line(progress, recipe, job)
+            pipe = prepare(recipe, job, line)
+            methods.append(measure(recipe, pipe, job, line))
+            weights[recipe.name] = pipe.transformer.get_submodule(LAYER).weight
+
+    part = branch(weights[STOCK.name], weights[INT4.name], weights[NEAREST.name])
+    args.output.write_text(build_page(shown, methods, part, facts(job)), encoding="utf-8")
+    print_table(console, methods)
+    console.print(f"The page: {args.output.resolve()}", soft_wrap=True, highlight=False)
+    if args.open:
+        webbrowser.open(args.output.resolve().as_uri())
+
+
+if __name__ == "__main__":
+    main()
