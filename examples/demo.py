@@ -1,6 +1,6 @@
 """The same emoji drawn in 16 bits and in three kinds of 4 bits, side by side on one HTML page.
 
-    python examples/demo.py [--output demo.html] [--prompts 8] [--steps 16] [--open]
+    python examples/demo.py [--output demo.html] [--prompts 8] [--steps 12] [--open]
 
 Each method starts from a freshly loaded transformer, is calibrated on prompts that are not shown, and draws the same
 prompts from the same noise. Nothing is downloaded; the model is in examples/emoji.
@@ -213,7 +213,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw emoji in 16 bits and in 4, side by side on one HTML page.")
     parser.add_argument("--output", type=Path, default=Path("demo.html"), help="the page (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="how many emoji (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     args = parser.parse_args(argv)
     if not 1 <= args.prompts <= 24:
