@@ -95,7 +95,7 @@ def lead(count: int, methods: Sequence[Method]) -> str:
 <h1>The same {count} emoji, drawn {len(methods)} ways</h1>
 <p class="lead">One small diffusion transformer, the same prompts, the same noise: first in 16 bits, then with its
 weights cut to 4 bits. SVDQuant rounds most of a weight to 4 bits and keeps its few strongest directions in a thin
-16-bit branch beside it. The last methods do without that branch, so you can see what it is for.</p>
+16-bit branch beside it. The last method does without that branch, so you can see what it is for.</p>
 <pre><code>pipe.transformer.compile_repeated_blocks(backend="svdquant", fullgraph=True)</code></pre>
 </header>"""
 

@@ -12,6 +12,10 @@ torch.set_num_threads(1)
 
 WIDTH, TOKENS, CHANNELS = 128, 24, 16
 
+# How far two compilations of the same arithmetic may be apart: their fp32 rounding differs, and where a value lies
+# between two int8 codes that flips one code in many thousands. A real mistake is off by a percent or more.
+FLIPPED_CODES = 1e-3
+
 
 class Block(nn.Module):
     """What transformers' blocks have in common: siblings that read one tensor, GELU, a modulation with one row a

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import svdq_compile as svdq
-from conftest import TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
+from conftest import FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import GradientsNeeded, NonFiniteWeight, OptionError, WeightsReleased
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.summary import TALLY
@@ -92,7 +92,7 @@ def test_data_free() -> None:
     run = compiled(model, calibration_steps=0)
     eager, again = run(*inputs()), run(*inputs())
     assert 0 < relative_error(eager, reference) < 0.08
-    assert relative_error(again, eager) < 1e-5, "the first call runs the same arithmetic, only not compiled"
+    assert relative_error(again, eager) < FLIPPED_CODES, "the first call runs the same arithmetic, only not compiled"
 
 
 def test_whole_and_regional_agree() -> None:
@@ -103,7 +103,7 @@ def test_whole_and_regional_agree() -> None:
     for _ in range(2):
         a, b = run(*inputs()), regional(*inputs())
     assert quantized_names(whole) == quantized_names(regional)
-    assert relative_error(a, b) < 1e-5
+    assert relative_error(a, b) < FLIPPED_CODES
     for (name, p), q in zip(whole.named_parameters(), regional.parameters(), strict=True):
         if isinstance(p, QuantizedWeight):
             assert torch.equal(svdq.packed(p).weight[0], svdq.packed(q).weight[0]), name
@@ -167,7 +167,7 @@ def test_blocks_packed_in_another_form_get_another_variant() -> None:
     torch._dynamo.reset()
     together = torch.cat([b(torch.ones(1, 8, WIDTH), torch.ones(1, WIDTH)) for b in model.blocks])
     assert counter.graphs == 1
-    assert relative_error(together, alone) < 1e-5
+    assert relative_error(together, alone) < FLIPPED_CODES
 
 
 def test_nested_compile_region() -> None:
@@ -186,7 +186,7 @@ def test_nested_compile_region() -> None:
     for _ in range(2):
         nested, expected = run(*inputs()), flat(*inputs())
     assert len(quantized_names(model)) == 15
-    assert relative_error(nested, expected) < 1e-5
+    assert relative_error(nested, expected) < FLIPPED_CODES
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -438,7 +438,7 @@ def test_inference_mode_then_no_grad() -> None:
     with torch.inference_mode():
         run(*inputs())
         a = run(*inputs())
-    assert relative_error(run(*inputs()), a) < 1e-5
+    assert relative_error(run(*inputs()), a) < FLIPPED_CODES
 
 
 def test_graphs_are_dumped(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
