@@ -2,7 +2,7 @@
 
     python bench/pictures.py [--prompts 64] [--output bench/results/pictures-h200.json]
 
-The demo's own recipes, steps and calibration; other prompts and seeds than the demo shows.
+The demo's recipes and one more, its calibration, 16 steps; other prompts and seeds than the demo shows.
 """
 
 import argparse
@@ -17,6 +17,13 @@ from record import RESULTS, write
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
 
+import svdq_compile as svdq
+
+BRANCHLESS = demo.Recipe(
+    "int4, no low-rank branch",
+    "smoothing kept",
+    svdq.Config("int4", rank=0, error_budget=1.0, progress=False),
+)
 STEPS, FIRST_PROMPT, FIRST_SEED = 16, 40, 1000
 
 
@@ -36,7 +43,7 @@ def main() -> None:
     rows: list[dict] = []
     reference: np.ndarray | None = None
     with Progress() as progress:
-        for recipe in demo.RECIPES:
+        for recipe in (*demo.RECIPES, BRANCHLESS):
             line = demo.Line(progress, recipe, job)
             pipe = demo.prepare(recipe, job, line)
             pictures = demo.draw(pipe, shown, STEPS, FIRST_SEED, line)
