@@ -35,7 +35,7 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 
     device  where the work is done and the packed tensors stay; by default each weight's own
     """
-    with store.LOCK, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with store.LOCK, torch.inference_mode(False), torch.no_grad():
         todo = [task for task in tasks if any(store.is_undecided(w) for w in task.weights)]
         for task in progress(todo, config.progress):
             _convert_group(task, config, device)
@@ -66,7 +66,8 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
             raise UnsupportedDevice(chosen[0][1], str(at))
         matrices = [weight.detach().to(at).flatten(1) for weight, _ in chosen]
         names = [name for _, name in chosen]
-        quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
+        with torch.autocast(at.type, enabled=False):
+            quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
             if result.error > config.error_budget:
                 reason = f"its error would be {result.error:.2f}, above error_budget"

@@ -73,5 +73,6 @@ def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: An
     bias = args[0] if args else kwargs.get("bias")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y = ops.linear(x.movedim(channel_dim, -1), weight._svdq, bias, dtype)
+    with torch.autocast(device, enabled=False):
+        y = ops.linear(x.movedim(channel_dim, -1), weight._svdq, bias, dtype)
     return y.movedim(-1, channel_dim)

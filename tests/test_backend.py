@@ -275,6 +275,16 @@ def test_bfloat16_and_autocast() -> None:
     assert relative_error(output, reference) < 0.06
 
 
+def test_quantizing_under_autocast_is_done_in_full_precision() -> None:
+    model, expected = net(), net()
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(model, calibration_steps=0)(*inputs())
+    compiled(expected, calibration_steps=0)(*inputs())
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        if isinstance(p, QuantizedWeight):
+            assert torch.equal(svdq.packed(p).weight[0], svdq.packed(q).weight[0]), name
+
+
 def test_reading_a_weight_beside_its_linear_keeps_it() -> None:
     class Reads(nn.Module):
         def __init__(self) -> None:
