@@ -32,8 +32,8 @@ _compiled: dict[tuple, CompiledKernel] = {}
 def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, constants: tuple, **options: int) -> None:
     """Start a kernel on the current device.
 
-    arguments  tensors, ints and `Descriptor`s in the order of the kernel's parameters
-    constants  its constexpr parameters, which come last
+    arguments  tensors, ints, floats, `Descriptor`s and tuples of these in the order of the kernel's parameters
+    constants  its constexpr parameters, which come last; the functions of hooks among them
     options    num_warps, num_stages
     """
     key = (
@@ -51,13 +51,17 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
         compiled[grid](*arguments, *constants)
 
 
-def _specialization(argument: Tensor | int | Descriptor) -> object:
+def _specialization(argument: Tensor | int | float | Descriptor | tuple) -> object:
     """All that Triton compiles in about an argument: types, divisibility by 16, and the int 1."""
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument.base.dtype, argument.block_shape
+    if isinstance(argument, float):
+        return float
+    if isinstance(argument, Descriptor):
+        return argument.base.dtype, argument.block_shape
+    return tuple(_specialization(a) for a in argument)
 
 
 def _described(descriptor: Descriptor) -> object:

@@ -1,0 +1,109 @@
+"""Pick the fastest of a few configurations of a kernel on this GPU, once for each class of shapes, and remember it.
+
+Candidates come best guess first. That guess is what runs wherever measuring is impossible or unwanted: on the CPU,
+while a CUDA graph is captured, under `torch.use_deterministic_algorithms(True)`, with SVDQ_TUNE=0, and once this
+process has spent SECONDS on measuring. Choices are kept in a JSON file for each GPU and version of Triton, in
+`cache_folder()`, so another process measures nothing.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+SECONDS = 5.0
+REPEATS = 7
+
+_C = TypeVar("_C", bound=Hashable)
+_chosen: dict[tuple[torch.device, str], int] = {}
+_spent = 0.0
+
+
+def cache_folder() -> Path:
+    """Where choices and generated kernels are kept: SVDQ_CACHE, or svdq_compile in the user's cache folder."""
+    own = os.environ.get("SVDQ_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svdq_compile"
+
+
+def choose(kernel: str, shape: tuple[int, ...], candidates: Sequence[_C], run: Callable[[_C], object],
+           device: torch.device) -> _C:  # fmt: skip
+    """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands."""
+    if len(candidates) == 1 or device.type != "cuda":
+        return candidates[0]
+    # The candidates are in the key: a list that changed is a new question.
+    key = f"{kernel} {shape} {list(candidates)}"
+    index = _chosen.get((device, key))
+    if index is None:
+        index = _known(device).get(key)
+        if index is None:
+            if not _may_measure():
+                return candidates[0]
+            index = _measure(candidates, run)
+            _remember(device, key, index)
+        _chosen[device, key] = index
+    return candidates[index]
+
+
+def _may_measure() -> bool:
+    wanted = os.environ.get("SVDQ_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
+    return wanted and _spent < SECONDS and not torch.cuda.is_current_stream_capturing()
+
+
+def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
+    """Index of the candidate with the smallest median time; one that fails to compile is out."""
+    global _spent
+    begin = time.perf_counter()
+    times = []
+    for candidate in candidates:
+        try:
+            run(candidate)
+            times.append(_milliseconds(lambda c=candidate: run(c)))
+        except (triton.CompilationError, triton.runtime.errors.OutOfResources):
+            times.append(float("inf"))
+    _spent += time.perf_counter() - begin
+    return min(range(len(times)), key=times.__getitem__)
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+@cache
+def _file(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
+    return cache_folder() / f"choices-{name}-triton-{triton.__version__}.json"
+
+
+@cache
+def _known(device: torch.device) -> dict[str, int]:
+    try:
+        return json.loads(_file(device).read_text())
+    except (OSError, ValueError):  # none yet, or torn: measure again
+        return {}
+
+
+def _remember(device: torch.device, key: str, index: int) -> None:
+    """Into the file, whole or not at all; a cache that cannot be written costs a measurement next time."""
+    known, path = _known(device), _file(device)
+    known[key] = index
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(known, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        pass

@@ -1,0 +1,123 @@
+"""The w4a8 and int4 products as kernels: numbers in the interpreter, bad input, and what they compile to."""
+
+import re
+
+import pytest
+import torch
+from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
+
+from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.lowering import reference
+
+POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
+            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@compiled
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank"), [(1, 8, 64, 0), (17, 72, 192, 16), (70, 130, 100, 48), (140, 65, 128, 96)]
+)
+def test_interpreted_gemm(m, n, k, rank, precision):
+    """Ragged everywhere; xd is a slice of a wider matrix."""
+    from svdq_compile.kernels import triton_gemm
+
+    fmt = FORMATS[precision]
+    weight = fmt.quantize_weight(torch.randn(n, k))
+    qx, ascales = fmt.quantize_activation(torch.randn(m, k))
+    xd, up, bias = torch.randn(m, rank + 16).to(HALF)[:, 16:], torch.randn(n, rank).to(HALF), torch.randn(n).to(HALF)
+    offset = torch.randn(n) if precision == "int4" else None
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, torch.float32)
+    packed = layout.to_kernel(precision, weight)
+    assert error(triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, HALF), expected) < ROUNDING
+    y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, None, offset, torch.float32)
+    assert error(y, expected - bias.float()) < 1e-5
+
+
+# ** bad input **
+
+
+def gemm_arguments():
+    fmt = FORMATS["w4a8"]
+    qx, ascales = fmt.quantize_activation(torch.randn(4, 128))
+    weight = layout.to_kernel("w4a8", fmt.quantize_weight(torch.randn(8, 128)))
+    return {"qx": qx, "ascales": ascales, "xd": torch.randn(4, 16).to(HALF), "weight": weight,
+            "up": torch.randn(8, 16).to(HALF), "bias": None, "offset": None}  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "spoil", "complaint"),
+    [
+        ("qx", lambda t: t.to(torch.int32), "qx is torch.int32"),
+        ("qx", lambda t: t.t().contiguous().t(), "qx must be contiguous"),
+        ("ascales", lambda t: t[:3], "ascales has shape"),
+        ("weight", lambda w: (w[0][:, :32].contiguous(), *w[1:]), "qweight has shape"),
+        ("xd", lambda t: t[:, :8], "up has shape"),
+        ("xd", lambda t: t.t().contiguous().t(), "xd has shape"),
+        ("up", lambda t: t.to("meta"), "up is on meta"),
+        ("bias", lambda _: torch.ones(7), "bias has shape"),
+    ],
+)
+def test_launchers_say_what_is_wrong(name, spoil, complaint):
+    from svdq_compile.kernels import triton_gemm
+
+    arguments = gemm_arguments()
+    arguments[name] = spoil(arguments[name])
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF)
+
+
+# ** instructions **
+
+INT8_MMA = {
+    90: r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8",
+    80: r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32",
+}
+
+
+@compiled
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gemm_uses_int8_tensor_cores(capability, grouped):
+    from svdq_compile.kernels.triton_gemm import _gemm_kernel
+
+    constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped}
+    types = POINTERS | ({"wscales": "*bf16"} if grouped else {})
+    built = compile_for(_gemm_kernel, capability, constants, 4, types)
+    assert re.search(INT8_MMA[capability], built.ptx)
+    assert built.spilled == 0
+
+
+@compiled
+def test_gluon_gemm_keeps_int8_products_in_flight():
+    """int8 wgmma with the left operand from registers, one product outstanding, operands copied by TMA."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from svdq_compile.kernels import gluon_gemm
+
+    tm, tn, stages, warps = 64, 64, 4, 4
+    blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
+              "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
+              "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip
+    descriptors = {
+        name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
+        for name, (kind, dtype, rows, columns) in blocks.items()
+    }
+    constants = {"TM": tm, "TN": tn, "STAGES": stages, "GROUP": 8, "BIAS": True, "WARPS": warps}
+    kernel = gluon_gemm._gemm_kernel
+    ptx = compile_for(kernel, 90, constants, warps, POINTERS | descriptors, source=GluonASTSource).ptx
+    products = re.findall(rf"{INT8_MMA[90]} {{[^}}]*}}, {{[^}}]*}}", ptx)
+    assert products, "the left operand is not in registers"
+    assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", ptx)
+    assert "cp.async.bulk.tensor.2d" in ptx
