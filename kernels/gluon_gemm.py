@@ -1,6 +1,6 @@
 """The w4a8 GEMM for sm_90, in Gluon: asynchronous int8 `wgmma` with the weights unpacked in registers.
 
-    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T
+    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T, then the epilogue hook
 
     qx         [M, Kp]     int8
     ascales    [M, 1]      fp32
@@ -12,13 +12,22 @@
     bias       [N]         any float dtype, or None
     y          [M, N]      bf16 or fp16
 
-One program walks over tiles of TN features by TM tokens, computed transposed: weights are the left operand, which
-`wgmma` takes from registers. A step of the walk is one of STAGES buffers, filled by the copy engine (TMA) STAGES - 1
-steps ahead and across tiles; a tile is P/128 integer steps, then, after the scales, a step for every 32 of the rank,
-which finds `xd` and `up` in the same buffers. One half's codes are expanded while the other half's are multiplied.
-TMA cuts off at the edges of M, N, K and r, so nothing here is masked but the vectors.
+Warps have roles. One warp walks over tiles of TN features by TM tokens and has the copy engine (TMA) fill a ring of
+STAGES buffers, as far ahead as they are free; all others multiply. A tile is computed transposed: weights are the left
+operand, which `wgmma` takes from registers, and while one half of a step's codes is multiplied the other is expanded.
+A tile has P/128 such steps, then, after the scales, one for every 32 of the rank, with `xd` and `up` in the same
+buffers. TMA cuts off at the edges of M, N, K and r, so nothing here is masked but the vectors.
 
-Only Gluon's public operations; no warp specialization, which ptxas serializes (C7512). Tried on Triton 3.6 and 3.9.
+Tiles that would leave most of the GPU idle in a last round are cut along K into parts. A part leaves its int32 sums in
+`partial` and counts itself; the one that comes last adds the others' and finishes the tile. Integer sums do not depend
+on the order, so the result is the same bit for bit whichever comes last.
+
+Three things keep the tensor cores fed without touching the generated PTX, on Triton 3.6 and 3.9:
+- The multiplying warps are the default partition of `warp_specialize`. A worker partition runs inside a dispatch loop,
+  for which ptxas serializes every `wgmma` (C7512); the default partition is straight code.
+- A buffer is handed back through a named barrier (`bar.arrive`, no waiting). Gluon's own `mbarrier.arrive` stops all
+  multiplying warps twice.
+- Vectors for the epilogue are loaded before the walk over K.
 """
 
 from dataclasses import dataclass
@@ -36,9 +45,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hooks import Hook
 from .triton_gemm import check_gemm
-from .triton_launch import Descriptor, launch, processors
+from .triton_launch import Descriptor, launch, processors, zeroed_counters
 from .triton_unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
+from .tuning import choose
 
 RANK_STEP = gl.constexpr(32)  # 64 bytes a row, as wide as a step's packed weights
 # Renamed after Triton 3.6.
@@ -59,33 +70,6 @@ def _tile_of(t, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _fill(x, w, s, xd, up, xs, ws, ss, full, pm, pn, step, k_steps, slot, live, TM: gl.constexpr, TN: gl.constexpr):
-    """Start the copies of one step into its buffer; they arrive at full[slot]."""
-    bar = full.index(slot)
-    if step < k_steps:
-        mbarrier.expect(bar, TM * 128 + TN * 66, pred=live)
-        _load(s, [step, pn * TN], bar, ss.index(slot), pred=live)
-        _load(w, [pn * TN, step * 64], bar, ws.index(slot), pred=live)
-        _load(x, [pm * TM, step * 128], bar, xs.index(slot), pred=live)
-    else:
-        r = (step - k_steps) * RANK_STEP
-        mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP, pred=live)
-        _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout), pred=live)
-        _load(xd, [pm * TM, r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout), pred=live)
-
-
-@gluon.jit
-def _after(pm, pn, step, tile, steps, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """The step that follows, in the next tile where this one ends."""
-    step += 1
-    if step >= steps:
-        step = 0
-        tile += gl.num_programs(0)
-        pm, pn = _tile_of(gl.minimum(tile, tiles_m * tiles_n - 1), tiles_m, tiles_n, GROUP)
-    return pm, pn, step, tile
-
-
-@gluon.jit
 def _expand(p, s, ASM: gl.constexpr):
     """p [TN, 64] int8, s [TN, 1] int8 -> (code - 8) * s, [TN, 64] int8."""
     s = s.to(gl.int32)
@@ -94,40 +78,117 @@ def _expand(p, s, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _gemm_kernel(
-    x, w, s, xd, up, y, ascales, wscales, bias, M, N, k_steps, rank_steps,
-    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    WARPS: gl.constexpr,
+def _hand_back(slot, THREADS: gl.constexpr):
+    """A multiplying thread is done with a buffer. Named barriers 15, 14, ...; Triton itself counts up from 0."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.u32 $0, $1;", "=r,r,r", [15 - slot, gl.to_tensor(THREADS)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _await_free(slot, THREADS: gl.constexpr):
+    """Wait until every multiplying thread has handed the buffer back."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.u32 $0, $1;", "=r,r,r", [15 - slot, gl.to_tensor(THREADS)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _work(item, whole, parts, part_steps, k_steps):
+    """Work item -> its tile, first step and number of steps. The tiles from `whole` on are `parts` items each."""
+    cut = gl.maximum(item - whole, 0)
+    tile = gl.where(item < whole, item, whole + cut // parts)
+    first = gl.where(item < whole, 0, cut % parts * part_steps)
+    count = gl.where(item < whole, k_steps, gl.minimum(part_steps, k_steps - first))
+    return tile, first, count
+
+
+@gluon.jit
+def _copy(
+    x, w, s, xd, up, xs, ws, ss, full, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
+    """The copying warp: every step of every work item, into the ring."""
+    slot = 0
+    filled = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, first, count = _work(item, whole, parts, part_steps, k_steps)
+        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        for i in range(count + rank_steps):
+            if filled >= STAGES:
+                _await_free(slot, THREADS)
+            bar = full.index(slot)
+            if i < count:
+                step = first + i
+                mbarrier.expect(bar, TM * 128 + TN * 66)
+                _load(s, [step, pn * TN], bar, ss.index(slot))
+                _load(w, [pn * TN, step * 64], bar, ws.index(slot))
+                _load(x, [pm * TM, step * 128], bar, xs.index(slot))
+            else:
+                r = (i - count) * RANK_STEP
+                mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
+                _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
+                _load(xd, [pm * TM, r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            filled += 1
+    slot = gl.where(filled < STAGES, 0, slot)
+    for _ in range(gl.minimum(filled, STAGES)):  # leave no barrier half arrived at
+        _await_free(slot, THREADS)
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+
+
+@gluon.jit
+def _next(slot, phase, STAGES: gl.constexpr):
+    slot += 1
+    return gl.where(slot == STAGES, 0, slot), gl.where(slot == STAGES, phase ^ 1, phase)
+
+
+@gluon.jit
+def _add_other_parts(acc, partial, counters, item, whole, parts, offsets, TILE: gl.constexpr):
+    """Leave this part's sums and count it; the last one of its tile adds the others'. -> sums, whether the last."""
+    cut = item - whole
+    own = cut % parts
+    first = partial + (cut - own).to(gl.int64) * TILE
+    gl.store(first + own * TILE + offsets, acc)
+    _barrier()
+    arrived = gl.atomic_add(counters + cut // parts, 1)  # acquires and releases: the others' sums are visible
+    if arrived == parts - 1:
+        for other in range(parts):
+            if other != own:
+                acc += gl.load(first + other * TILE + offsets, cache_modifier=".cg")
+        gl.store(counters + cut // parts, 0)  # for the next call
+    return acc, arrived == parts - 1
+
+
+@gluon.jit
+def _multiply(
+    y, xs, ws, ss, ys, full, xd, up, ascales, wscales, bias, partial, counters, extra, M, N, tiles_m, tiles_n,
+    items, whole, parts, part_steps, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    EPILOGUE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
+):  # fmt: skip
+    """The multiplying warps: each work item's sums, and the finished tiles."""
     INSTRUCTION: gl.constexpr = TM if TM < 128 else 128
-    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 32])
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 32])
     real: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, whole, 4)
+    left: gl.constexpr = gl.DotOperandLayout(0, sums, 4)
     bytewise: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
-    xs = gl.allocate_shared_memory(gl.int8, [STAGES, TM, 128], x.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
-    ss = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
-    ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
-    tiles_m = gl.cdiv(M, TM)
-    tiles_n = gl.cdiv(N, TN)
-    tiles = tiles_m * tiles_n
-    steps = k_steps + rank_steps
-    tile = gl.program_id(0)
-    pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
-    step = tile * 0
-    for i in gl.static_range(STAGES - 1):
-        _fill(x, w, s, xd, up, xs, ws, ss, full, pm, pn, step, k_steps, i, tile < tiles, TM, TN)
-        pm, pn, step, tile = _after(pm, pn, step, tile, steps, tiles_m, tiles_n, GROUP)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     slot = 0
     phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        cm, cn = _tile_of(t, tiles_m, tiles_n, GROUP)
-        acc = gl.full([TN, TM], 0, gl.int32, whole)
-        for _ in range(k_steps):
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, _first, count = _work(item, whole, parts, part_steps, k_steps)
+        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        tokens = pm * TM + gl.arange(0, TM, line)
+        a = gl.load(ascales + tokens, mask=tokens < M, other=0.0)
+        rn = pn * TN + gl.arange(0, TN, gl.SliceLayout(1, real))
+        b = gl.load(wscales + rn, mask=rn < N, other=0.0)
+        if BIAS:
+            shift = gl.load(bias + rn, mask=rn < N, other=0.0)
+        acc = gl.full([TN, TM], 0, gl.int32, sums)
+        for i in range(count):
             mbarrier.wait(full.index(slot), phase)
             p = ws.index(slot).load(left)
             scales = _view(ss.index(slot), gl.int8, [TN, 2], bytewise)
@@ -137,54 +198,101 @@ def _gemm_kernel(
             low = _expand(p, even, SCALED_LOW)
             acc = warpgroup_mma(low, xt.slice(0, 64, 1).permute([1, 0]), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            _barrier()  # every warp is done with the step before this one: its buffer is free
-            free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            _fill(x, w, s, xd, up, xs, ws, ss, full, pm, pn, step, k_steps, free, tile < tiles, TM, TN)
-            pm, pn, step, tile = _after(pm, pn, step, tile, steps, tiles_m, tiles_n, GROUP)
+            if i > 0:  # the step before this one is multiplied
+                _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
             high = _expand(p, odd, SCALED_HIGH)
             acc = warpgroup_mma(high, xt.slice(64, 64, 1).permute([1, 0]), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
-            slot += 1
-            phase = gl.where(slot == STAGES, phase ^ 1, phase)
-            slot = gl.where(slot == STAGES, 0, slot)
+            slot, phase = _next(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        rm = cm * TM + gl.arange(0, TM, gl.SliceLayout(0, real))
-        rn = cn * TN + gl.arange(0, TN, gl.SliceLayout(1, real))
-        a = gl.load(ascales + rm, mask=rm < M, other=0.0)
-        b = gl.load(wscales + rn, mask=rn < N, other=0.0)
+        _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
+        finished = item < whole
+        if item >= whole:
+            offsets = (gl.arange(0, TN, gl.SliceLayout(1, sums)) * TM)[:, None]
+            offsets += gl.arange(0, TM, gl.SliceLayout(0, sums))[None, :]
+            acc, finished = _add_other_parts(acc, partial, counters, item, whole, parts, offsets, TN * TM)
+        a = gl.convert_layout(a, gl.SliceLayout(0, real))
         out = gl.convert_layout(acc, real, assert_trivial=True).to(gl.float32) * a[None, :] * b[:, None]
         if BIAS:
-            out += gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32)[:, None]
+            out += shift.to(gl.float32)[:, None]
         for _ in range(rank_steps):
             mbarrier.wait(full.index(slot), phase)
             u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
             d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
             out = warpgroup_mma(u, d.permute([1, 0]), out, is_async=True)
-            _barrier()
-            free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            _fill(x, w, s, xd, up, xs, ws, ss, full, pm, pn, step, k_steps, free, tile < tiles, TM, TN)
-            pm, pn, step, tile = _after(pm, pn, step, tile, steps, tiles_m, tiles_n, GROUP)
             out = warpgroup_mma_wait(0, deps=(out,))
-            slot += 1
-            phase = gl.where(slot == STAGES, phase ^ 1, phase)
-            slot = gl.where(slot == STAGES, 0, slot)
-        tma.store_wait(0)
-        ys.permute([1, 0]).store(out.to(y.dtype))
-        fence_async_shared()
-        _store(y, [cm * TM, cn * TN], ys)
+            _hand_back(slot, THREADS)
+            slot, phase = _next(slot, phase, STAGES)
+        if finished:
+            if EPILOGUE is not None:
+                rm = pm * TM + gl.arange(0, TM, gl.SliceLayout(0, real))
+                out = EPILOGUE(out, rn[:, None], rm[None, :], (rn < N)[:, None] & (rm < M)[None, :], extra)
+            tma.store_wait(0)
+            ys.permute([1, 0]).store(out.to(y.dtype))
+            fence_async_shared()
+            _store(y, [pm * TM, pn * TN], ys)
     tma.store_wait(0)
+
+
+# Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
+@gluon.jit(do_not_specialize=["M", "N", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
+def _gemm_kernel(
+    x, w, s, xd, up, y, ascales, wscales, bias, partial, counters, extra, M, N, whole, parts, part_steps, k_steps,
+    rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    xs = gl.allocate_shared_memory(gl.int8, [STAGES, TM, 128], x.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
+    ss = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
+    tiles_m = gl.cdiv(M, TM)
+    tiles_n = gl.cdiv(N, TN)
+    items = whole + (tiles_m * tiles_n - whole) * parts
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    y, xs, ws, ss, ys, full, xd, up, ascales, wscales, bias, partial, counters, extra, M, N, tiles_m,
+                    tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+                    TM, TN, STAGES, GROUP, BIAS, EPILOGUE, WARPS, THREADS,
+                ),
+            ),
+            (
+                _copy,
+                (
+                    x, w, s, xd, up, xs, ws, ss, full, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps,
+                    rank_steps, TM, TN, STAGES, GROUP, THREADS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One shape of the kernel: tokens, features, buffers, and how many programs share a multiprocessor."""
+    """One shape of the kernel: tokens, features, buffers, multiplying warps, programs that share a multiprocessor, and
+    into how many parts along K a tile of the last round may be cut.
+    """
 
     tm: int
     tn: int
     stages: int
     warps: int
     programs: int = 1
-    group: int = 8
+    parts: int = 4
+
+
+GROUP = 8  # token tiles in a row that use the same weights
+MIN_STEPS = 4  # of a part: fewer would not repay the exchange of its sums
 
 
 def can_gemm(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> bool:
@@ -195,17 +303,39 @@ def can_gemm(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> bool
     return not r or (xd.stride(0) % 8 == 0 and xd.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0)
 
 
-def choose_tile(m: int, n: int, device: torch.device) -> Tile:
-    """For m tokens by n features: within 10 % of the fastest of bench/gemm.py --tiles on an H200."""
+def candidates(m: int, n: int) -> tuple[Tile, ...]:
+    """Tiles worth trying for m tokens by n features, best guess first."""
     if m <= 32:
-        return Tile(32, 64, 8, 4, 2)
+        return (Tile(32, 64, 8, 4, 2), Tile(32, 128, 6, 8))
     if m <= 64:
-        return Tile(64, 64, 8, 4, 2)
+        return (Tile(64, 64, 8, 4, 2), Tile(64, 128, 6, 8))
     if m <= 128:
-        return Tile(128, 128, 5, 8) if n > 8192 else Tile(128, 64, 4, 4, 2)
-    if -(-m // 256) * -(-n // 128) < 2 * processors(device):
-        return Tile(256, 64, 4, 4)
-    return Tile(256, 128, 4, 8)
+        return (Tile(128, 64, 4, 4, 2), Tile(128, 128, 5, 8))
+    if m <= 1024:
+        return (Tile(128, 128, 5, 8), Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2))
+    return (Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How the tiles of one product go over the programs: `whole` of them at once each, the others in `parts` each."""
+
+    programs: int
+    whole: int
+    parts: int
+    part_steps: int
+
+
+@cache
+def share(tiles: int, k_steps: int, programs: int, max_parts: int) -> Rounds:
+    """Cut the tiles of the last round where that fills programs that would have none."""
+    left = tiles % programs
+    parts = min(programs // left, max_parts, k_steps // MIN_STEPS) if left else 1
+    if parts < 2:
+        return Rounds(min(tiles, programs), tiles, 1, k_steps)
+    part_steps = -(-k_steps // parts)
+    parts = -(-k_steps // part_steps)
+    return Rounds(min(tiles - left + left * parts, programs), tiles - left, parts, part_steps)
 
 
 @cache
@@ -222,18 +352,34 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
 
 
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:  # fmt: skip
+         out_dtype: torch.dtype, epilogue: Hook | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
     """w4a8, tensors as above, `can_gemm` -> y [M, N]."""
     m, n, _ = check_gemm("w4a8", qx, ascales, xd, weight, up, bias, None)
     y = qx.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
+
+    def run(t: Tile) -> None:
+        _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t)
+
+    if tile is None:
+        shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
+        tile = choose("gluon_gemm", shape, candidates(m, n), run, qx.device)
+    run(tile)
+    return y
+
+
+def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
+    (m, n), r = y.shape, up.shape[1]
     qweight, subscales, wscales = weight
-    t = tile or choose_tile(m, n, qx.device)
-    r = up.shape[1]
+    k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
-    tiles = -(-m // t.tm) * -(-n // t.tn)
+    rounds = share(-(-m // t.tm) * -(-n // t.tn), k_steps, t.programs * processors(qx.device), t.parts)
+    counters = zeroed_counters(qx.device)
+    partial = counters
+    if rounds.parts > 1:
+        partial = qx.new_empty(rounds.programs * t.tm * t.tn, dtype=torch.int32)
     arguments = (
         _describe(qx, t.tm, 128),
         _describe(qweight, t.tn, 64),
@@ -244,13 +390,20 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
         ascales,
         wscales,
         wscales if bias is None else bias,
+        partial,
+        counters,
+        () if epilogue is None else epilogue.operands,
         m,
         n,
-        subscales.shape[0],
+        rounds.whole,
+        rounds.parts,
+        rounds.part_steps,
+        k_steps,
         -(-r // RANK_STEP.value),
     )
-    constants = (t.tm, t.tn, t.stages, t.group, bias is not None, t.warps)
-    launch(
-        _gemm_kernel, (min(tiles, t.programs * processors(qx.device)), 1, 1), arguments, constants, num_warps=t.warps
-    )
-    return y
+    function = None if epilogue is None else epilogue.function
+    constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, function, t.warps)
+    options = {"num_warps": t.warps}
+    if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
+        options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
+    launch(_gemm_kernel, (rounds.programs, 1, 1), arguments, constants, **options)

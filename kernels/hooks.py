@@ -5,7 +5,8 @@
                result with bias and low rank added, before it is rounded and stored
 
 `rows`, `columns`, `features` and `tokens` are indices already shaped to broadcast against the block ([TM, 1], [1, TK],
-...), `live` the mask of elements that exist, `extra` the tuple of `operands` as pointers and scalars. A hook is part of a kernel's compile-time identity: Triton's cache sees the source of its function.
+...), `live` the mask of elements that exist, `extra` the tuple of `operands` as pointers and scalars. A hook is part of
+a kernel's compile-time identity: Triton's cache sees the source of its function.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import check_low_rank, check_tensor, launch
-from .triton_unpack import nibble, scaled
+from .triton_unpack import INTERPRETED, nibble, scaled
+
+# 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
+_LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }")
+_HIGH = tl.constexpr("lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;")
 
 
 @triton.jit
@@ -38,11 +42,22 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _sixteenfold(p, HIGH: tl.constexpr):
+    """p int8 -> 16 (u - 8), u its low or high code, int8: in place, one exclusive or from two's complement."""
+    if INTERPRETED:
+        return ((nibble(p, HIGH).to(tl.int32) - 8) * 16).to(tl.int8)
+    elif HIGH:
+        return tl.inline_asm_elementwise(_HIGH, "=r,r", [p], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return tl.inline_asm_elementwise(_LOW, "=r,r", [p], dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
 def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, N, KP):
-    """The int4 scales of step w's two groups: of the weights [TN, 1], of the activations [1, TM]."""
+    """The int4 scales of step w's two groups: of the weights [TN, 1] over 16, of the activations [1, TM]."""
     w = min(w, words - 1)
-    s0 = tl.load(wscales + 2 * w * N + rn, mask=live_n, other=0.0).to(tl.float32)
-    s1 = tl.load(wscales + (2 * w + 1) * N + rn, mask=live_n, other=0.0).to(tl.float32)
+    s0 = tl.load(wscales + 2 * w * N + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
+    s1 = tl.load(wscales + (2 * w + 1) * N + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
     groups = KP // 64
     a0 = tl.load(ascales + wide_m * groups + 2 * w, mask=live_m, other=0.0)
     a1 = tl.load(ascales + wide_m * groups + min(2 * w + 1, groups - 1), mask=live_m, other=0.0)
@@ -77,9 +92,9 @@ def _gemm_kernel(
         x0 = tl.load(x_at + w * 128, mask=live_m, other=0)
         x1 = tl.load(x_at + min(w * 128 + 64, KP - 64), mask=live_m, other=0)  # past the end: any value times 0
         if GROUPED:
-            d0 = tl.dot(nibble(p, False) - 8, x0, out_dtype=tl.int32)
+            d0 = tl.dot(_sixteenfold(p, False), x0, out_dtype=tl.int32)
             acc += d0.to(tl.float32) * s0 * a0
-            d1 = tl.dot(nibble(p, True) - 8, x1, out_dtype=tl.int32)
+            d1 = tl.dot(_sixteenfold(p, True), x1, out_dtype=tl.int32)
             acc += d1.to(tl.float32) * s1 * a1
             s0, s1, a0, a1 = _group_scales(wscales, ascales, w + 1, words, rn[:, None], live_n, wide_m, live_m, N, KP)
         else:

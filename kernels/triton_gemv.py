@@ -1,6 +1,6 @@
-"""int4 weights with zero points, 16-bit activations, few rows: w4a16 at the speed of reading the weights once.
+"""int4 weights with zero points, 16-bit activations, few rows: w4a16 near the speed of reading the weights once.
 
-    y = x (q * wscales + wzeros)^T + xd up^T + bias
+    y = epilogue(x (q * wscales + wzeros)^T + xd up^T + bias)
 
     x        [M, K]       bf16 or fp16, contiguous
     qweight  [N, P/2]     int8, planar (layout.py); P = K rounded up to 128
@@ -9,16 +9,25 @@
     bias     [N]          any float dtype, or None
     y        [M, N]       bf16, fp16 or fp32
 
-Codes become 16-bit values bias + q by a byte permute (triton_unpack.py) and go to the tensor cores unscaled, so the
-products are exact; each group's sum is then scaled in fp32. A product with ones sums x over the group, for the zero
-points and for taking the bias off. Every load of a step is asynchronous and STAGES steps ahead.
+What counts is bytes under way. A program takes 16 features and all of K. Its warps take turns at words (the 64 bytes of
+128 channels), and each loads WORDS of them at once, with their scales, up and bias, into the registers where `mma`
+wants them, before it waits for any. Only the sums of the warps go through shared memory, in a fixed order.
+
+For that the product is batched, one batch a warp, and its K permuted: a lane's 16 bytes are neighbouring channels of
+one feature, and x is loaded to match. `_left` and `_right` say so in shapes; in another order results would be the same
+but values would have to move between lanes. Codes become 16-bit values bias + q by a byte permute (triton_unpack.py)
+and are multiplied unscaled, so products are exact; each group's sum is scaled in fp32. A product with ones sums x over
+the group, for the zero points and for taking the bias off.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hooks import Hook
 from .triton_launch import check_low_rank, check_tensor, launch
 from .triton_unpack import biased
 
@@ -26,73 +35,194 @@ MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more t
 
 
 @triton.jit
-def _scaled(products, sums, pair, CODE_BIAS: tl.constexpr):
-    """sum (bias + q) x, sum x, and a group's scale and zero as the bits of pair -> sum (q * scale + zero) x."""
-    scale = (pair << 16).to(tl.float32, bitcast=True)
-    zero = (pair & -65536).to(tl.float32, bitcast=True)
-    return products * scale + sums * (zero - CODE_BIAS * scale)
+def _left(codes, B: tl.constexpr):
+    """[(2, B, 8), 64], features in dims 0 and 2 -> [B, 16, 64], as the left operand that was 8-bit in memory."""
+    v = tl.reshape(codes, (2, B, 8, 4, 2, 2, 2, 2))
+    v = tl.permute(v, (1, 0, 2, 4, 6, 3, 5, 7))
+    return tl.reshape(v, (B, 16, 64))
+
+
+@triton.jit
+def _right(x, B: tl.constexpr, TM: tl.constexpr):
+    """[(2, TM/8, B, 8, 4), 8], channels in dims 0, 4, 5, tokens in 1 and 3 -> [B, 64, TM], channels as in `_left`."""
+    v = tl.reshape(x, (2, TM // 8, B, 8, 4, 2, 2, 2))
+    v = tl.permute(v, (2, 0, 6, 4, 5, 7, 1, 3))
+    return tl.reshape(v, (B, 64, TM))
+
+
+@triton.jit
+def _left_wide(up, B: tl.constexpr):
+    """[(2, B, 8), 32] -> [B, 16, 32], as the left operand that was 16-bit in memory."""
+    v = tl.reshape(up, (2, B, 8, 4, 2, 2, 2))
+    v = tl.permute(v, (1, 0, 2, 4, 5, 3, 6))
+    return tl.reshape(v, (B, 16, 32))
+
+
+@triton.jit
+def _right_wide(x, B: tl.constexpr, TM: tl.constexpr, PARTS: tl.constexpr):
+    """[(PARTS, TM/8, B, 8, 4), 8] -> [B, 32 PARTS, TM], channels as in `_left_wide`."""
+    v = tl.reshape(x, (PARTS, TM // 8, B, 8, 4, 2, 2, 2))
+    v = tl.permute(v, (2, 0, 5, 6, 4, 7, 1, 3))
+    return tl.reshape(v, (B, 32 * PARTS, TM))
+
+
+@triton.jit
+def _load(q_at, q_w, s_at, s_w, first, words, N, WARPS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr):
+    """Every warp's next WORDS words: their codes, and two groups' scales of each."""
+    codes = ()
+    scales = ()
+    for i in tl.static_range(WORDS):
+        w = first + i * WARPS
+        if WHOLE:
+            codes = codes + (tl.load(q_at + w * 64, eviction_policy="evict_first"),)
+        else:  # past the end any code will do: its scale is 0
+            codes = codes + (tl.load(q_at + w * 64, mask=q_w + w < words, eviction_policy="evict_first"),)
+    for i in tl.static_range(WORDS):
+        w = first + i * WARPS
+        if WHOLE:
+            scales = scales + (tl.load(s_at + 2 * w * N), tl.load(s_at + (2 * w + 1) * N))
+        else:
+            live = s_w + w < words
+            even = tl.load(s_at + 2 * w * N, mask=live, other=0)
+            odd = tl.load(s_at + (2 * w + 1) * N, mask=live, other=0)
+            scales = scales + (even, odd)
+    return codes, scales
+
+
+@triton.jit
+def _multiply(
+    acc, codes, scales, x_at, x_k, first, K, TM: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """acc [WARPS, 16, TM] + the products of what `_load` returned."""
+    DTYPE: tl.constexpr = x_at.dtype.element_ty
+    CODE_BIAS: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1024.0
+    ones = tl.full((WARPS, 16, 64), 1.0, DTYPE)
+    for i in tl.static_range(WORDS):
+        for high in tl.static_range(2):
+            k = (first + i * WARPS) * 128 + high * 64
+            x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=x_k + k < K, other=0.0)
+            products = tl.dot(_left(biased(codes[i], DTYPE, high == 1), WARPS), _right(x, WARPS, TM))
+            sums = tl.dot(ones, _right_wide(x, WARPS, TM, 2))
+            pair = scales[2 * i + high][:, :, None]
+            scale = (pair << 16).to(tl.float32, bitcast=True)
+            zero = (pair & -65536).to(tl.float32, bitcast=True)
+            acc += products * scale
+            acc += sums * (zero - CODE_BIAS * scale)
+    return acc
+
+
+@triton.jit
+def _load_low_rank(u_at, u_k, d_at, d_k, first, r):
+    u = tl.load(u_at + first, mask=u_k + first < r, other=0.0)
+    return u, tl.load(d_at + first, mask=d_k + first < r, other=0.0)
 
 
 @triton.jit
 def _gemv_kernel(
-    x, qweight, pairs, xd, up, bias, y, M, N, K, r, xd_stride,
-    TM: tl.constexpr, TN: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    x, qweight, pairs, xd, up, bias, y, M, N, K, r, xd_stride, extra,
+    TM: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BIAS: tl.constexpr, HOOK: tl.constexpr,
 ):  # fmt: skip
-    rn = tl.program_id(0) * TN + tl.arange(0, TN)
-    rm = tl.program_id(1) * TM + tl.arange(0, TM)
-    live_m = (rm < M)[None, :]
-    live_n = (rn < N)[:, None]
-    wide_m = rm.to(tl.int64)[None, :]
-    wide_n = rn.to(tl.int64)[:, None]
-    j = tl.arange(0, 64)
+    n0 = tl.program_id(0) * 16
+    m0 = tl.program_id(1) * TM
     words = tl.cdiv(K, 128)
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    CODE_BIAS: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1024.0
-    ones = tl.full((TN, 64), 1.0, DTYPE)
-    acc = tl.zeros((TN, TM), tl.float32)
-    for w in tl.range(0, words, num_stages=STAGES):
-        p = tl.load(qweight + wide_n * (words * 64) + (w * 64 + j)[None, :], mask=live_n, other=0)
-        k = w * 128 + j[:, None]
-        x0 = tl.load(x + wide_m * K + k, mask=live_m & (k < K), other=0.0)
-        x1 = tl.load(x + wide_m * K + k + 64, mask=live_m & (k + 64 < K), other=0.0)
-        even = tl.load(pairs + 2 * w * N + rn[:, None], mask=live_n, other=0)
-        odd = tl.load(pairs + (2 * w + 1) * N + rn[:, None], mask=live_n, other=0)
-        acc += _scaled(tl.dot(biased(p, DTYPE, False), x0), tl.dot(ones, x0), even, CODE_BIAS)
-        acc += _scaled(tl.dot(biased(p, DTYPE, True), x1), tl.dot(ones, x1), odd, CODE_BIAS)
+    # The first axis counts lanes, then warps, then what a lane has several of: Triton deals it out in that order.
+    # Features and tokens past the end repeat the last one and are not stored: no load needs a mask for them.
+    row = tl.arange(0, 16 * WARPS)[:, None]
+    q_n = tl.minimum(n0 + row % 8 + row // (8 * WARPS) * 8, N - 1).to(tl.int64)
+    q_w = row // 8 % WARPS
+    q_at = qweight + q_n * (words * 64) + (q_w * 64 + tl.arange(0, 64)[None, :])
+    s_w = tl.arange(0, WARPS)[:, None]
+    s_at = pairs + 2 * s_w * N + tl.minimum(n0 + tl.arange(0, 16), N - 1)[None, :]
+    eight = tl.arange(0, 8)[None, :]
+    part = tl.arange(0, 8 * TM * WARPS)[:, None]
+    x_m = tl.minimum(m0 + part // 4 % 8 + part // (32 * WARPS) % (TM // 8) * 8, M - 1).to(tl.int64)
+    x_k = part // 32 % WARPS * 128 + part % 4 * 16 + part // (4 * TM * WARPS) * 8 + eight
+    x_at = x + x_m * K + x_k
+    rn = n0 + tl.arange(0, 16)
+    rm = m0 + tl.arange(0, TM)
+    acc = tl.zeros((WARPS, 16, TM), tl.float32)
+    codes, scales = _load(q_at, q_w, s_at, s_w, 0, words, N, WARPS, WORDS, WHOLE)
+    if RANK_STEPS > 0:
+        u_k = q_w * 32 + tl.arange(0, 32)[None, :]
+        u_at = up + q_n * r + u_k
+        part = tl.arange(0, 4 * TM * WARPS)[:, None]
+        d_m = tl.minimum(m0 + part // 4 % 8 + part // (32 * WARPS) * 8, M - 1).to(tl.int64)
+        d_k = part // 32 % WARPS * 32 + part % 4 * 8 + eight
+        d_at = xd + d_m * xd_stride + d_k
+        u, d = _load_low_rank(u_at, u_k, d_at, d_k, 0, r)
     if BIAS:
-        acc += tl.load(bias + rn[:, None], mask=live_n, other=0.0).to(tl.float32)
-    if RANK > 0:
-        for first in range(0, r, RANK):
-            rr = first + tl.arange(0, RANK)
-            u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
-            d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
-            acc = tl.dot(u, d, acc)
-    tl.store(y + wide_m * N + rn[:, None], acc.to(y.dtype.element_ty), mask=live_m & live_n)
+        b = tl.load(bias + tl.minimum(rn, N - 1))
+    tl.debug_barrier()  # or ptxas moves each load down to its use
+    if RANK_STEPS > 0:
+        acc = tl.dot(_left_wide(u, WARPS), _right_wide(d, WARPS, TM, 1), acc)
+    acc = _multiply(acc, codes, scales, x_at, x_k, 0, K, TM, WARPS, WORDS, WHOLE)
+    if not ONCE:
+        for first in range(WARPS * WORDS, words, WARPS * WORDS):
+            codes, scales = _load(q_at, q_w, s_at, s_w, first, words, N, WARPS, WORDS, WHOLE)
+            tl.debug_barrier()
+            acc = _multiply(acc, codes, scales, x_at, x_k, first, K, TM, WARPS, WORDS, WHOLE)
+    for i in tl.static_range(1, RANK_STEPS):
+        u, d = _load_low_rank(u_at, u_k, d_at, d_k, i * 32 * WARPS, r)
+        acc = tl.dot(_left_wide(u, WARPS), _right_wide(d, WARPS, TM, 1), acc)
+    out = tl.sum(acc, axis=0)
+    if BIAS:
+        out += b.to(tl.float32)[:, None]
+    live = (rn < N)[:, None] & (rm < M)[None, :]
+    if HOOK is not None:
+        out = HOOK(out, rn[:, None], rm[None, :], live, extra)
+    tl.store(y + rm.to(tl.int64)[None, :] * N + rn[:, None], out.to(y.dtype.element_ty), mask=live)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a program divides K: among how many warps, and how many words each has under way at a time."""
+
+    warps: int
+    words: int
+
+
+def choose_split(m: int, k: int) -> Split:
+    """For m tokens and k channels, the fastest of a few on an H100 (docs/kernels.md)."""
+    words = -(-k // 128)
+    if m > 8:
+        return Split(4, 3)  # twice the registers a word
+    return Split(4, -(-words // 4)) if words <= 24 else Split(8, 3)
 
 
 def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | None, bias: Tensor | None,
-         out_dtype: torch.dtype, config=None) -> Tensor:  # fmt: skip
-    """Tensors as above -> y [M, N], M at most MAX_ROWS."""
+         out_dtype: torch.dtype, epilogue: Hook | None = None, split: Split | None = None) -> Tensor:  # fmt: skip
+    """Tensors as above -> y [M, N], M at most MAX_ROWS. The same operands always give the same bits."""
     qweight, wscales, _ = weight
     (m, k), n = x.shape, qweight.shape[0]
     words = -(-k // 128)
     check_tensor("x", x, x.device, x.dtype, (m, k))
     check_tensor("qweight", qweight, x.device, torch.int8, (n, words * 64))
     check_tensor("wscales", wscales, x.device, torch.bfloat16, (2 * words, n, 2))
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x is {x.dtype}, expected bfloat16 or float16")
     if bias is not None:
         check_tensor("bias", bias, x.device, bias.dtype, (n,))
     if m > MAX_ROWS:
         raise ValueError(f"gemv is for at most {MAX_ROWS} rows, got {m}")
-    y = x.new_empty(m, n, dtype=out_dtype)
-    if m == 0 or n == 0:
-        return y
+    if 2 * words * n >= 2**31:  # scales are the one thing with 32-bit offsets
+        raise ValueError(f"gemv is for less than 2^31 groups of 64 channels, got {2 * words * n}")
     r, xd_stride, low_rank = 0, 0, (x, x)  # without a branch its pointers are not read
     if xd is not None and up is not None:
         check_low_rank(xd, up, m, n)
+        if xd.dtype != x.dtype:
+            raise TypeError(f"xd is {xd.dtype}, x is {x.dtype}")
         r, xd_stride, low_rank = up.shape[1], xd.stride(0), (xd, up)
+    y = x.new_empty(m, n, dtype=out_dtype)
+    if m == 0 or n == 0:
+        return y
+    s = split or choose_split(m, k)
+    extra, function = ((), None) if epilogue is None else (epilogue.operands, epilogue.function)
     scales, offsets = wscales.view(torch.int32), wscales if bias is None else bias
-    arguments = (x, qweight, scales, *low_rank, offsets, y, m, n, k, r, xd_stride)
-    tn, warps, stages = config or (64, 4, 5)
-    constants = (16, tn, min(64, triton.next_power_of_2(r)) if r else 0, bias is not None, stages)
-    launch(_gemv_kernel, (triton.cdiv(n, tn), triton.cdiv(m, 16), 1), arguments, constants, num_warps=warps)
+    arguments = (x, qweight, scales, *low_rank, offsets, y, m, n, k, r, xd_stride, extra)
+    tm, step = (8 if m <= 8 else 16), s.warps * s.words
+    whole, once = k > 0 and k % (128 * step) == 0, words <= step
+    constants = (tm, s.warps, s.words, whole, once, -(-r // (32 * s.warps)), bias is not None, function)
+    launch(_gemv_kernel, (-(-n // 16), -(-m // tm), 1), arguments, constants, num_warps=s.warps, num_stages=1)
     return y

@@ -91,6 +91,22 @@ def check_low_rank(xd: Tensor, up: Tensor, rows: int, features: int) -> None:
 
 
 @cache
+def _kept_counters(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def zeroed_counters(device: torch.device) -> Tensor:
+    """1024 int32 zeros for programs of one launch to count themselves; the kernel leaves them zero again.
+
+    Each stream has its own, so that launches which may overlap never share them; a CUDA graph, which may run on any
+    stream, gets its own for each launch.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1024, dtype=torch.int32, device=device)
+    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ SECONDS = 5.0
 REPEATS = 7
 
 _C = TypeVar("_C", bound=Hashable)
-_chosen: dict[tuple[torch.device, str], int] = {}
+_chosen: dict[tuple, int] = {}
 _spent = 0.0
 
 
@@ -38,17 +38,17 @@ def choose(kernel: str, shape: tuple[int, ...], candidates: Sequence[_C], run: C
     """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands."""
     if len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
-    # The candidates are in the key: a list that changed is a new question.
-    key = f"{kernel} {shape} {list(candidates)}"
-    index = _chosen.get((device, key))
+    question = device, kernel, shape, tuple(candidates)
+    index = _chosen.get(question)
     if index is None:
+        key = f"{kernel} {shape} {list(candidates)}"  # a list that changed is a new question
         index = _known(device).get(key)
         if index is None:
             if not _may_measure():
                 return candidates[0]
             index = _measure(candidates, run)
             _remember(device, key, index)
-        _chosen[device, key] = index
+        _chosen[question] = index
     return candidates[index]
 
 
@@ -65,7 +65,7 @@ def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
     for candidate in candidates:
         try:
             run(candidate)
-            times.append(_milliseconds(lambda c=candidate: run(c)))
+            times.append(_milliseconds(partial(run, candidate)))
         except (triton.CompilationError, triton.runtime.errors.OutOfResources):
             times.append(float("inf"))
     _spent += time.perf_counter() - begin

@@ -1,10 +1,11 @@
 """Pick, for each svdq:: operator call, the kernel that can run it, or the reference.
 
-    quantize  w4a8          triton_quantize   any CUDA GPU from sm_80, 16-bit x
+    quantize  all three     triton_quantize   any CUDA GPU from sm_80, 16-bit x
     gemm      w4a8          gluon_gemm        sm_90, 16-bit result, out features a multiple of 8
     gemm      w4a8, int4    triton_gemm       the rest
+    gemm      nvfp4         triton_nvfp4      sm_100, sm_120
     gemv      w4a16         triton_gemv       up to 64 rows; above, a 16-bit copy of the weight and a library product
-    everything else         reference         CPU, other GPUs, fp32 models, int4 and nvfp4 activations, nvfp4
+    everything else         reference         CPU, other GPUs, fp32 models
 
 Weights come in the kernel order (kernels/layout.py), into which a packed linear is brought once. The plain order is
 taken too, and is reordered in every call.
@@ -60,20 +61,33 @@ def _rows(t: Tensor) -> Tensor:
 
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can."""
-    kernel = precision == "w4a8" and not shift and x.dtype in _SIXTEEN_BIT and x.dtype == down.dtype
-    if not kernel or not has_kernels(x.device):
+    if x.dtype not in _SIXTEEN_BIT or x.dtype != down.dtype or not has_kernels(x.device):
         return reference.quantize(x, smooth, down, precision, shift)
     from ..kernels import triton_quantize
 
     rows, rank = _rows(x).contiguous(), down.shape[0]
     with torch.cuda.device(x.device):
         if rank % 16 == 0 and rank <= triton_quantize.MAX_RANK:
-            qx, ascales, xd = triton_quantize.quantize_w4a8(rows, smooth, down.contiguous())
+            qx, ascales, xd = triton_quantize.quantize(rows, smooth, down.contiguous(), precision, shift)
         else:
-            qx, ascales, _ = triton_quantize.quantize_w4a8(rows, smooth, down[:0])
+            qx, ascales, _ = triton_quantize.quantize(rows, smooth, down[:0], precision, shift)
             xd = F.linear(rows, down)
     lead = x.shape[:-1]
-    return qx.view(*lead, qx.shape[1]), ascales.view(*lead, 1), xd.view(*lead, rank)
+    return qx.view(*lead, qx.shape[1]), ascales.view(*lead, ascales.shape[1]), xd.view(*lead, rank)
+
+
+@cache
+def _nvfp4_works(device: torch.device) -> bool:
+    """Whether this GPU and this Triton have 4-bit floating-point products."""
+    if _capability(device) < (10, 0):
+        return False
+    from ..kernels import triton_nvfp4
+
+    try:
+        triton_nvfp4.compute_target(device.index)
+    except RuntimeError:
+        return False
+    return True
 
 
 def gemm(
@@ -88,16 +102,19 @@ def gemm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`reference.gemm` on the fastest kernel that can; weight in either order."""
-    kernel = precision in ("w4a8", "int4") and (not up.shape[1] or up.dtype in _SIXTEEN_BIT)
-    if not kernel or not has_kernels(qx.device):
+    kernel = has_kernels(qx.device) and (not up.shape[1] or up.dtype in _SIXTEEN_BIT)
+    if not kernel or (precision == "nvfp4" and (offset is not None or not _nvfp4_works(qx.device))):
         plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
         return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
-    from ..kernels import triton_gemm
+    from ..kernels import triton_gemm, triton_nvfp4
 
     packed = layout.to_kernel(precision, tuple(weight))
     lead = qx.shape[:-1]
     qx, ascales, xd, up = _rows(qx), _rows(ascales), _rows(xd), up.contiguous()
     with torch.cuda.device(qx.device):
+        if precision == "nvfp4":
+            y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
+            return y.view(*lead, y.shape[1])
         if precision == "w4a8" and offset is None and _gluon_works(qx.device):
             from ..kernels import gluon_gemm
 

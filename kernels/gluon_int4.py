@@ -1,0 +1,321 @@
+"""The int4 (W4A4) GEMM for sm_90, in Gluon: asynchronous e4m3 `wgmma`, rescaled in fp32 after every group of 64.
+
+    y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + bias + xd up^T, then the epilogue hook
+
+    qx         [M, Kp]    e4m3, exact integers -7..7 or 0..15 (int8 is converted)
+    ascales    [M, Kp/64] fp32, the transposed view of [Kp/64, M] with rows a multiple of 4 apart (else copied)
+    words      [N, P/8]   int32, signs and magnitudes (`to_words`); P = Kp rounded up to 128
+    wscales    [P/64, N]  bf16
+    xd         [M, r]     bf16 or fp16, rows `xd.stride(0)` apart
+    up         [N, r]     xd's dtype
+    bias       [N]        any float dtype, or None
+    offset     [N]        fp32, or None
+    y          [M, N]     bf16 or fp16
+
+Every 4-bit value is an e4m3 number, and e4m3 `wgmma` leaves its sums in fp32: no conversion, two operations for each
+sum of a group instead of the three that int8 needs. A group's sum is an integer below 2^13 (64 * 7 * 15), which
+Hopper's 14 bits of fp8 accumulation hold exactly; tests/gpu checks it at the extremes.
+
+The walk is that of gluon_gemm.py: one warp copies, the default partition multiplies, a buffer goes back through a named
+barrier. Of a step's two groups, the second is multiplied while the first is rescaled. ptxas allows no more: a sum that
+is read while a product is in flight must be in registers of its own until nothing is in flight.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_gemm import RANK_STEP, _await_free, _hand_back, _load, _next, _store, _tile_of, _view
+from .hooks import Hook
+from .triton_launch import Descriptor, check_low_rank, check_tensor, launch, processors
+
+GROUP_SIZE = 64
+GROUP = 8  # token tiles in a row that use the same weights
+LOW = gl.constexpr("and.b32 $0, $1, 0x87878787;")
+HIGH = gl.constexpr("{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, 4; and.b32 $0, t, 0x87878787; }")
+UNIT = gl.constexpr(512.0)  # a magnitude of 1 is e4m3's smallest number, 2^-9
+
+
+def to_words(planar: Tensor) -> Tensor:
+    """qweight in the planar order (layout.py) [N, P/2] int8 -> [N, P/8] int32; the inverse of `from_words`.
+
+    Four bytes b hold codes A_b (low nibbles) and B_b (high nibbles) of two groups: |A_b| in bits 0..2, A_b's sign in
+    bit 7, |B_b| in bits 4..6, and B_b's sign in bit 3 of byte b + 1 (of byte 0 for b = 3). So bits 0..2 and 7 of each
+    byte are four e4m3 numbers, and after a rotation of the word by 4 bits four others.
+    """
+    b = planar.view(torch.uint8)
+    if ((b & 0xF == 0) | (b >> 4 == 0)).any():
+        raise ValueError("an int4 code of -8: this order holds -7..7")
+    low, high = (b & 0xF).to(torch.int8) - 8, (b >> 4).to(torch.int8) - 8
+    signs = (high < 0).unflatten(-1, (-1, 4)).roll(1, -1).flatten(-2)
+    parts = (low < 0).to(torch.uint8) << 7 | high.abs().to(torch.uint8) << 4 | signs.to(torch.uint8) << 3
+    return (parts | low.abs().to(torch.uint8)).view(torch.int32)
+
+
+def from_words(words: Tensor) -> Tensor:
+    """[N, P/8] int32 -> the planar qweight [N, P/2] int8."""
+    b = words.view(torch.uint8)
+    signs = (b >> 3 & 1).unflatten(-1, (-1, 4)).roll(-1, -1).flatten(-2).bool()
+    low, high = (b & 7).to(torch.int8), (b >> 4 & 7).to(torch.int8)
+    low, high = torch.where(b >> 7 != 0, -low, low) + 8, torch.where(signs, -high, high) + 8
+    return low | high << 4
+
+
+@gluon.jit
+def _e4m3(p, ASM: gl.constexpr):
+    """p [TN, 64] int8, the words' bytes -> one half's codes times 2^-9, [TN, 64] e4m3."""
+    return gl.inline_asm_elementwise(ASM, "=r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _copy(
+    x, w, s, a, xd, up, xs, ws, ss, as_, full, tiles_m, tiles_n, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, THREADS: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: every step of every tile, into the ring."""
+    slot = 0
+    filled = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        for i in range(k_steps + rank_steps):
+            if filled >= STAGES:
+                _await_free(slot, THREADS)
+            bar = full.index(slot)
+            if i < k_steps:
+                mbarrier.expect(bar, TM * 136 + TN * 68)
+                _load(s, [2 * i, pn * TN], bar, ss.index(slot))
+                _load(a, [2 * i, pm * TM], bar, as_.index(slot))
+                _load(w, [pn * TN, i * 64], bar, ws.index(slot))
+                _load(x, [pm * TM, i * 128], bar, xs.index(slot))
+            else:
+                r = (i - k_steps) * RANK_STEP
+                mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
+                _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
+                _load(xd, [pm * TM, r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            filled += 1
+    slot = gl.where(filled < STAGES, 0, slot)
+    for _ in range(gl.minimum(filled, STAGES)):  # leave no barrier half arrived at
+        _await_free(slot, THREADS)
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+
+
+@gluon.jit
+def _multiply(
+    y, xs, ws, ss, as_, ys, full, xd, up, bias, offset, extra, M, N, tiles_m, tiles_n, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
+):  # fmt: skip
+    """The multiplying warps: each tile's sums, and what is stored."""
+    eight: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TM, 32])
+    real: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TM, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, eight, 4)
+    rows: gl.constexpr = gl.SliceLayout(1, eight)
+    columns: gl.constexpr = gl.SliceLayout(0, eight)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    zero = gl.full([TN, TM], 0, gl.float32, eight)
+    slot = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        acc = zero
+        for _ in range(k_steps):
+            mbarrier.wait(full.index(slot), phase)
+            p = ws.index(slot).load(left)
+            xt = xs.index(slot)
+            even = warpgroup_mma(_e4m3(p, LOW), xt.slice(0, 64, 1).permute([1, 0]), zero, use_acc=False, is_async=True)
+            odd = warpgroup_mma(_e4m3(p, HIGH), xt.slice(64, 64, 1).permute([1, 0]), zero, use_acc=False, is_async=True)
+            s = _view(ss.index(slot), gl.bfloat16, [2 * TN], flat)
+            a = _view(as_.index(slot), gl.float32, [2 * TM], flat)
+            even = warpgroup_mma_wait(1, deps=(even,))
+            scale = s.slice(0, TN, 0).load(rows).to(gl.float32) * UNIT
+            acc += even * scale[:, None] * a.slice(0, TM, 0).load(columns)[None, :]
+            odd = warpgroup_mma_wait(0, deps=(odd,))
+            scale = s.slice(TN, TN, 0).load(rows).to(gl.float32) * UNIT
+            acc += odd * scale[:, None] * a.slice(TM, TM, 0).load(columns)[None, :]
+            _hand_back(slot, THREADS)
+            slot, phase = _next(slot, phase, STAGES)
+        out = gl.convert_layout(acc, real, assert_trivial=True)
+        rn = pn * TN + gl.arange(0, TN, gl.SliceLayout(1, real))
+        if OFFSET:
+            out -= gl.load(offset + rn, mask=rn < N, other=0.0)[:, None]
+        if BIAS:
+            out += gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32)[:, None]
+        for _ in range(rank_steps):
+            mbarrier.wait(full.index(slot), phase)
+            u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
+            d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
+            out = warpgroup_mma(u, d.permute([1, 0]), out, is_async=True)
+            out = warpgroup_mma_wait(0, deps=(out,))
+            _hand_back(slot, THREADS)
+            slot, phase = _next(slot, phase, STAGES)
+        if EPILOGUE is not None:
+            rm = pm * TM + gl.arange(0, TM, gl.SliceLayout(0, real))
+            out = EPILOGUE(out, rn[:, None], rm[None, :], (rn < N)[:, None] & (rm < M)[None, :], extra)
+        tma.store_wait(0)
+        ys.permute([1, 0]).store(out.to(y.dtype))
+        fence_async_shared()
+        _store(y, [pm * TM, pn * TN], ys)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _int4_kernel(
+    x, w, s, a, xd, up, y, bias, offset, extra, M, N, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
+    OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TM, 128], x.layout)
+    ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
+    ss = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, TN], s.layout)
+    as_ = gl.allocate_shared_memory(gl.float32, [STAGES, 2, TM], a.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+    THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
+    tiles_m = gl.cdiv(M, TM)
+    tiles_n = gl.cdiv(N, TN)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    y, xs, ws, ss, as_, ys, full, xd, up, bias, offset, extra, M, N, tiles_m, tiles_n, k_steps,
+                    rank_steps, TM, TN, STAGES, GROUP, BIAS, OFFSET, EPILOGUE, WARPS, THREADS,
+                ),
+            ),
+            (
+                _copy,
+                (
+                    x, w, s, a, xd, up, xs, ws, ss, as_, full, tiles_m, tiles_n, k_steps, rank_steps,
+                    TM, TN, STAGES, GROUP, THREADS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shape of the kernel: tokens (at most 128), features, buffers, multiplying warps."""
+
+    tm: int
+    tn: int
+    stages: int
+    warps: int = 8
+
+
+def can_gemm(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether TMA can read and write these: 16-byte rows and addresses, and a 16-bit result no wider than a buffer."""
+    n, r = up.shape
+    if out_dtype not in (torch.bfloat16, torch.float16) or n % 8 or r % 8 or qx.data_ptr() % 16:
+        return False
+    return not r or (xd.stride(0) % 8 == 0 and xd.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0)
+
+
+def choose_tile(m: int) -> Tile:
+    """For m tokens. The product's width is the tile's, and 128 is what two products' registers allow."""
+    return Tile(32, 128, 8) if m <= 32 else Tile(64, 128, 8) if m <= 64 else Tile(128, 128, 6)
+
+
+@cache
+def _layout(dtype: torch.dtype, rows: int, columns: int) -> gl.NVMMASharedLayout:
+    names = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16,
+             torch.float16: gl.float16}  # fmt: skip
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
+
+
+def _describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    """What TMA copies by blocks of [rows, columns]."""
+    return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _layout(tensor.dtype, rows, columns))
+
+
+def _describe_scales(tensor: Tensor, columns: int) -> Descriptor:
+    """Two groups' scales: read back as plain rows, no swizzle."""
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * tensor.element_size(), rank=2)
+    return Descriptor(tensor, tensor.shape, tensor.stride(), (2, columns), plain)
+
+
+def _by_group(ascales: Tensor) -> Tensor:
+    """[M, groups] -> [groups, M] as TMA reads it: rows a multiple of 16 bytes apart."""
+    t = ascales.t()
+    if t.stride(1) == 1 and t.stride(0) % 4 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0:
+        return t
+    padded = ascales.new_empty(t.shape[0], -(-t.shape[1] // 4) * 4)[:, : t.shape[1]]
+    return padded.copy_(t)
+
+
+def _check(qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int]:
+    """Raise unless the tensors are what the module says; -> M, N."""
+    (m, kp), (n, r) = qx.shape, up.shape
+    if kp % GROUP_SIZE:
+        raise ValueError(f"qx has {kp} columns, not whole groups of {GROUP_SIZE}")
+    steps = -(-kp // 128)
+    check_tensor("qx", qx, qx.device, torch.float8_e4m3fn, (m, kp))
+    if ascales.dtype != torch.float32 or ascales.shape != (m, kp // GROUP_SIZE) or ascales.device != qx.device:
+        raise ValueError(f"ascales is {ascales.dtype} {tuple(ascales.shape)} on {ascales.device}, "
+                         f"expected fp32 {(m, kp // GROUP_SIZE)} on {qx.device}")  # fmt: skip
+    check_tensor("qweight", weight[0], qx.device, torch.int32, (n, steps * 16))
+    check_tensor("wscales", weight[1], qx.device, torch.bfloat16, (2 * steps, n))
+    if r:
+        check_low_rank(xd, up, m, n)
+    if bias is not None:
+        check_tensor("bias", bias, qx.device, bias.dtype, (n,))
+    if offset is not None:
+        check_tensor("offset", offset, qx.device, torch.float32, (n,))
+    return m, n
+
+
+def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
+         offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
+         tile: Tile | None = None) -> Tensor:  # fmt: skip
+    """int4, tensors as above, `can_gemm` -> y [M, N]. weight: (words or planar qweight, wscales)."""
+    if qx.dtype == torch.int8:
+        qx = qx.half().to(torch.float8_e4m3fn)
+    if weight[0].dtype == torch.int8:
+        weight = (to_words(weight[0]), weight[1])
+    m, n = _check(qx, ascales, xd, weight, up, bias, offset)
+    y = torch.empty(m, n, dtype=out_dtype, device=qx.device)
+    if m == 0 or n == 0:
+        return y
+    t = tile or choose_tile(m)
+    words, wscales = weight
+    r = up.shape[1]
+    if not r:  # the descriptors must exist; no step will use them
+        xd = up = qx.view(torch.bfloat16)
+    arguments = (
+        _describe(qx, t.tm, 128),
+        _describe(words.view(torch.int8), t.tn, 64),
+        _describe_scales(wscales, t.tn),
+        _describe_scales(_by_group(ascales), t.tm),
+        _describe(xd, t.tm, RANK_STEP.value),
+        _describe(up, t.tn, RANK_STEP.value),
+        _describe(y, t.tm, t.tn),
+        wscales if bias is None else bias,
+        ascales if offset is None else offset,
+        () if epilogue is None else epilogue.operands,
+        m,
+        n,
+        wscales.shape[0] // 2,
+        -(-r // RANK_STEP.value),
+    )
+    function = None if epilogue is None else epilogue.function
+    constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, offset is not None, function, t.warps)
+    programs = min(-(-m // t.tm) * -(-n // t.tn), processors(qx.device))
+    launch(_int4_kernel, (programs, 1, 1), arguments, constants, num_warps=t.warps)
+    return y

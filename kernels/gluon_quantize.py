@@ -1,0 +1,165 @@
+"""w4a8 activations and the low-rank product in one kernel for sm_90, in Gluon; formula and tensors: triton_quantize.py.
+
+A program keeps [64 rows, BOXES * 64 channels] of x in shared memory from the one time it is read until its codes are
+written. Between, it leaves its part of each row's maximum and of xd in memory and waits at the row block's counter for
+the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU at
+once, or they would wait for ever: `can_quantize`. `down` passes through SLOTS boxes.
+
+    work      partial [S, M, R] and then peaks [S, M], fp32; S = programs a row block
+    cells     M R, and first_peak S M R: here, since Triton makes a constant without methods of an argument of 1
+    counters  [blocks]  int32, zero before and after: counts arrivals, then departures
+
+Copies are `cp.async`: TMA was no faster on an H100, and its two descriptors cost the host about 18 us a call.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .triton_launch import launch, processors, zeroed_counters
+from .triton_quantize import int8_codes, int8_scale
+
+ROWS = gl.constexpr(64)
+WARPS = gl.constexpr(4)
+MAX_RANK = 128
+MAX_BLOCKS = 1024  # counters there are
+# Renamed after Triton 3.6.
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def _meet(counter, programs):
+    """Wait until every program of the row block is here, with all it wrote visible."""
+    _barrier()
+    gl.atomic_add(counter, 1, sem="release")
+    while gl.atomic_add(counter, 0, sem="acquire") < programs:
+        pass
+    _barrier()
+
+
+@gluon.jit(do_not_specialize=["M", "S", "cells", "first_peak"])  # a 1 stays a run-time value
+def _quantize_kernel(
+    x, smooth, down, qx, ascales, xd, work, counters, M, K, KP, R, S, cells, first_peak,
+    BOXES: gl.constexpr, SLOTS: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexpr, SLICE: gl.constexpr,
+):  # fmt: skip
+    RR: gl.constexpr = RANK if RANK > 0 else 16
+    POWER: gl.constexpr = 64 * (4 if BOXES <= 4 else 8)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RR, 16])
+    # Few parts: each thread adds up its own columns. Many: the slices are short, and warps take parts instead.
+    parted: gl.constexpr = [1, WARPS] if PARTS <= 16 else [WARPS, 1]
+    lanes: gl.constexpr = [1, 32] if PARTS <= 16 or SLICE >= 128 else [2, 16] if SLICE == 64 else [8, 4]
+    tall: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], parted, [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], lanes, parted, [1, 0])
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    row: gl.constexpr = gl.SliceLayout(1, wide)
+    column: gl.constexpr = gl.SliceLayout(0, wide)
+    xs = gl.allocate_shared_memory(x.dtype.element_ty, [BOXES, ROWS, 64], swizzled)
+    ds = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, RR, 64], swizzled)
+    inverses = gl.allocate_shared_memory(gl.float32, [POWER], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    block = gl.program_id(0) // S
+    part = gl.program_id(0) % S
+    begin = block.to(gl.int64) * ROWS
+    rm = begin + gl.arange(0, ROWS, row)
+    live = (rm < M)[:, None]
+    rc = gl.arange(0, 64, column)
+    x_at = x + rm[:, None] * K + rc[None, :]
+    rr = gl.arange(0, RR, row)
+    d_at = down + rr[:, None] * K + rc[None, :]
+    d_live = (rr < R)[:, None]
+    first = part * BOXES * 64
+    for i in gl.static_range(BOXES):
+        k = first + i * 64
+        _copy(xs.index(i), x_at + k, mask=live & (rc + k < K)[None, :])
+        if RANK > 0 and i < SLOTS:
+            _copy(ds.index(i), d_at + k, mask=d_live & (rc + k < K)[None, :])
+        async_copy.commit_group()
+    rk = first + gl.arange(0, POWER, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    inverses.store(1.0 / gl.load(smooth + rk, mask=rk < K, other=1.0))
+    peak = gl.full([ROWS, 64], 0.0, gl.float32, wide)
+    acc = gl.full([ROWS, RR], 0.0, gl.float32, mma)
+    for i in gl.static_range(BOXES):
+        # One group a box of x, and one a step of this loop, which may hold a box of `down`.
+        async_copy.wait_group(BOXES - 1 if i < SLOTS else SLOTS - 2)
+        _barrier()
+        fence_async_shared()
+        if RANK > 0 and i > 0 and i - 1 + SLOTS < BOXES:
+            k = first + (i - 1 + SLOTS) * 64
+            _copy(ds.index((i - 1) % SLOTS), d_at + k, mask=d_live & (rc + k < K)[None, :])
+        async_copy.commit_group()
+        if RANK > 0:
+            acc = warpgroup_mma(xs.index(i), ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
+        v = xs.index(i).load(wide).to(gl.float32) * inverses.slice(i * 64, 64).load(column)[None, :]
+        peak = gl.maximum(peak, gl.abs(v))
+        if RANK > 0:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+    peaks = work + first_peak
+    gl.store(peaks + part.to(gl.int64) * M + rm, gl.max(peak, 1), mask=rm < M)
+    if RANK > 0:
+        am = begin + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
+        ar = gl.arange(0, RR, gl.SliceLayout(0, mma))
+        at = work + (part.to(gl.int64) * M + am)[:, None] * R + ar[None, :]
+        gl.store(at, acc, mask=(am < M)[:, None] & (ar < R)[None, :])
+    if PARTS > 1:
+        _meet(counters + block, S)
+    else:
+        _barrier()
+    # Past the L1 cache: other multiprocessors wrote these.
+    ps = gl.arange(0, PARTS, gl.SliceLayout(1, tall))
+    tm = begin + gl.arange(0, ROWS, gl.SliceLayout(0, tall))
+    some = gl.load(peaks + ps.to(gl.int64)[:, None] * M + tm[None, :], mask=(ps < S)[:, None] & (tm < M)[None, :],
+                   other=0.0, cache_modifier=".cg")  # fmt: skip
+    scale, reciprocal = int8_scale(gl.max(some, 0))
+    if part == 0:
+        gl.store(ascales + tm, scale, mask=tm < M)
+    reciprocal = gl.convert_layout(reciprocal, row)
+    for i in gl.static_range(BOXES):
+        k = first + i * 64
+        inverse = inverses.slice(i * 64, 64).load(column)
+        q = int8_codes(xs.index(i).load(wide), inverse[None, :], reciprocal[:, None])
+        gl.store(qx + rm[:, None] * KP + (rc + k)[None, :], q, mask=live & (rc + k < KP)[None, :])
+    if RANK > 0:  # each program adds up a slice of the row block's xd
+        e = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))
+        fp = gl.arange(0, PARTS, gl.SliceLayout(1, flat))
+        start = begin * R
+        inside = (e < ROWS * R) & (start + e < cells)
+        values = gl.load(work + start + e[None, :] + fp.to(gl.int64)[:, None] * M * R,
+                         mask=inside[None, :] & (fp < S)[:, None], other=0.0, cache_modifier=".cg")  # fmt: skip
+        gl.store(xd + start + e, gl.sum(values, 0).to(xd.dtype.element_ty), mask=inside)
+    if PARTS > 1 and gl.atomic_add(counters + block, 1, sem="relaxed") == 2 * S - 1:
+        gl.store(counters + block, 0)
+
+
+def _boxes(r: int) -> tuple[int, int]:
+    """Boxes of x, and of `down`, that a program holds: measured best on an H100 for ranks 32 and 128."""
+    return (4, 4) if r <= 64 else (8, 2)
+
+
+def can_quantize(x: Tensor, down: Tensor) -> bool:
+    """Whether rows can be copied 16 bytes at a time, and the programs of a row block surely run at once.
+
+    Half the multiprocessors for one row block leaves room for another stream's.
+    """
+    (m, k), r = x.shape, down.shape[0]
+    if k % 8 or x.data_ptr() % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
+        return False
+    return -(-k // (64 * _boxes(r)[0])) * 2 <= processors(x.device)
+
+
+def quantize(x: Tensor, smooth: Tensor, down: Tensor, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:
+    """Checked operands, `can_quantize` -> into qx, ascales and xd."""
+    (m, k), r, kp = x.shape, down.shape[0], qx.shape[1]
+    boxes, slots = _boxes(r)
+    blocks, programs = -(-m // ROWS.value), -(-kp // (64 * boxes))
+    rank = triton.next_power_of_2(r) if r else 0
+    piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
+    work = torch.empty(programs * m * (r + 1), device=x.device, dtype=torch.float32)
+    arguments = (x, smooth, down, qx, ascales, xd, work, zeroed_counters(x.device), m, k, kp, r, programs, m * r,
+                 programs * m * r)  # fmt: skip
+    constants = (boxes, slots, rank, triton.next_power_of_2(programs), piece)
+    launch(_quantize_kernel, (blocks * programs, 1, 1), arguments, constants, num_warps=WARPS.value)

@@ -1,0 +1,80 @@
+"""int4 (W4A4) on sm_90: e4m3 products are exact, and the Gluon kernel against the reference. Needs CUDA."""
+
+import pytest
+import torch
+
+from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.lowering import reference
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
+)
+
+BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def error(y, expected):
+    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank"),
+    [(0, 64, 64, 16), (1, 64, 64, 0), (17, 72, 192, 16), (77, 3072, 3072, 32), (333, 1000, 320, 48),
+     (512, 200, 15360, 32), (1000, 1032, 448, 256), (130, 8, 100, 0)],
+)  # fmt: skip
+def test_gluon_int4(m, n, k, rank, unsigned, dtype):
+    """Ragged shapes, xd a slice of a wider matrix, outputs in freed memory full of NaN; both forms of every operand."""
+    from svdq_compile.kernels import gluon_int4
+
+    fmt = FORMATS["int4"]
+    weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
+    x = normal(m, k)
+    qx, ascales = fmt.quantize_activation(x.abs() if unsigned else x, unsigned=unsigned)
+    xd, up = normal(m, rank + 32, dtype=dtype)[:, 16 : 16 + rank], normal(n, rank, dtype=dtype)
+    bias, offset = normal(n, dtype=dtype), normal(n)
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, "int4", torch.float32)
+    planar, wscales = layout.to_kernel("int4", weight)
+    poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+    del poison
+    y = gluon_int4.gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, dtype)
+    assert error(y, expected) < BOUND[dtype] or not m
+    stored = ascales.new_full((ascales.shape[1], -(-m // 4) * 4), float("nan"))[:, :m]
+    stored.copy_(ascales.t())
+    words = gluon_int4.to_words(planar)
+    e4m3 = qx.half().to(torch.float8_e4m3fn)
+    assert torch.equal(y, gluon_int4.gemm(e4m3, stored.t(), xd, (words, wscales), up, bias, offset, dtype))
+
+
+@pytest.mark.parametrize("high", [7, 15])
+def test_sums_of_a_group_are_exact(high):
+    """The largest sums Hopper's fp8 accumulation must hold: 64 * 7 * 15 = 6720, one group, every scale one."""
+    from svdq_compile.kernels import gluon_int4
+
+    n = m = 256
+    q = torch.where(torch.rand(n, 64, device="cuda") < torch.rand(n, 1, device="cuda"), 7, -7)
+    x = torch.where(torch.rand(m, 64, device="cuda") < torch.rand(m, 1, device="cuda"), high, high - 1)
+    q[0], x[0] = 7, high
+    planar = ((q + 8) | 8 << 4).to(torch.uint8).view(torch.int8)
+    wscales = torch.tensor([1.0, 0.0], device="cuda").bfloat16()[:, None].expand(2, n).contiguous()
+    want = x.double() @ q.double().t()
+    assert want.max() == 64 * 7 * high
+    # 16-bit results round sums above 2048, so what is left after taking off the row's largest is compared
+    empty = torch.empty(m, 0, device="cuda").half(), torch.empty(n, 0, device="cuda").half()
+    for column in range(0, n, 32):
+        offset = want[column].float().contiguous()
+        y = gluon_int4.gemm(x.to(torch.int8), torch.ones(m, 1, device="cuda"), empty[0], (planar, wscales), empty[1],
+                            None, offset, torch.float16)  # fmt: skip
+        exact = want - offset.double()
+        near = exact.abs() <= 2048
+        assert torch.equal(y.double()[near], exact[near])

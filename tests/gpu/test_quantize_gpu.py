@@ -1,0 +1,134 @@
+"""The quantize kernels on a GPU against the reference: one kernel on sm_90, and in launches. Needs CUDA."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from svdq_compile.kernels import triton_quantize as tq
+from svdq_compile.lowering import reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+DTYPES = [torch.bfloat16, torch.float16]
+# Half a unit in the last place of bf16 is 2^-9.
+BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+CASES = [("w4a8", 0.0), ("int4", 0.0), ("int4", 0.171875), ("nvfp4", 0.0)]
+SHAPES = [(1, 64, 0), (1, 3072, 32), (17, 100, 16), (17, 72, 16), (77, 320, 48), (333, 3072, 96), (130, 15360, 32),
+          (512, 1000, 256), (40, 16384, 32), (4608, 3072, 128), (4608, 12288, 32)]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@triton.jit
+def layernorm(v, mean, variance, rows, columns, live, extra):
+    return (v - mean) * tl.rsqrt(variance + 1e-6)
+
+
+def error(y, expected):
+    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def operands(m, k, rank, dtype):
+    x, down = torch.randn(m, k, device="cuda").to(dtype), torch.randn(rank, k, device="cuda").to(dtype)
+    return x, torch.rand(k, device="cuda") + 0.5, down
+
+
+def in_launches(x, smooth, down, precision, shift):
+    outputs = tq._outputs(x, smooth.shape[0], down.shape[0], precision)
+    tq.in_launches(x, smooth, down, precision, shift, None, *outputs)
+    return outputs
+
+
+def check(result, x, smooth, down, precision, shift):
+    qx, ascales, xd = result
+    q, a, d = reference.quantize(x, smooth, down, precision, shift)
+    torch.testing.assert_close(ascales.float(), a.float(), rtol=1e-6, atol=0)
+    if precision == "w4a8":
+        assert (qx.int() - q.int()).abs().max() <= 1
+    assert (qx != q).double().mean() < 2e-4
+    assert xd.shape == d.shape
+    assert not down.shape[0] or error(xd, x.double() @ down.double().t()) < BOUND[x.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+@pytest.mark.parametrize(("m", "k", "rank"), SHAPES)
+def test_quantize(m, k, rank, precision, shift, dtype):
+    x, smooth, down = operands(m, k, rank, dtype)
+    x[0] = 0
+    for run in (tq.quantize, in_launches):
+        for _ in range(2):  # the second finds the counters as the first left them
+            check(run(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
+
+
+@pytest.mark.parametrize(("precision", "shift"), CASES[1:])
+def test_ties_are_exact(precision, shift):
+    x, _, down = operands(300, 1024, 0, torch.bfloat16)
+    x, smooth = (x * 8).round() / 8, torch.ones(1024, device="cuda")
+    qx, ascales, _ = tq.quantize(x, smooth, down, precision, shift)
+    q, a, _ = reference.quantize(x, smooth, down, precision, shift)
+    assert torch.equal(ascales.float(), a.float())
+    assert torch.equal(qx, q)
+
+
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+def test_row_prologue(precision, shift):
+    x, smooth, down = operands(333, 3072, 32, torch.bfloat16)
+    qx, ascales, xd = tq.quantize(x, smooth, down, precision, shift, tq.RowPrologue(layernorm))
+    h = torch.nn.functional.layer_norm(x.float(), (3072,), eps=1e-6).bfloat16()
+    q, a, _ = reference.quantize(h, smooth, down, precision, shift)
+    assert error(ascales, a) < (3e-2 if precision == "nvfp4" else 1e-3)  # h itself may round either way
+    assert (qx != q).double().mean() < 1e-2
+    assert error(xd, h.double() @ down.double().t()) < BOUND[x.dtype]
+
+
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+def test_every_element_is_written(precision, shift):
+    """Freed memory full of NaN is what torch.empty hands out next."""
+    x, smooth, down = operands(333, 264, 32, torch.bfloat16)
+    for run in (tq.quantize, in_launches):
+        poison = [torch.full((n,), float("nan"), device="cuda") for n in (333 * 80, 333 * 40, 333 * 17, 333 * 16, 333)]
+        del poison
+        check(run(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
+
+
+def test_captured_in_a_graph():
+    x, smooth, down = operands(100, 3072, 32, torch.bfloat16)
+    tq.quantize(x, smooth, down, "w4a8")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = tq.quantize(x, smooth, down, "w4a8")
+    for _ in range(3):
+        x.copy_(torch.randn(100, 3072, device="cuda"))
+        graph.replay()
+        check(result, x, smooth, down, "w4a8", 0.0)
+
+
+def test_two_streams():
+    """Each stream has counters of its own."""
+    x, smooth, down = operands(4608, 3072, 32, torch.bfloat16)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for i in range(10):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(tq.quantize(x, smooth, down, "w4a8"))
+    torch.cuda.synchronize()
+    for result in results:
+        check(result, x, smooth, down, "w4a8", 0.0)
+
+
+def test_more_than_two_to_the_31_elements():
+    m, k = 2**20 + 64, 2048
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB")
+    x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
+    smooth, down = torch.ones(k, device="cuda"), torch.randn(16, k, device="cuda").bfloat16()
+    x[-3:] = torch.randn(3, k, device="cuda")
+    qx, ascales, xd = tq.quantize(x, smooth, down, "w4a8")
+    assert not qx[:-3].any()
+    check((qx[-3:], ascales[-3:], xd[-3:]), x[-3:], smooth, down, "w4a8", 0.0)
