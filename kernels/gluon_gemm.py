@@ -313,7 +313,7 @@ def candidates(m: int, n: int) -> tuple[Tile, ...]:
         return (Tile(128, 64, 4, 4, 2), Tile(128, 128, 5, 8))
     if m <= 1024:
         return (Tile(128, 128, 5, 8), Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2))
-    return (Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2))
+    return (Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2, 1))
 
 
 @dataclass(frozen=True)

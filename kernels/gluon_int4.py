@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_gemm import RANK_STEP, _await_free, _hand_back, _load, _next, _store, _tile_of, _view
 from .hooks import Hook
+from .layout import to_words
 from .triton_launch import Descriptor, check_low_rank, check_tensor, launch, processors
 
 GROUP_SIZE = 64
@@ -45,31 +46,6 @@ GROUP = 8  # token tiles in a row that use the same weights
 LOW = gl.constexpr("and.b32 $0, $1, 0x87878787;")
 HIGH = gl.constexpr("{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, 4; and.b32 $0, t, 0x87878787; }")
 UNIT = gl.constexpr(512.0)  # a magnitude of 1 is e4m3's smallest number, 2^-9
-
-
-def to_words(planar: Tensor) -> Tensor:
-    """qweight in the planar order (layout.py) [N, P/2] int8 -> [N, P/8] int32; the inverse of `from_words`.
-
-    Four bytes b hold codes A_b (low nibbles) and B_b (high nibbles) of two groups: |A_b| in bits 0..2, A_b's sign in
-    bit 7, |B_b| in bits 4..6, and B_b's sign in bit 3 of byte b + 1 (of byte 0 for b = 3). So bits 0..2 and 7 of each
-    byte are four e4m3 numbers, and after a rotation of the word by 4 bits four others.
-    """
-    b = planar.view(torch.uint8)
-    if ((b & 0xF == 0) | (b >> 4 == 0)).any():
-        raise ValueError("an int4 code of -8: this order holds -7..7")
-    low, high = (b & 0xF).to(torch.int8) - 8, (b >> 4).to(torch.int8) - 8
-    signs = (high < 0).unflatten(-1, (-1, 4)).roll(1, -1).flatten(-2)
-    parts = (low < 0).to(torch.uint8) << 7 | high.abs().to(torch.uint8) << 4 | signs.to(torch.uint8) << 3
-    return (parts | low.abs().to(torch.uint8)).view(torch.int32)
-
-
-def from_words(words: Tensor) -> Tensor:
-    """[N, P/8] int32 -> the planar qweight [N, P/2] int8."""
-    b = words.view(torch.uint8)
-    signs = (b >> 3 & 1).unflatten(-1, (-1, 4)).roll(-1, -1).flatten(-2).bool()
-    low, high = (b & 7).to(torch.int8), (b >> 4 & 7).to(torch.int8)
-    low, high = torch.where(b >> 7 != 0, -low, low) + 8, torch.where(signs, -high, high) + 8
-    return low | high << 4
 
 
 @gluon.jit

@@ -141,12 +141,12 @@ def _boxes(r: int) -> tuple[int, int]:
 
 
 def can_quantize(x: Tensor, down: Tensor) -> bool:
-    """Whether rows can be copied 16 bytes at a time, and the programs of a row block surely run at once.
+    """Whether rows can be copied 16 bytes at a time, as the compiler sees it, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
     (m, k), r = x.shape, down.shape[0]
-    if k % 8 or x.data_ptr() % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
+    if k % 16 or x.data_ptr() % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
         return False
     return -(-k // (64 * _boxes(r)[0])) * 2 <= processors(x.device)
 

@@ -11,7 +11,9 @@ of neighbouring output channels side by side. `Planar` is that order, the same f
     w4a16  wscales   [P/64, N, 2]   bf16   a scale and its zero point: the 4 bytes an asynchronous copy needs
            wzeros    [0]            bf16   nothing: the zero points are with the scales
 
-The dtype tells the orders apart: a plain qweight is uint8. Groups that pad Kp to P have scale 0 and so add nothing.
+On sm_90 int4 goes one step further, to words of sign and magnitude (`to_words`), from which one instruction makes four
+fp8 numbers. The dtype tells the orders apart: a plain qweight is uint8, words are int32. Groups that pad Kp to P have
+scale 0 and so add nothing.
 """
 
 from dataclasses import dataclass
@@ -74,20 +76,49 @@ class Planar:
         return scales[: self.groups].t().contiguous()
 
 
+def to_words(planar: Tensor) -> Tensor:
+    """an int4 qweight in the planar order [N, P/2] int8 -> [N, P/8] int32; the inverse of `from_words`.
+
+    Four bytes b hold codes A_b (low nibbles) and B_b (high nibbles) of two groups: |A_b| in bits 0..2, A_b's sign in
+    bit 7, |B_b| in bits 4..6, and B_b's sign in bit 3 of byte b + 1 (of byte 0 for b = 3). So bits 0..2 and 7 of each
+    byte are four e4m3 numbers, and after a rotation of the word by 4 bits four others.
+    """
+    b = planar.view(torch.uint8)
+    if ((b & 0xF == 0) | (b >> 4 == 0)).any():
+        raise ValueError("an int4 code of -8: this order holds -7..7")
+    low, high = (b & 0xF).to(torch.int8) - 8, (b >> 4).to(torch.int8) - 8
+    signs = (high < 0).unflatten(-1, (-1, 4)).roll(1, -1).flatten(-2)
+    parts = (low < 0).to(torch.uint8) << 7 | high.abs().to(torch.uint8) << 4 | signs.to(torch.uint8) << 3
+    return (parts | low.abs().to(torch.uint8)).view(torch.int32)
+
+
+def from_words(words: Tensor) -> Tensor:
+    """[N, P/8] int32 -> the planar qweight [N, P/2] int8."""
+    b = words.view(torch.uint8)
+    signs = (b >> 3 & 1).unflatten(-1, (-1, 4)).roll(-1, -1).flatten(-2).bool()
+    low, high = (b & 7).to(torch.int8), (b >> 4 & 7).to(torch.int8)
+    low, high = torch.where(b >> 7 != 0, -low, low) + 8, torch.where(signs, -high, high) + 8
+    return low | high << 4
+
+
 def is_planar(qweight: Tensor) -> bool:
     """Whether a qweight lies in the kernel order."""
     return qweight.dtype == torch.int8
 
 
-def to_kernel(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A weight in either order -> the kernel order. Formats without a kernel keep the plain one."""
-    if precision not in PLANAR_FORMATS or is_planar(weight[0]):
+def to_kernel(precision: str, weight: tuple[Tensor, ...], words: bool = False) -> tuple[Tensor, ...]:
+    """A weight in any order -> the kernel order, int4 as words if asked to. Formats without one stay as they are."""
+    if precision not in PLANAR_FORMATS:
         return weight
-    return Planar(precision, 2 * weight[0].shape[1] // GROUP_SIZE).pack(weight)
+    if weight[0].dtype == torch.int32:
+        return weight if words else (from_words(weight[0]), *weight[1:])
+    if not is_planar(weight[0]):
+        weight = Planar(precision, 2 * weight[0].shape[1] // GROUP_SIZE).pack(weight)
+    return (to_words(weight[0]), *weight[1:]) if words and precision == "int4" else weight
 
 
 def to_plain(precision: str, weight: tuple[Tensor, ...], in_features: int) -> tuple[Tensor, ...]:
-    """A weight in either order -> the plain one. in_features: K, which says how many groups are not padding."""
-    if precision not in PLANAR_FORMATS or not is_planar(weight[0]):
+    """A weight in any order -> the plain one. in_features: K, which says how many groups are not padding."""
+    if precision not in PLANAR_FORMATS or weight[0].dtype == torch.uint8:
         return weight
-    return Planar(precision, -(-in_features // GROUP_SIZE)).unpack(weight)
+    return Planar(precision, -(-in_features // GROUP_SIZE)).unpack(to_kernel(precision, weight))

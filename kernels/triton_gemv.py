@@ -69,8 +69,8 @@ def _right_wide(x, B: tl.constexpr, TM: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def _load(q_at, q_w, s_at, s_w, first, words, N, WARPS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr):
     """Every warp's next WORDS words: their codes, and two groups' scales of each."""
-    codes = ()
-    scales = ()
+    codes = ()  # type: tuple
+    scales = ()  # type: tuple
     for i in tl.static_range(WORDS):
         w = first + i * WARPS
         if WHOLE:
@@ -185,10 +185,9 @@ class Split:
 
 def choose_split(m: int, k: int) -> Split:
     """For m tokens and k channels, the fastest of a few on an H100 (docs/kernels.md)."""
-    words = -(-k // 128)
     if m > 8:
-        return Split(4, 3)  # twice the registers a word
-    return Split(4, -(-words // 4)) if words <= 24 else Split(8, 3)
+        return Split(4, 3)  # a word takes twice the registers
+    return Split(4, -(-k // 512)) if 0 < k <= 3072 else Split(8, 3)
 
 
 def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | None, bias: Tensor | None,

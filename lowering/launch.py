@@ -2,6 +2,7 @@
 
     quantize  all three     triton_quantize   any CUDA GPU from sm_80, 16-bit x
     gemm      w4a8          gluon_gemm        sm_90, 16-bit result, out features a multiple of 8
+    gemm      int4          gluon_int4        sm_90, likewise
     gemm      w4a8, int4    triton_gemm       the rest
     gemm      nvfp4         triton_nvfp4      sm_100, sm_120
     gemv      w4a16         triton_gemv       up to 64 rows; above, a 16-bit copy of the weight and a library product
@@ -38,8 +39,11 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A weight as its device's kernels read it; where there are none it stays as it is, since either order is right."""
-    return layout.to_kernel(precision, weight) if has_kernels(weight[0].device) else weight
+    """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
+    device = weight[0].device
+    if not has_kernels(device):
+        return weight
+    return layout.to_kernel(precision, weight, words=_gluon_works(device))
 
 
 @cache
@@ -108,7 +112,7 @@ def gemm(
         return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
     from ..kernels import triton_gemm, triton_nvfp4
 
-    packed = layout.to_kernel(precision, tuple(weight))
+    packed = tuple(weight) if precision == "int4" else layout.to_kernel(precision, tuple(weight))
     lead = qx.shape[:-1]
     qx, ascales, xd, up = _rows(qx), _rows(ascales), _rows(xd), up.contiguous()
     with torch.cuda.device(qx.device):
@@ -121,6 +125,14 @@ def gemm(
             if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
                 y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
                 return y.view(*lead, y.shape[1])
+        if precision == "int4" and _gluon_works(qx.device):
+            from ..kernels import gluon_int4
+
+            if gluon_int4.can_gemm(qx, xd, up, out_dtype):
+                words = layout.to_kernel(precision, packed, words=True)
+                y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype)
+                return y.view(*lead, y.shape[1])
+        packed = layout.to_kernel(precision, packed)
         y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype)
     return y.view(*lead, y.shape[1])
 

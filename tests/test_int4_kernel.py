@@ -50,12 +50,11 @@ def planar(n, p):
 
 @compiled
 def test_words_and_back():
-    from svdq_compile.kernels import gluon_int4
 
     q = planar(24, 256)
-    assert torch.equal(gluon_int4.from_words(gluon_int4.to_words(q)), q)
+    assert torch.equal(layout.from_words(layout.to_words(q)), q)
     with pytest.raises(ValueError, match="-8"):
-        gluon_int4.to_words(torch.zeros(8, 64, dtype=torch.int8))
+        layout.to_words(torch.zeros(8, 64, dtype=torch.int8))
 
 
 @compiled
@@ -64,7 +63,7 @@ def test_words_are_e4m3_numbers():
     from svdq_compile.kernels import gluon_int4
 
     q = planar(8, 128)
-    words = gluon_int4.to_words(q).long() & 0xFFFFFFFF
+    words = layout.to_words(q).long() & 0xFFFFFFFF
     rotated = (words >> 4 | words << 28) & 0xFFFFFFFF
     b = q.view(torch.uint8)
     for word, codes in ((words, b & 15), (rotated, b >> 4)):

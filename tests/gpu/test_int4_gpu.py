@@ -51,7 +51,7 @@ def test_gluon_int4(m, n, k, rank, unsigned, dtype):
     assert error(y, expected) < BOUND[dtype] or not m
     stored = ascales.new_full((ascales.shape[1], -(-m // 4) * 4), float("nan"))[:, :m]
     stored.copy_(ascales.t())
-    words = gluon_int4.to_words(planar)
+    words = layout.to_words(planar)
     e4m3 = qx.half().to(torch.float8_e4m3fn)
     assert torch.equal(y, gluon_int4.gemm(e4m3, stored.t(), xd, (words, wscales), up, bias, offset, dtype))
 
