@@ -99,14 +99,13 @@ def test_gemm_uses_int8_tensor_cores(capability, grouped):
     assert built.spilled == 0
 
 
-@compiled
-def test_gluon_gemm_keeps_int8_products_in_flight():
-    """int8 wgmma with the left operand from registers, one product outstanding, operands copied by TMA."""
+def gluon_gemm_for(tile):
+    """The sm_90 kernel of one tile, compiled."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels import gluon_gemm
 
-    tm, tn, stages, warps = 64, 64, 4, 4
+    tm, tn = tile.tm, tile.tn
     blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
               "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip
@@ -114,10 +113,40 @@ def test_gluon_gemm_keeps_int8_products_in_flight():
         name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
         for name, (kind, dtype, rows, columns) in blocks.items()
     }
-    constants = {"TM": tm, "TN": tn, "STAGES": stages, "GROUP": 8, "BIAS": True, "WARPS": warps}
-    kernel = gluon_gemm._gemm_kernel
-    ptx = compile_for(kernel, 90, constants, warps, POINTERS | descriptors, source=GluonASTSource).ptx
-    products = re.findall(rf"{INT8_MMA[90]} {{[^}}]*}}, {{[^}}]*}}", ptx)
-    assert products, "the left operand is not in registers"
-    assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", ptx)
-    assert "cp.async.bulk.tensor.2d" in ptx
+    constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "BIAS": True, "EPILOGUE": None,
+                 "WARPS": tile.warps}  # fmt: skip
+    types = POINTERS | descriptors | {"partial": "*i32", "counters": "*i32", "extra": ()}
+    return compile_for(gluon_gemm._gemm_kernel, 90, constants, tile.warps, types, source=GluonASTSource)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [32, 4608])
+def test_gluon_gemm_keeps_int8_products_in_flight(rows):
+    """int8 wgmma with the left operand from registers, one product outstanding, operands copied by TMA, and no barrier
+    of all warps where a buffer is handed back.
+    """
+    from svdq_compile.kernels import gluon_gemm
+
+    built = gluon_gemm_for(gluon_gemm.candidates(rows, 3072)[0])
+    assert re.search(rf"{INT8_MMA[90]} {{[^}}]*}}, {{[^}}]*}}", built.ptx), "the left operand is not in registers"
+    assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", built.ptx)
+    assert "cp.async.bulk.tensor.2d" in built.ptx
+    assert "setmaxnreg" in built.ptx
+    assert "bar.arrive" in built.ptx
+    assert built.spilled == 0
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("tiles", "k_steps", "programs", "whole", "parts", "part_steps"),
+    [(432, 24, 132, 396, 3, 8), (432, 120, 132, 396, 3, 40), (264, 24, 132, 264, 1, 24), (96, 24, 132, 96, 1, 24),
+     (48, 24, 132, 0, 2, 12), (1, 1, 132, 1, 1, 1), (12, 5, 132, 12, 1, 5), (12, 9, 132, 0, 2, 5)],
+)  # fmt: skip
+def test_the_last_round_is_cut_where_programs_would_idle(tiles, k_steps, programs, whole, parts, part_steps):
+    from svdq_compile.kernels.gluon_gemm import share
+
+    rounds = share(tiles, k_steps, programs, 4)
+    assert (rounds.whole, rounds.parts, rounds.part_steps) == (whole, parts, part_steps)
+    items = whole + (tiles - whole) * parts
+    assert rounds.programs == min(items, programs)
+    assert parts * part_steps >= k_steps > (parts - 1) * part_steps
