@@ -67,18 +67,6 @@ def test_gemm_integers_are_exact():
     assert torch.equal(y, fmt.matmul(qx, ones, *weight).half())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k", "rank"), [(64, 64, 0), (100, 1000, 16), (9216, 3072, 32), (1000, 320, 128)])
-@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 65, 300])
-def test_gemv(m, n, k, rank, dtype):
-    weight = FORMATS["w4a16"].quantize_weight(normal(n, k) * k**-0.5)
-    x, bias = normal(m, k, dtype=dtype), normal(n, dtype=dtype)
-    xd, up = (normal(m, rank, dtype=dtype), normal(n, rank, dtype=dtype)) if rank else (None, None)
-    expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32)
-    packed = layout.to_kernel("w4a16", weight)
-    assert error(launch.gemv(x, xd, list(packed), up, bias, "w4a16", dtype), expected) < BOUND[dtype]
-
-
 @pytest.mark.parametrize("lead", [(0,), (2, 0), (2, 3, 5), ()])
 def test_leading_dimensions(lead):
     """Zero rows, several leading dimensions, none at all."""
