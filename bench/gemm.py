@@ -8,17 +8,15 @@ times every tile shape of the w4a8 kernel instead.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
+import record
 from svdq_compile.kernels import FORMATS, gluon_gemm, gluon_int4, layout, triton_gemm
 from svdq_compile.lowering import launch
 
@@ -85,16 +83,6 @@ def check(call: Callable[[], Tensor], expected: Tensor, bound: float) -> float:
     if not error < bound:
         raise SystemExit(f"wrong result: error {error:.2e}, bound {bound:.0e}")
     return error
-
-
-def describe() -> dict:
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "command": f"python bench/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 class Problem:
@@ -228,8 +216,7 @@ def main() -> None:
     if options.tiles:
         compare_tiles()
         return
-    result = describe() | {"rows": gemm_rows()}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.write(options.out, gemm_rows())
 
 
 if __name__ == "__main__":

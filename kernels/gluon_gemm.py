@@ -342,7 +342,8 @@ def share(tiles: int, k_steps: int, programs: int, max_parts: int) -> Rounds:
 def _layout(dtype: torch.dtype, rows: int, columns: int) -> gl.NVMMASharedLayout:
     if dtype == torch.int16:  # sub-scales are read back bytewise: plain order, no swizzle
         return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2)
-    names = {torch.int8: gl.int8, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    names = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16,
+             torch.float16: gl.float16}  # fmt: skip
     return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
 
 

@@ -22,7 +22,6 @@ is read while a product is in flight must be in registers of its own until nothi
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +35,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_gemm import RANK_STEP, _await_free, _hand_back, _load, _next, _store, _tile_of, _view
+from .gluon_gemm import (
+    RANK_STEP,
+    _await_free,
+    _describe,
+    _hand_back,
+    _load,
+    _next,
+    _store,
+    _tile_of,
+    _view,
+)
 from .hooks import Hook
 from .layout import to_words
 from .triton_launch import Descriptor, check_low_rank, check_tensor, launch, processors
@@ -196,29 +205,9 @@ class Tile:
     warps: int = 8
 
 
-def can_gemm(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether TMA can read and write these: 16-byte rows and addresses, and a 16-bit result no wider than a buffer."""
-    n, r = up.shape
-    if out_dtype not in (torch.bfloat16, torch.float16) or n % 8 or r % 8 or qx.data_ptr() % 16:
-        return False
-    return not r or (xd.stride(0) % 8 == 0 and xd.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0)
-
-
 def choose_tile(m: int) -> Tile:
     """For m tokens. The product's width is the tile's, and 128 is what two products' registers allow."""
     return Tile(32, 128, 8) if m <= 32 else Tile(64, 128, 8) if m <= 64 else Tile(128, 128, 6)
-
-
-@cache
-def _layout(dtype: torch.dtype, rows: int, columns: int) -> gl.NVMMASharedLayout:
-    names = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16,
-             torch.float16: gl.float16}  # fmt: skip
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
-
-
-def _describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
-    """What TMA copies by blocks of [rows, columns]."""
-    return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _layout(tensor.dtype, rows, columns))
 
 
 def _describe_scales(tensor: Tensor, columns: int) -> Descriptor:
@@ -260,7 +249,7 @@ def _check(qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int]:
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
          offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
          tile: Tile | None = None) -> Tensor:  # fmt: skip
-    """int4, tensors as above, `can_gemm` -> y [M, N]. weight: (words or planar qweight, wscales)."""
+    """int4, tensors as above, `gluon_gemm.can_gemm` -> y [M, N]. weight: (words or planar qweight, wscales)."""
     if qx.dtype == torch.int8:
         qx = qx.half().to(torch.float8_e4m3fn)
     if weight[0].dtype == torch.int8:

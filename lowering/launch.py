@@ -119,19 +119,17 @@ def gemm(
         if precision == "nvfp4":
             y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
             return y.view(*lead, y.shape[1])
-        if precision == "w4a8" and offset is None and _gluon_works(qx.device):
-            from ..kernels import gluon_gemm
+        if precision in ("w4a8", "int4") and _gluon_works(qx.device):
+            from ..kernels import gluon_gemm, gluon_int4
 
             if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
-                y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
-                return y.view(*lead, y.shape[1])
-        if precision == "int4" and _gluon_works(qx.device):
-            from ..kernels import gluon_int4
-
-            if gluon_int4.can_gemm(qx, xd, up, out_dtype):
-                words = layout.to_kernel(precision, packed, words=True)
-                y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype)
-                return y.view(*lead, y.shape[1])
+                if precision == "int4":
+                    words = layout.to_kernel(precision, packed, words=True)
+                    y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype)
+                    return y.view(*lead, y.shape[1])
+                if offset is None:
+                    y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
+                    return y.view(*lead, y.shape[1])
         packed = layout.to_kernel(precision, packed)
         y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype)
     return y.view(*lead, y.shape[1])

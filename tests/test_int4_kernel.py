@@ -123,14 +123,14 @@ def test_gluon_int4_overlaps(tm, stages):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels import gluon_gemm, gluon_int4
 
     tn, warps = 128, 8
     blocks = {"x": ("fp8e4nv", torch.float8_e4m3fn, tm, 128), "w": ("i8", torch.int8, tn, 64),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
               "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip
     types = {
-        name: f"tensordesc<{kind}{[rows, columns]},{gluon_int4._layout(dtype, rows, columns)!r}>"
+        name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
         for name, (kind, dtype, rows, columns) in blocks.items()
     }
     for name, kind, bits, columns in (("s", "bf16", 16, tn), ("a", "fp32", 32, tm)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_testing import error
 
 from svdq_compile.kernels import FORMATS, layout, triton_gemv
 from svdq_compile.kernels.hooks import Hook
@@ -17,10 +18,6 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 def normal(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def error(y, expected):
-    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.fixture(autouse=True)

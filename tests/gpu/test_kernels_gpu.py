@@ -5,6 +5,7 @@ python -m pytest tests/gpu
 
 import pytest
 import torch
+from kernel_testing import error
 
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import launch, reference
@@ -18,10 +19,6 @@ BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 3e-3}
 
 def normal(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def error(y, expected):
-    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.fixture(autouse=True)
