@@ -10,6 +10,7 @@
     xd         [M, r]      bf16 or fp16, rows `xd.stride(0)` apart
     up         [N, r]      xd's dtype
     bias       [N]         any float dtype, or None
+    beside     [M, N]      bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
     y          [M, N]      bf16 or fp16
 
 Warps have roles. One warp walks over tiles of TN features by TM tokens and has the copy engine (TMA) fill a ring of
@@ -17,6 +18,10 @@ STAGES buffers, as far ahead as they are free; all others multiply. A tile is co
 operand, which `wgmma` takes from registers, and while one half of a step's codes is multiplied the other is expanded.
 A tile has P/128 such steps, then, after the scales, one for every 32 of the rank, with `xd` and `up` in the same
 buffers. TMA cuts off at the edges of M, N, K and r, so nothing here is masked but the vectors.
+
+A tile ends in two halves along its tokens: the low-rank product of one runs while the other is scaled or stored. All
+that the next tile needs to know is worked out while the last product of this one runs. `beside` is loaded early in a
+tile's walk, into the buffer through which the result will leave.
 
 Tiles that would leave most of the GPU idle in a last round are cut along K into parts. A part leaves its int32 sums in
 `partial` and counts itself; the one that comes last adds the others' and finishes the tile. Integer sums do not depend
@@ -46,7 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hooks import Hook
-from .triton_gemm import check_gemm
+from .triton_gemm import check_beside, check_gemm
 from .triton_launch import Descriptor, launch, processors, zeroed_counters
 from .triton_unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from .tuning import choose
@@ -64,9 +69,14 @@ def _tile_of(t, tiles_m, tiles_n, GROUP: gl.constexpr):
     """Grouped order: GROUP token tiles in a row use the same weights, which then come from L2."""
     width = GROUP * tiles_n
     first = t // width * GROUP
-    size = gl.minimum(tiles_m - first, GROUP)
     inside = t % width
-    return first + inside % size, inside // size
+    size = gl.minimum(tiles_m - first, GROUP)
+    pm = first + inside % GROUP
+    pn = inside // GROUP
+    if size < GROUP:  # rarely: a division takes some 200 clocks
+        pm = first + inside % size
+        pn = inside // size
+    return pm, pn
 
 
 @gluon.jit
@@ -98,10 +108,15 @@ def _await_free(slot, THREADS: gl.constexpr):
 @gluon.jit
 def _work(item, whole, parts, part_steps, k_steps):
     """Work item -> its tile, first step and number of steps. The tiles from `whole` on are `parts` items each."""
-    cut = gl.maximum(item - whole, 0)
-    tile = gl.where(item < whole, item, whole + cut // parts)
-    first = gl.where(item < whole, 0, cut % parts * part_steps)
-    count = gl.where(item < whole, k_steps, gl.minimum(part_steps, k_steps - first))
+    tile = item
+    first = 0
+    count = k_steps
+    if item >= whole:
+        cut = item - whole
+        tile = whole + cut // parts
+        first = cut % parts * part_steps
+        count = gl.minimum(part_steps, k_steps - first)
+    gl.assume(count > 0)
     return tile, first, count
 
 
@@ -163,30 +178,82 @@ def _add_other_parts(acc, partial, counters, item, whole, parts, offsets, TILE: 
 
 
 @gluon.jit
+def _vectors(
+    ascales, wscales, bias, m0, n0, M, N,
+    TM: gl.constexpr, TN: gl.constexpr, BIAS: gl.constexpr, line: gl.constexpr, rows: gl.constexpr,
+):  # fmt: skip
+    """A tile's ascales [TM], wscales and bias [TN]."""
+    tokens = m0 + gl.arange(0, TM, line)
+    a = gl.load(ascales + tokens, mask=tokens < M, other=0.0)
+    features = n0 + gl.arange(0, TN, rows)
+    b = gl.load(wscales + features, mask=features < N, other=0.0)
+    shift = b
+    if BIAS:
+        shift = gl.load(bias + features, mask=features < N, other=0.0)
+    return a, b, shift
+
+
+@gluon.jit
+def _halves(acc, layout: gl.constexpr):
+    """[TN, TM] -> two times [TN, TM/2]: other registers, nothing moves."""
+    h: gl.constexpr = acc.shape[1] // 2
+    first, second = gl.split(gl.permute(gl.reshape(acc, [acc.shape[0], 2, h]), [0, 2, 1]))
+    return gl.convert_layout(first, layout, assert_trivial=True), gl.convert_layout(second, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _scaled(acc, a, b, shift, BIAS: gl.constexpr):
+    out = acc.to(gl.float32) * a[None, :] * b[:, None]
+    if BIAS:
+        out += shift.to(gl.float32)[:, None]
+    return out
+
+
+@gluon.jit
+def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr):
+    """Half a tile through the hook and on its way to y."""
+    layout: gl.constexpr = out.type.layout
+    if EPILOGUE is not None:
+        features = (n0 + gl.arange(0, out.shape[0], gl.SliceLayout(1, layout)))[:, None]
+        tokens = (m0 + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout)))[None, :]
+        live = (features < N) & (tokens < M)
+        if BESIDE:
+            t = _view(ys, beside.dtype, ys.shape, beside.layout).permute([1, 0]).load(layout).to(gl.float32)
+            out = EPILOGUE(out, t, features, tokens, live, extra)
+        else:
+            out = EPILOGUE(out, features, tokens, live, extra)
+    ys.permute([1, 0]).store(out.to(y.dtype))
+    fence_async_shared()
+    _store(y, [m0, n0], ys)
+
+
+@gluon.jit
 def _multiply(
-    y, xs, ws, ss, ys, full, xd, up, ascales, wscales, bias, partial, counters, extra, M, N, tiles_m, tiles_n,
-    items, whole, parts, part_steps, k_steps, rank_steps,
-    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    EPILOGUE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
+    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
+    tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each work item's sums, and the finished tiles."""
-    INSTRUCTION: gl.constexpr = TM if TM < 128 else 128
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 32])
-    real: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, INSTRUCTION, 16])
+    HALF: gl.constexpr = TM // 2
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TM if TM < 128 else 128, 32])
+    real: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HALF, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, real)
+    columns: gl.constexpr = gl.SliceLayout(0, real)
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 4)
     bytewise: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     slot = 0
     phase = 0
+    beside_phase = 0
+    tile, _first, _count = _work(gl.program_id(0), whole, parts, part_steps, k_steps)
+    pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+    a, b, shift = _vectors(ascales, wscales, bias, pm * TM, pn * TN, M, N, TM, TN, BIAS, line, rows)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, _first, count = _work(item, whole, parts, part_steps, k_steps)
-        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
-        tokens = pm * TM + gl.arange(0, TM, line)
-        a = gl.load(ascales + tokens, mask=tokens < M, other=0.0)
-        rn = pn * TN + gl.arange(0, TN, gl.SliceLayout(1, real))
-        b = gl.load(wscales + rn, mask=rn < N, other=0.0)
-        if BIAS:
-            shift = gl.load(bias + rn, mask=rn < N, other=0.0)
+        # Not carried along like pm and pn: Triton loses a carried value that is only the bound of an inner loop.
+        _tile, _first, count = _work(item, whole, parts, part_steps, k_steps)
+        m0 = pm * TM
+        n0 = pn * TN
         acc = gl.full([TN, TM], 0, gl.int32, sums)
         for i in range(count):
             mbarrier.wait(full.index(slot), phase)
@@ -202,8 +269,23 @@ def _multiply(
                 _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
             high = _expand(p, odd, SCALED_HIGH)
             acc = warpgroup_mma(high, xt.slice(64, 64, 1).permute([1, 0]), acc, is_async=True)
+            if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left ys, or soon will have
+                tma.store_wait(0)
+                mbarrier.expect(loaded, TM * TN * 2)
+                for h in gl.static_range(2):
+                    target = _view(ys.index(h), beside.dtype, [HALF, TN], beside.layout)
+                    _load(beside, [m0 + h * HALF, n0], loaded, target)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             slot, phase = _next(slot, phase, STAGES)
+        # While the last product runs: this tile's ascales to where the columns are, and all about the next tile.
+        as_.store(a)
+        a0 = as_.slice(0, HALF, 0).load(columns)
+        this_b = b
+        this_shift = shift
+        following = gl.minimum(item + gl.num_programs(0), items - 1)
+        tile, _first, _count = _work(following, whole, parts, part_steps, k_steps)
+        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        a, b, shift = _vectors(ascales, wscales, bias, pm * TM, pn * TN, M, N, TM, TN, BIAS, line, rows)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
         finished = item < whole
@@ -211,44 +293,61 @@ def _multiply(
             offsets = (gl.arange(0, TN, gl.SliceLayout(1, sums)) * TM)[:, None]
             offsets += gl.arange(0, TM, gl.SliceLayout(0, sums))[None, :]
             acc, finished = _add_other_parts(acc, partial, counters, item, whole, parts, offsets, TN * TM)
-        a = gl.convert_layout(a, gl.SliceLayout(0, real))
-        out = gl.convert_layout(acc, real, assert_trivial=True).to(gl.float32) * a[None, :] * b[:, None]
-        if BIAS:
-            out += shift.to(gl.float32)[:, None]
-        for _ in range(rank_steps):
+        acc0, acc1 = _halves(acc, real)
+        out0 = _scaled(acc0, a0, this_b, this_shift, BIAS)
+        if LOW_RANK:
             mbarrier.wait(full.index(slot), phase)
             u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
             d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
-            out = warpgroup_mma(u, d.permute([1, 0]), out, is_async=True)
-            out = warpgroup_mma_wait(0, deps=(out,))
+            out0 = warpgroup_mma(u, d.slice(0, HALF, 0).permute([1, 0]), out0, is_async=True)
+        out1 = _scaled(acc1, as_.slice(HALF, HALF, 0).load(columns), this_b, this_shift, BIAS)
+        if LOW_RANK:
+            out1 = warpgroup_mma(u, d.slice(HALF, HALF, 0).permute([1, 0]), out1, is_async=True)
+            for _ in range(1, rank_steps):
+                out0, out1 = warpgroup_mma_wait(0, deps=(out0, out1))
+                _hand_back(slot, THREADS)
+                slot, phase = _next(slot, phase, STAGES)
+                mbarrier.wait(full.index(slot), phase)
+                u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
+                d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
+                out0 = warpgroup_mma(u, d.slice(0, HALF, 0).permute([1, 0]), out0, is_async=True)
+                out1 = warpgroup_mma(u, d.slice(HALF, HALF, 0).permute([1, 0]), out1, is_async=True)
+            out0 = warpgroup_mma_wait(1, deps=(out0,))
+        if BESIDE:
+            mbarrier.wait(loaded, beside_phase)
+            beside_phase ^= 1
+        else:
+            tma.store_wait(0)
+        if finished:
+            _finish(out0, y, beside, ys.index(0), m0, n0, M, N, extra, EPILOGUE, BESIDE)
+        if LOW_RANK:
+            out1 = warpgroup_mma_wait(0, deps=(out1,))
             _hand_back(slot, THREADS)
             slot, phase = _next(slot, phase, STAGES)
         if finished:
-            if EPILOGUE is not None:
-                rm = pm * TM + gl.arange(0, TM, gl.SliceLayout(0, real))
-                out = EPILOGUE(out, rn[:, None], rm[None, :], (rn < N)[:, None] & (rm < M)[None, :], extra)
-            tma.store_wait(0)
-            ys.permute([1, 0]).store(out.to(y.dtype))
-            fence_async_shared()
-            _store(y, [pm * TM, pn * TN], ys)
+            _finish(out1, y, beside, ys.index(1), m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
     tma.store_wait(0)
 
 
 # Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
 @gluon.jit(do_not_specialize=["M", "N", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
 def _gemm_kernel(
-    x, w, s, xd, up, y, ascales, wscales, bias, partial, counters, extra, M, N, whole, parts, part_steps, k_steps,
-    rank_steps,
-    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
+    x, w, s, xd, up, y, beside, ascales, wscales, bias, partial, counters, extra, M, N, whole, parts, part_steps,
+    k_steps, rank_steps,
+    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, TM, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
     ss = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
-    ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
+    as_ = gl.allocate_shared_memory(gl.float32, [TM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ys = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
+    loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    if BESIDE:
+        mbarrier.init(loaded, count=1)
     fence_async_shared()
     THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
     tiles_m = gl.cdiv(M, TM)
@@ -259,9 +358,9 @@ def _gemm_kernel(
             (
                 _multiply,
                 (
-                    y, xs, ws, ss, ys, full, xd, up, ascales, wscales, bias, partial, counters, extra, M, N, tiles_m,
-                    tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
-                    TM, TN, STAGES, GROUP, BIAS, EPILOGUE, WARPS, THREADS,
+                    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters,
+                    extra, M, N, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+                    TM, TN, STAGES, GROUP, LOW_RANK, BIAS, EPILOGUE, BESIDE, WARPS, THREADS,
                 ),
             ),
             (
@@ -360,6 +459,12 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     if m == 0 or n == 0:
         return y
 
+    if epilogue is not None and epilogue.beside is not None:
+        check_beside(epilogue.beside, m, n, qx.device)
+        if epilogue.beside.stride(0) % 8 or epilogue.beside.stride(0) < n or epilogue.beside.data_ptr() % 16:
+            raise ValueError("beside must have rows whose addresses are multiples of 16 bytes, its strides are "
+                             f"{epilogue.beside.stride()}, its address {epilogue.beside.data_ptr():#x}")  # fmt: skip
+
     def run(t: Tile) -> None:
         _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t)
 
@@ -376,6 +481,7 @@ def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
     k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
+    function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
     rounds = share(-(-m // t.tm) * -(-n // t.tn), k_steps, t.programs * processors(qx.device), t.parts)
     counters = zeroed_counters(qx.device)
     partial = counters
@@ -387,13 +493,14 @@ def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
         _describe(subscales, 1, t.tn),
         _describe(xd, t.tm, RANK_STEP.value),
         _describe(up, t.tn, RANK_STEP.value),
-        _describe(y, t.tm, t.tn),
+        _describe(y, t.tm // 2, t.tn),
+        _describe(y if beside is None else beside, t.tm // 2, t.tn),
         ascales,
         wscales,
         wscales if bias is None else bias,
         partial,
         counters,
-        () if epilogue is None else epilogue.operands,
+        extra,
         m,
         n,
         rounds.whole,
@@ -402,8 +509,7 @@ def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
         k_steps,
         -(-r // RANK_STEP.value),
     )
-    function = None if epilogue is None else epilogue.function
-    constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, function, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, beside is not None, t.warps)
     options = {"num_warps": t.warps}
     if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
         options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8

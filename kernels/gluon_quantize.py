@@ -1,10 +1,12 @@
 """w4a8 activations and the low-rank product in one kernel for sm_90, in Gluon; formula and tensors: triton_quantize.py.
 
-A program keeps [64 rows, BOXES * 64 channels] of x in shared memory from the one time it is read until its codes are
-written. Between, it leaves its part of each row's maximum and of xd in memory and waits at the row block's counter for
-the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU at
-once, or they would wait for ever: `can_quantize`. `down` passes through SLOTS boxes.
+A program keeps [64 rows, BOXES * 64 channels] of the input in shared memory from the one time it is read until its
+codes are written; a prologue replaces each box there as it arrives. Between, it leaves its part of each row's maximum
+and of xd in memory and waits at the row block's counter for the other programs of these rows. They have neighbouring
+ids and so start together; all of them must fit on the GPU at once, or they would wait for ever: `can_quantize`. `down`
+passes through SLOTS boxes.
 
+    x, right  rows x_step * 8 and right_step * 8 elements apart: a multiple that the compiler sees
     work      partial [S, M, R] and then peaks [S, M], fp32; S = programs a row block
     cells     M R, and first_peak S M R: here, since Triton makes a constant without methods of an argument of 1
     counters  [blocks]  int32, zero before and after: counts arrivals, then departures
@@ -20,8 +22,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from .hooks import Hook
 from .triton_launch import launch, processors, zeroed_counters
-from .triton_quantize import int8_codes, int8_scale
+from .triton_quantize import int8_codes, int8_scale, prologue
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
@@ -42,10 +45,22 @@ def _meet(counter, programs):
     _barrier()
 
 
+@gluon.jit
+def _at(x, right, rm, rc, k, W, x_step, right_step, JOINED: gl.constexpr):
+    """Where a box of the input is. Boxes do not straddle: W is a multiple of 64."""
+    first, step = x + k, x_step
+    if JOINED:
+        first = gl.where(k < W, first, right + (k - W))
+        step = gl.where(k < W, step, right_step)
+    return first + rm[:, None] * (step * 8) + rc[None, :]
+
+
 @gluon.jit(do_not_specialize=["M", "S", "cells", "first_peak"])  # a 1 stays a run-time value
 def _quantize_kernel(
-    x, smooth, down, qx, ascales, xd, work, counters, M, K, KP, R, S, cells, first_peak,
+    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, R, S, W, x_step, right_step, cells,
+    first_peak,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexpr, SLICE: gl.constexpr,
+    JOINED: gl.constexpr, HOOK: gl.constexpr,
 ):  # fmt: skip
     RR: gl.constexpr = RANK if RANK > 0 else 16
     POWER: gl.constexpr = 64 * (4 if BOXES <= 4 else 8)
@@ -68,26 +83,30 @@ def _quantize_kernel(
     rm = begin + gl.arange(0, ROWS, row)
     live = (rm < M)[:, None]
     rc = gl.arange(0, 64, column)
-    x_at = x + rm[:, None] * K + rc[None, :]
     rr = gl.arange(0, RR, row)
     d_at = down + rr[:, None] * K + rc[None, :]
     d_live = (rr < R)[:, None]
     first = part * BOXES * 64
     for i in gl.static_range(BOXES):
         k = first + i * 64
-        _copy(xs.index(i), x_at + k, mask=live & (rc + k < K)[None, :])
+        at = _at(x, right, rm, rc, k, W, x_step, right_step, JOINED)
+        _copy(xs.index(i), at, mask=live & (rc + k < K)[None, :])
         if RANK > 0 and i < SLOTS:
             _copy(ds.index(i), d_at + k, mask=d_live & (rc + k < K)[None, :])
         async_copy.commit_group()
     rk = first + gl.arange(0, POWER, gl.BlockedLayout([1], [32], [WARPS], [0]))
     inverses.store(1.0 / gl.load(smooth + rk, mask=rk < K, other=1.0))
-    peak = gl.full([ROWS, 64], 0.0, gl.float32, wide)
+    peak = gl.full([ROWS], 0.0, gl.float32, row)
     acc = gl.full([ROWS, RR], 0.0, gl.float32, mma)
     for i in gl.static_range(BOXES):
         # One group a box of x, and one a step of this loop, which may hold a box of `down`.
         async_copy.wait_group(BOXES - 1 if i < SLOTS else SLOTS - 2)
-        _barrier()
+        if HOOK is not None:  # a thread loads what it copied itself
+            columns = (rc + first + i * 64)[None, :]
+            h = prologue(xs.index(i).load(wide), rm[:, None], columns, live & (columns < K), extra, HOOK)
+            xs.index(i).store(h)
         fence_async_shared()
+        _barrier()
         if RANK > 0 and i > 0 and i - 1 + SLOTS < BOXES:
             k = first + (i - 1 + SLOTS) * 64
             _copy(ds.index((i - 1) % SLOTS), d_at + k, mask=d_live & (rc + k < K)[None, :])
@@ -95,11 +114,11 @@ def _quantize_kernel(
         if RANK > 0:
             acc = warpgroup_mma(xs.index(i), ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
         v = xs.index(i).load(wide).to(gl.float32) * inverses.slice(i * 64, 64).load(column)[None, :]
-        peak = gl.maximum(peak, gl.abs(v))
+        peak = gl.maximum(peak, gl.max(gl.abs(v), 1))  # each box: 32 values a thread less to hold
         if RANK > 0:
             acc = warpgroup_mma_wait(0, deps=(acc,))
     peaks = work + first_peak
-    gl.store(peaks + part.to(gl.int64) * M + rm, gl.max(peak, 1), mask=rm < M)
+    gl.store(peaks + part.to(gl.int64) * M + rm, peak, mask=rm < M)
     if RANK > 0:
         am = begin + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
         ar = gl.arange(0, RR, gl.SliceLayout(0, mma))
@@ -140,26 +159,33 @@ def _boxes(r: int) -> tuple[int, int]:
     return (4, 4) if r <= 64 else (8, 2)
 
 
-def can_quantize(x: Tensor, down: Tensor) -> bool:
+def can_quantize(x: Tensor, right: Tensor | None, down: Tensor) -> bool:
     """Whether rows can be copied 16 bytes at a time, as the compiler sees it, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
-    (m, k), r = x.shape, down.shape[0]
-    if k % 16 or x.data_ptr() % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
+    (r, k), m = down.shape, x.shape[0]
+    if k % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
+        return False
+    if x.data_ptr() % 16 or x.stride(0) % 8:
+        return False
+    if right is not None and (x.shape[1] % 64 or right.data_ptr() % 16 or right.stride(0) % 8):
         return False
     return -(-k // (64 * _boxes(r)[0])) * 2 <= processors(x.device)
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:
+def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prologue: Hook | None, qx: Tensor,
+             ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
     """Checked operands, `can_quantize` -> into qx, ascales and xd."""
-    (m, k), r, kp = x.shape, down.shape[0], qx.shape[1]
+    (r, k), (m, kp) = down.shape, qx.shape
     boxes, slots = _boxes(r)
     blocks, programs = -(-m // ROWS.value), -(-kp // (64 * boxes))
     rank = triton.next_power_of_2(r) if r else 0
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     work = torch.empty(programs * m * (r + 1), device=x.device, dtype=torch.float32)
-    arguments = (x, smooth, down, qx, ascales, xd, work, zeroed_counters(x.device), m, k, kp, r, programs, m * r,
-                 programs * m * r)  # fmt: skip
-    constants = (boxes, slots, rank, triton.next_power_of_2(programs), piece)
+    more = x if right is None else right
+    hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
+    arguments = (x, more, smooth, down, qx, ascales, xd, work, zeroed_counters(x.device), extra, m, k, kp, r, programs,
+                 x.shape[1], x.stride(0) // 8, more.stride(0) // 8, m * r, programs * m * r)  # fmt: skip
+    constants = (boxes, slots, rank, triton.next_power_of_2(programs), piece, right is not None, hook)
     launch(_quantize_kernel, (blocks * programs, 1, 1), arguments, constants, num_warps=WARPS.value)

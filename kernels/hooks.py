@@ -7,6 +7,9 @@
 `rows`, `columns`, `features` and `tokens` are indices already shaped to broadcast against the block ([TM, 1], [1, TK],
 ...), `live` the mask of elements that exist, `extra` the tuple of `operands` as pointers and scalars. A hook is part of
 a kernel's compile-time identity: Triton's cache sees the source of its function.
+
+An epilogue may have one matrix `beside` the result, a residual say, that the kernel itself loads in whole tiles; its
+function is then `function(out, beside, features, tokens, live, extra) -> out`, beside fp32, shaped like out.
 """
 
 from dataclasses import dataclass
@@ -21,3 +24,4 @@ class Hook:
 
     function: JITFunction
     operands: tuple[Tensor | int | float, ...] = ()
+    beside: Tensor | None = None

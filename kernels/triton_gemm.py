@@ -2,6 +2,7 @@
 
     w4a8   y = (qx (q s)^T) * ascales * wscales + xd up^T + bias               int32 over all of K
     int4   y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + xd up^T + bias   int32 within a group of 64
+    then the epilogue hook
 
     qx         [M, Kp]           int8
     ascales    [M, 1 | Kp/64]    fp32
@@ -12,6 +13,7 @@
     up         [N, r]            xd's dtype
     bias       [N]               any float dtype, or None
     offset     [N]               fp32, or None
+    beside     [M, N]            bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
     y          [M, N]            bf16, fp16 or fp32
 
 The tile is computed transposed, weights [TN, 64] by activations [64, TM], so that codes go from registers straight into
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hooks import Hook
 from .triton_launch import check_low_rank, check_tensor, launch
 from .triton_unpack import INTERPRETED, nibble, scaled
 
@@ -66,9 +69,10 @@ def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, N, KP)
 
 @triton.jit
 def _gemm_kernel(
-    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, M, N, KP, r, xd_stride,
+    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, beside, extra, M, N, KP, r, xd_stride,
+    beside_stride,
     TM: tl.constexpr, TN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, GROUPED: tl.constexpr,
-    BIAS: tl.constexpr, OFFSET: tl.constexpr,
+    BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
     rm = pm * TM + tl.arange(0, TM)
@@ -117,7 +121,13 @@ def _gemm_kernel(
             u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
             d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
             out = tl.dot(u, d, out)
-    tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live_m & live_n)
+    live = live_m & live_n
+    if BESIDE:
+        t = tl.load(beside + wide_m * beside_stride + rn[:, None], mask=live, other=0.0).to(tl.float32)
+        out = EPILOGUE(out, t, rn[:, None], rm[None, :], live, extra)
+    elif EPILOGUE is not None:
+        out = EPILOGUE(out, rn[:, None], rm[None, :], live, extra)
+    tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live)
 
 
 def check_gemm(precision, qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int, int]:
@@ -143,10 +153,26 @@ def check_gemm(precision, qx, ascales, xd, weight, up, bias, offset) -> tuple[in
     return m, n, kp
 
 
+def check_beside(beside: Tensor, rows: int, features: int, device: torch.device) -> None:
+    """Raise unless a hook's matrix has the result's shape, is 16-bit, and its rows lie in one piece."""
+    if beside.device != device:
+        raise ValueError(f"beside is on {beside.device}, the other tensors on {device}")
+    if beside.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"beside is {beside.dtype}, expected bfloat16 or float16")
+    if tuple(beside.shape) != (rows, features):
+        raise ValueError(f"beside has shape {tuple(beside.shape)}, expected {(rows, features)}")
+    if features > 1 and beside.stride(1) != 1:
+        raise ValueError(f"beside has strides {beside.stride()}, expected rows with stride 1")
+
+
 def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor,
-         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, config=None) -> Tensor:  # fmt: skip
+         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
+         config=None) -> Tensor:  # fmt: skip
     """w4a8 or int4, tensors as above -> y [M, N]."""
     m, n, kp = check_gemm(precision, qx, ascales, xd, weight, up, bias, offset)
+    function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
+    if beside is not None:
+        check_beside(beside, m, n, qx.device)
     y = qx.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
@@ -156,10 +182,11 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
     tm, tn, warps, stages = config or _config(m, n, grouped)
     arguments = (
         qx, ascales, weight[0], subscales, wscales, xd, up, wscales if bias is None else bias,
-        ascales if offset is None else offset, y, m, n, kp, r, xd.stride(0),
+        ascales if offset is None else offset, y, y if beside is None else beside, extra, m, n, kp, r, xd.stride(0),
+        n if beside is None else beside.stride(0),
     )  # fmt: skip
     rank = min(64, triton.next_power_of_2(r)) if r else 0
-    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None)
+    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, beside is not None)
     grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
     launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     return y

@@ -1,7 +1,7 @@
 """What a quantized linear reads: the input after an optional generated prologue, smoothed and quantized, and the
 low-rank branch's first product.
 
-    h = prologue(x)  or  x,   rounded to x's dtype
+    h = prologue([x | right])  or  [x | right],   rounded to x's dtype
     v = h / smooth,  or (h + shift) / smooth where int4 is unsigned
     xd = h down^T,   accumulated in fp32
 
@@ -9,27 +9,30 @@ low-rank branch's first product.
     int4    ascales = max |v| / 7 (15 unsigned), one a row and 64 qx = round(v / ascales)
     nvfp4   ascales = e4m3(max |v| / 6), one a row and 16         qx = e2m1(v / ascales), two a byte
 
-    x         [M, W]     bf16 or fp16, contiguous; W = K without a prologue, any width with one
+    x         [M, W]     bf16 or fp16, rows of neighbours, any distance apart
+    right     [M, K - W] x's dtype, likewise; or None, and W = K
     smooth    [K]        fp32
     down      [R, K]     x's dtype, contiguous; R a multiple of 16, at most 256, or 0
     qx        [M, Kp]    int8; Kp = K rounded up to groups of 64, zeros beyond K.  nvfp4: [M, Kp/2] uint8, groups of 16
     ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  nvfp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
     xd        [M, R]     x's dtype
 
+With `fp8`, int4 comes as gluon_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
+same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
+
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 gluon_quantize.py does w4a8 without a prologue in one kernel that reads x once. Everything else takes up to
-three launches, below: a row's scale, and its mean, need the whole row, and `down` (R K values) must be read once for
-many rows, or its reads outweigh x. So a launch splits rows and channels over the GPU, each program leaves what it
-found, and the next launch combines it. The last one walks x from its end, which is still in L2.
+On sm_90 gluon_quantize.py does w4a8 in one kernel that reads x once. Elsewhere, and for the other formats, a launch
+splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
+Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
+codes are a second launch, which walks x from its end, which is still in L2.
 
-    moments   [S, 2, M]  fp32  mean, and sum of squared deviations from it, of each of S parts of a row
-    peaks     [S, M]     fp32  the largest |v| in each part
+    peaks     [S, M]     fp32  the largest |v| in each of S parts of a row
     partial   [S, M, R]  fp32  each part's contribution to xd
+    counters  [blocks]   int32 the programs of each row block that are done; zero before and after
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -39,42 +42,22 @@ from torch import Tensor
 
 from .groups import padded
 from .hooks import Hook
-from .triton_launch import check_tensor, launch, processors
+from .triton_launch import check_tensor, launch, processors, zeroed_counters
 
 MAX_RANK = 256
+MAX_BLOCKS = 1024  # counters there are
 GROUP_SIZE = {"w4a8": 64, "int4": 64, "nvfp4": 16}
 # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits: no slow float-to-int.
 ROUND = tl.constexpr(12582912.0)
 LARGEST = tl.constexpr(3.0e38)  # for reciprocals of scales so small that they would overflow
 
 
-@dataclass(frozen=True, eq=False)
-class RowPrologue(Hook):
-    """A prologue that needs the mean and the variance (that of the population) of each row of x [M, K]:
-
-    `function(v, mean, variance, rows, columns, live, extra) -> v`, mean and variance [rows, 1] fp32. The mean square
-    is variance + mean^2.
-    """
-
-
 @triton.jit
-def prologue(v, mean, variance, rows, columns, live, extra, HOOK: tl.constexpr, MOMENTS: tl.constexpr):
-    """A block of x -> what the linear reads, in the same dtype; zero where nothing lives."""
+def prologue(v, rows, columns, live, extra, HOOK: tl.constexpr):
+    """A block of the input -> what the linear reads, in the same dtype; zero where nothing lives."""
     if HOOK is not None:
-        if MOMENTS:
-            out = HOOK(v.to(tl.float32), mean, variance, rows, columns, live, extra)
-        else:
-            out = HOOK(v.to(tl.float32), rows, columns, live, extra)
-        v = tl.where(live, out, 0.0).to(v.dtype)
+        v = tl.where(live, HOOK(v.to(tl.float32), rows, columns, live, extra), 0.0).to(v.dtype)
     return v
-
-
-@triton.jit
-def merge(means, squares, counts, K):
-    """Mean and variance of rows from those of their parts (Chan): [S, rows] each, counts [S, 1] -> [rows] each."""
-    mean = tl.sum(means * counts, 0) / K
-    away = means - mean[None, :]
-    return mean, tl.sum(squares + counts * away * away, 0) / K
 
 
 @triton.jit
@@ -98,14 +81,15 @@ def quotient(a, b, inverse):
 
 
 @triton.jit
-def int4_codes(v, UNSIGNED: tl.constexpr):
-    """v [TM, 64] -> codes [TM, 64] int8, scales [TM]."""
+def int4_codes(v, UNSIGNED: tl.constexpr, FP8: tl.constexpr):
+    """v [TM, 64] -> codes [TM, 64] int8 or e4m3, scales [TM]."""
     most = tl.max(tl.abs(v), 1)
     scale = tl.where(most > 0, tl.div_rn(most, 15.0 if UNSIGNED else 7.0), 1.0)
     q = quotient(v, scale[:, None], tl.minimum(tl.div_rn(1.0, scale), LARGEST)[:, None])
     if UNSIGNED:
         q = tl.maximum(q, 0.0)
-    return (q + ROUND).to(tl.int32, bitcast=True).to(tl.int8), scale
+    q += ROUND
+    return (q - ROUND).to(tl.float8e4nv) if FP8 else q.to(tl.int32, bitcast=True).to(tl.int8), scale
 
 
 @triton.jit
@@ -146,77 +130,66 @@ def nvfp4_codes(v, TM: tl.constexpr):
 
 
 @triton.jit
-def _input(x, rm, rk, live, stride, width, mean, variance, extra, DTYPE: tl.constexpr, HOOK: tl.constexpr,
-           MOMENTS: tl.constexpr):  # fmt: skip
+def _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE: tl.constexpr, JOINED: tl.constexpr,
+           HOOK: tl.constexpr):  # fmt: skip
     """A block of what the linear reads.
 
     Loaded as bits, so that the product takes it from registers: where Triton 3.6 hands `wgmma` the shared buffer of a
     load that is read otherwise too, that buffer has a slot too few and is refilled under the running product.
     """
     columns = rk[None, :]
-    bits = tl.load(x + rm[:, None] * stride + columns, mask=live & (columns < width), other=0)
-    v = bits.to(DTYPE, bitcast=True)
-    return prologue(v, mean, variance, rm[:, None], columns, live, extra, HOOK, MOMENTS)
-
-
-@triton.jit
-def _row_moments(moments, rm, M, K, S, chunk, PARTS: tl.constexpr, MOMENTS: tl.constexpr):
-    """Mean and variance of the rows [TM, 1]; zeros where no prologue needs them."""
-    if MOMENTS:
-        parts = tl.arange(0, PARTS)
-        at = moments + parts.to(tl.int64)[:, None] * 2 * M + rm[None, :]
-        mask = (parts < S)[:, None] & (rm < M)[None, :]
-        counts = tl.minimum(tl.maximum(K - parts * chunk, 0), chunk).to(tl.float32)
-        mean, variance = merge(tl.load(at, mask, 0.0), tl.load(at + M, mask, 0.0), counts[:, None], K)
+    at = x + rm[:, None] * x_stride + columns
+    if JOINED:
+        bits = tl.load(at, mask=live & (columns < W), other=0)
+        bits |= tl.load(right + rm[:, None] * right_stride + (columns - W), mask=live & (columns >= W), other=0)
     else:
-        mean = tl.zeros_like(rm).to(tl.float32)
-        variance = mean
-    return mean[:, None], variance[:, None]
+        bits = tl.load(at, mask=live, other=0)
+    return prologue(bits.to(DTYPE, bitcast=True), rm[:, None], columns, live, extra, HOOK)
 
 
 @triton.jit
-def _moments_kernel(x, moments, M, K, chunk, DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr):
-    rm = tl.program_id(0).to(tl.int64) * TM + tl.arange(0, TM)
-    part = tl.program_id(1)
-    first = part * chunk
-    last = min(first + chunk, K)
-    at = x + rm[:, None] * K
-    total = tl.zeros((TM, TK), tl.float32)
-    for k in tl.range(first, last, TK):
-        rk = k + tl.arange(0, TK)
-        bits = tl.load(at + rk[None, :], mask=(rm < M)[:, None] & (rk < last)[None, :], other=0)
-        total += bits.to(DTYPE, bitcast=True).to(tl.float32)
-    mean = tl.sum(total, 1) / (last - first)
-    total = tl.zeros((TM, TK), tl.float32)
-    for k in tl.range(first, last, TK):
-        rk = k + tl.arange(0, TK)
-        live = (rm < M)[:, None] & (rk < last)[None, :]
-        away = tl.load(at + rk[None, :], mask=live, other=0).to(DTYPE, bitcast=True).to(tl.float32) - mean[:, None]
-        total += tl.where(live, away * away, 0.0)
-    out = moments + part.to(tl.int64) * 2 * M + rm
-    tl.store(out, mean, mask=rm < M)
-    tl.store(out + M, tl.sum(total, 1), mask=rm < M)
+def _add_parts(acc, xd, partial, counters, M, R, S):
+    """This program's part of xd [TM, RANK] -> the sum, by the program that finds all others' there."""
+    TM: tl.constexpr = acc.shape[0]
+    rows, rr = tl.arange(0, TM)[:, None], tl.arange(0, acc.shape[1])[None, :]
+    block = tl.program_id(0)
+    mask = (rows < M - block * TM) & (rr < R)
+    first = block.to(tl.int64) * TM * R
+    at = rows * R + rr
+    if S == 1:
+        tl.store(xd + first + at, acc.to(xd.dtype.element_ty), mask=mask)
+    else:
+        size = M.to(tl.int64) * R
+        tl.store(partial + first + tl.program_id(1) * size + at, acc, mask=mask)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + block, 1) == S - 1:
+            total = tl.zeros_like(acc)
+            for part in range(S):
+                # Past the L1 cache: other multiprocessors wrote these.
+                total += tl.load(partial + first + part * size + at, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(xd + first + at, total.to(xd.dtype.element_ty), mask=mask)
+            tl.store(counters + block, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S"])  # a 1 stays a run-time value
 def _measure_kernel(
-    x, smooth, down, qx, ascales, moments, peaks, partial, M, K, KP, R, S, stride, width, chunk, shift, extra,
-    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    FORMAT: tl.constexpr, UNSIGNED: tl.constexpr, HOOK: tl.constexpr, MOMENTS: tl.constexpr,
+    x, right, smooth, down, qx, ascales, peaks, partial, counters, xd, M, K, KP, R, S, W, x_stride, right_stride,
+    a_row, a_group, chunk, shift, extra,
+    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, FORMAT: tl.constexpr,
+    UNSIGNED: tl.constexpr, JOINED: tl.constexpr, HOOK: tl.constexpr,
 ):  # fmt: skip
     """One part of the channels: the product, and either the rows' peaks or the codes of whole groups."""
     rm = tl.program_id(0).to(tl.int64) * TM + tl.arange(0, TM)
     part = tl.program_id(1)
     rr = tl.arange(0, RANK if RANK > 0 else 16)
     alive = (rm < M)[:, None]
-    mean, variance = _row_moments(moments, rm, M, K, S, chunk, PARTS, MOMENTS)
     peak = tl.zeros((TM, TK), tl.float32)
     acc = tl.zeros((TM, RANK if RANK > 0 else 16), tl.float32)
     first = part * chunk
     for k in tl.range(first, min(first + chunk, KP), TK):
         rk = k + tl.arange(0, TK)
         live = alive & (rk < K)[None, :]
-        v = _input(x, rm, rk, live, stride, width, mean, variance, extra, DTYPE, HOOK, MOMENTS)
+        v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, HOOK)
         factors = tl.load(smooth + rk, mask=rk < K, other=1.0)[None, :]
         if FORMAT == "w4a8":
             peak = tl.maximum(peak, tl.abs(v.to(tl.float32) * (1.0 / factors)))
@@ -226,9 +199,9 @@ def _measure_kernel(
                 h += shift
             h = tl.where(live, quotient(h, factors, tl.div_rn(1.0, factors)), 0.0)
             if FORMAT == "int4":
-                q, scale = int4_codes(h, UNSIGNED)
+                q, scale = int4_codes(h, UNSIGNED, qx.dtype.element_ty == tl.float8e4nv)
                 tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive)
-                tl.store(ascales + rm * (KP // 64) + k // 64, scale, mask=rm < M)
+                tl.store(ascales + rm * a_row + k // 64 * a_group, scale, mask=rm < M)
             else:
                 q, code = nvfp4_codes(h, TM)
                 half = k // 2 + tl.arange(0, 32)
@@ -242,93 +215,92 @@ def _measure_kernel(
     if FORMAT == "w4a8":
         tl.store(peaks + part.to(tl.int64) * M + rm, tl.max(peak, 1), mask=rm < M)
     if RANK > 0:
-        out = partial + (part.to(tl.int64) * M + rm)[:, None] * R + rr[None, :]
-        tl.store(out, acc, mask=alive & (rr < R)[None, :])
+        _add_parts(acc, xd, partial, counters, M, R, S)
 
 
-@triton.jit
-def _finish_kernel(
-    x, smooth, qx, ascales, moments, peaks, partial, xd, M, K, KP, R, S, part_size, stride, width, chunk, extra,
-    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
-    FORMAT: tl.constexpr, HOOK: tl.constexpr, MOMENTS: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "S"])
+def _codes_kernel(
+    x, right, smooth, qx, ascales, peaks, M, K, KP, S, W, x_stride, right_stride, extra,
+    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, PARTS: tl.constexpr, JOINED: tl.constexpr,
+    HOOK: tl.constexpr,
 ):  # fmt: skip
-    """The parts put together: a row's scale and codes, and xd."""
+    """w4a8: the rows' scales from their parts' peaks, and the codes."""
     pk = tl.num_programs(1) - 1 - tl.program_id(1)
     rm = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TM + tl.arange(0, TM)
     alive = (rm < M)[:, None]
-    if FORMAT == "w4a8":
-        parts = tl.arange(0, PARTS)
-        there = (parts < S)[:, None] & (rm < M)[None, :]
-        some = tl.load(peaks + parts.to(tl.int64)[:, None] * M + rm[None, :], mask=there, other=0.0)
-        scale, reciprocal = int8_scale(tl.max(some, 0))
-        mean, variance = _row_moments(moments, rm, M, K, S, chunk, PARTS, MOMENTS)
-        rk = pk * TK + tl.arange(0, TK)
-        live = alive & (rk < K)[None, :]
-        v = _input(x, rm, rk, live, stride, width, mean, variance, extra, DTYPE, HOOK, MOMENTS)
-        inverse = 1.0 / tl.load(smooth + rk, mask=rk < K, other=1.0)
-        q = int8_codes(v, inverse[None, :], reciprocal[:, None])
-        tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive & (rk < KP)[None, :])
-        if pk == 0:
-            tl.store(ascales + rm, scale, mask=rm < M)
-    if RANK > 0 and pk == 0:
-        rr = tl.arange(0, RANK)
-        mask = alive & (rr < R)[None, :]
-        at = partial + rm[:, None] * R + rr[None, :]
-        total = tl.zeros((TM, RANK), tl.float32)
-        for _ in range(S):
-            total += tl.load(at, mask=mask, other=0.0)
-            at += part_size
-        tl.store(xd + rm[:, None] * R + rr[None, :], total.to(xd.dtype.element_ty), mask=mask)
+    parts = tl.arange(0, PARTS)
+    there = (parts < S)[:, None] & (rm < M)[None, :]
+    some = tl.load(peaks + parts.to(tl.int64)[:, None] * M + rm[None, :], mask=there, other=0.0)
+    scale, reciprocal = int8_scale(tl.max(some, 0))
+    rk = pk * TK + tl.arange(0, TK)
+    live = alive & (rk < K)[None, :]
+    v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, HOOK)
+    inverse = 1.0 / tl.load(smooth + rk, mask=rk < K, other=1.0)
+    q = int8_codes(v, inverse[None, :], reciprocal[:, None])
+    tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive & (rk < KP)[None, :])
+    if pk == 0:
+        tl.store(ascales + rm, scale, mask=rm < M)
 
 
-def _check(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float, prologue: Hook | None) -> None:
+def _check(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
+           fp8: bool) -> None:  # fmt: skip
     if precision not in GROUP_SIZE:
         raise ValueError(f"quantize: {precision} has no quantized activations, use one of {', '.join(GROUP_SIZE)}")
-    if shift and precision != "int4":
-        raise ValueError(f"quantize: a shift needs int4's unsigned codes, not {precision}")
+    if (shift or fp8) and precision != "int4":
+        raise ValueError(f"quantize: {'a shift' if shift else 'fp8'} is for int4's codes, not {precision}")
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}, expected bfloat16 or float16")
     if x.ndim != 2 or smooth.ndim != 1 or down.ndim != 2:
         raise ValueError(f"x, smooth, down have {x.ndim}, {smooth.ndim}, {down.ndim} dimensions, expected 2, 1, 2")
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
-    if k == 0 or (w != k and (prologue is None or isinstance(prologue, RowPrologue))):
-        raise ValueError(f"x has {w} columns, smooth {k} channels")
-    for name, tensor, dtype, shape in (("x", x, x.dtype, (m, w)), ("smooth", smooth, torch.float32, (k,)),
-                                       ("down", down, x.dtype, (r, k))):  # fmt: skip
-        check_tensor(name, tensor, x.device, dtype, shape)
+    if right is not None:
+        if right.dtype != x.dtype or right.device != x.device or right.ndim != 2 or right.shape[0] != m:
+            raise ValueError(f"right is {right.dtype} {tuple(right.shape)} on {right.device}, "
+                             f"expected {x.dtype} ({m}, ...) on {x.device}")  # fmt: skip
+        w += right.shape[1]
+    if k == 0 or w != k:
+        raise ValueError(f"the input has {w} columns, smooth {k} channels")
+    for name, tensor in (("x", x), ("right", right)):
+        if tensor is not None and tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"the columns of {name} must be neighbours, its strides are {tensor.stride()}")
+    check_tensor("smooth", smooth, x.device, torch.float32, (k,))
+    check_tensor("down", down, x.device, x.dtype, (r, k))
     if r % 16 or r > MAX_RANK:
         raise ValueError(f"quantize: rank {r} is not a multiple of 16 up to {MAX_RANK}")
 
 
-def _outputs(x: Tensor, k: int, r: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, k: int, r: int, precision: str, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     m, kp = x.shape[0], padded(k, GROUP_SIZE[precision])
     xd = x.new_empty(m, r)
     if precision == "nvfp4":
         scales = x.new_empty(m, kp // 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
         return x.new_empty(m, kp // 2, dtype=torch.uint8), scales, xd
+    if fp8:
+        by_group = x.new_empty(kp // 64, padded(m, 4), dtype=torch.float32)
+        return x.new_empty(m, kp, dtype=torch.float8_e4m3fn), by_group[:, :m].t(), xd
     groups = 1 if precision == "w4a8" else kp // 64
     return x.new_empty(m, kp, dtype=torch.int8), x.new_empty(m, groups, dtype=torch.float32), xd
 
 
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
-             prologue: Hook | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x [M, W], smooth [K], down [R, K] -> qx, ascales, xd as above. With a shift, int4's codes are unsigned.
+             prologue: Hook | None = None, right: Tensor | None = None,
+             fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x [M, W], right [M, K - W], smooth [K], down [R, K] -> qx, ascales, xd as above.
 
-    An elementwise prologue gets x's first K columns, zeros where x is narrower, and may load more through its operands.
+    With a shift, int4's codes are unsigned. A prologue sees x and right side by side.
     """
-    _check(x, smooth, down, precision, shift, prologue)
-    k, r = smooth.shape[0], down.shape[0]
-    qx, ascales, xd = _outputs(x, k, r, precision)
+    _check(x, right, smooth, down, precision, shift, fp8)
+    outputs = _outputs(x, smooth.shape[0], down.shape[0], precision, fp8)
     if x.shape[0] == 0:
-        return qx, ascales, xd
-    if precision == "w4a8" and prologue is None and _one_kernel(x.device):
+        return outputs
+    if precision == "w4a8" and _one_kernel(x.device):
         from . import gluon_quantize
 
-        if gluon_quantize.can_quantize(x, down):
-            gluon_quantize.quantize(x, smooth, down, qx, ascales, xd)
-            return qx, ascales, xd
-    in_launches(x, smooth, down, precision, shift, prologue, qx, ascales, xd)
-    return qx, ascales, xd
+        if gluon_quantize.can_quantize(x, right, down):
+            gluon_quantize.quantize(x, right, smooth, down, prologue, *outputs)
+            return outputs
+    in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)
+    return outputs
 
 
 @cache
@@ -343,35 +315,30 @@ def _one_kernel(device: torch.device) -> bool:
     return True
 
 
-def in_launches(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float, prologue: Hook | None,
-                qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
+def in_launches(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
+                prologue: Hook | None, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
     """The kernels of this file, on checked operands, into qx, ascales and xd."""
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
     kp = padded(k, GROUP_SIZE[precision])
-    moments = isinstance(prologue, RowPrologue)
     hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
     dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-    rank = triton.next_power_of_2(r) if r else 0
     tm = tk = 64
     blocks, steps = triton.cdiv(m, tm), triton.cdiv(kp, tk)
-    chunk = triton.cdiv(steps, max(1, min(steps, 16, 4 * processors(x.device) // blocks))) * tk
+    parts = max(1, min(steps, 16, 4 * processors(x.device) // blocks)) if blocks <= MAX_BLOCKS else 1
+    chunk = triton.cdiv(steps, parts) * tk
     splits = triton.cdiv(kp, chunk)
-    parts = triton.next_power_of_2(splits)
     bits, scales = x.view(torch.int16), ascales.view(torch.uint8) if precision == "nvfp4" else ascales
-    stats = x.new_empty(splits, 2, m, dtype=torch.float32) if moments else smooth
+    more = bits if right is None else right.view(torch.int16)
     peaks, partial = x.new_empty(splits, m, dtype=torch.float32), x.new_empty(splits, m, r, dtype=torch.float32)
-    if moments:
-        launch(_moments_kernel, (blocks, splits, 1), (bits, stats, m, k, chunk), (dtype, tm, tk), num_warps=4)
-    arguments = (bits, smooth, down, qx, scales, stats, peaks, partial, m, k, kp, r, splits, w, min(w, k), chunk,
-                 float(shift), extra)  # fmt: skip
-    constants = (dtype, tm, tk, rank, parts, precision, bool(shift), hook, moments)
+    counters = zeroed_counters(x.device)
+    arguments = (bits, more, smooth, down, qx, scales, peaks, partial, counters, xd, m, k, kp, r, splits, w,
+                 bits.stride(0), more.stride(0), *ascales.stride(), chunk, float(shift), extra)  # fmt: skip
+    constants = (dtype, tm, tk, triton.next_power_of_2(r) if r else 0, precision, bool(shift), right is not None, hook)
     warps, stages = (4, 4) if r <= 64 else (8, 2)  # no spills, and within the 99 KB of sm_89 and sm_120
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
-    if precision != "w4a8" and not r:
+    if precision != "w4a8":
         return
     tm, tk = 8, min(1024, triton.next_power_of_2(kp))
-    width = triton.cdiv(kp, tk) if precision == "w4a8" else 1
-    arguments = (bits, smooth, qx, scales, stats, peaks, partial, xd, m, k, kp, r, splits, m * r, w, min(w, k), chunk,
-                 extra)  # fmt: skip
-    launch(_finish_kernel, (triton.cdiv(m, tm), width, 1), arguments,
-           (dtype, tm, tk, rank, parts, precision, hook, moments), num_warps=4)  # fmt: skip
+    arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)
+    constants = (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, hook)
+    launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments, constants, num_warps=4)

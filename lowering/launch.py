@@ -12,8 +12,11 @@ Weights come in the kernel order (kernels/layout.py), into which a packed linear
 taken too, and is reordered in every call.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,9 @@ from torch import Tensor
 
 from ..kernels import FORMATS, layout
 from . import reference
+
+if TYPE_CHECKING:
+    from ..kernels.hooks import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -63,17 +69,44 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.quantize` on the fastest kernel that can."""
-    if x.dtype not in _SIXTEEN_BIT or x.dtype != down.dtype or not has_kernels(x.device):
+def takes_prologue(x: Tensor, down: Tensor) -> bool:
+    """Whether `quantize` can run a generated prologue."""
+    return _has_quantize(x, down) and _rank_fits(down.shape[0])
+
+
+def _rank_fits(rank: int) -> bool:
+    from ..kernels import triton_quantize
+
+    return rank % 16 == 0 and rank <= triton_quantize.MAX_RANK
+
+
+def _has_quantize(x: Tensor, down: Tensor) -> bool:
+    return x.dtype in _SIXTEEN_BIT and x.dtype == down.dtype and has_kernels(x.device)
+
+
+def quantize(
+    x: Tensor,
+    smooth: Tensor,
+    down: Tensor,
+    precision: str,
+    shift: float,
+    prologue: Hook | None = None,
+    right: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
+    if not _has_quantize(x, down):
         return reference.quantize(x, smooth, down, precision, shift)
     from ..kernels import triton_quantize
 
-    rows, rank = _rows(x).contiguous(), down.shape[0]
+    rows, rank = _rows(x), down.shape[0]
+    right = None if right is None else _rows(right)
     with torch.cuda.device(x.device):
-        if rank % 16 == 0 and rank <= triton_quantize.MAX_RANK:
-            qx, ascales, xd = triton_quantize.quantize(rows, smooth, down.contiguous(), precision, shift)
+        if _rank_fits(rank):
+            qx, ascales, xd = triton_quantize.quantize(
+                rows, smooth, down.contiguous(), precision, shift, prologue, right
+            )
         else:
+            rows = rows.contiguous()
             qx, ascales, _ = triton_quantize.quantize(rows, smooth, down[:0], precision, shift)
             xd = F.linear(rows, down)
     lead = x.shape[:-1]
@@ -94,6 +127,13 @@ def _nvfp4_works(device: torch.device) -> bool:
     return True
 
 
+def takes_epilogue(qx: Tensor, up: Tensor, offset: Tensor | None, precision: str) -> bool:
+    """Whether `gemm` has a kernel here, which can run a generated epilogue."""
+    if not has_kernels(qx.device) or (up.shape[1] and up.dtype not in _SIXTEEN_BIT):
+        return False
+    return precision != "nvfp4" or (offset is None and _nvfp4_works(qx.device))
+
+
 def gemm(
     qx: Tensor,
     ascales: Tensor,
@@ -104,10 +144,10 @@ def gemm(
     offset: Tensor | None,
     precision: str,
     out_dtype: torch.dtype,
+    epilogue: Hook | None = None,
 ) -> Tensor:
-    """`reference.gemm` on the fastest kernel that can; weight in either order."""
-    kernel = has_kernels(qx.device) and (not up.shape[1] or up.dtype in _SIXTEEN_BIT)
-    if not kernel or (precision == "nvfp4" and (offset is not None or not _nvfp4_works(qx.device))):
+    """`reference.gemm` on the fastest kernel that can; weight in either order; an epilogue if `takes_epilogue`."""
+    if not takes_epilogue(qx, up, offset, precision):
         plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
         return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
     from ..kernels import triton_gemm, triton_nvfp4
@@ -117,7 +157,7 @@ def gemm(
     qx, ascales, xd, up = _rows(qx), _rows(ascales), _rows(xd), up.contiguous()
     with torch.cuda.device(qx.device):
         if precision == "nvfp4":
-            y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
+            y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
             return y.view(*lead, y.shape[1])
         if precision in ("w4a8", "int4") and _gluon_works(qx.device):
             from ..kernels import gluon_gemm, gluon_int4
@@ -125,13 +165,13 @@ def gemm(
             if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
                 if precision == "int4":
                     words = layout.to_kernel(precision, packed, words=True)
-                    y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype)
+                    y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype, epilogue)
                     return y.view(*lead, y.shape[1])
                 if offset is None:
-                    y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype)
+                    y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
                     return y.view(*lead, y.shape[1])
         packed = layout.to_kernel(precision, packed)
-        y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype)
+        y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype, epilogue)
     return y.view(*lead, y.shape[1])
 
 

@@ -1,7 +1,8 @@
 """The svdq:: operators: schema, shape function and implementation of each, in one place.
 
 Compiled code and Inductor's caches know them by name only, so an operator whose meaning changes gets a new name.
-All take inputs with any number of leading dimensions, zero rows included.
+All take inputs with any number of leading dimensions, zero rows included. The fused ones hold a region (region.py): the
+same operator with what the graph did just before or after it.
 """
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from ..kernels import FORMATS
 from ..kernels.groups import padded
-from . import launch
+from . import fused, launch
 from .packed import PackedLinear
+from .region import parse
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
 
@@ -34,8 +36,19 @@ def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shif
     return x.new_empty(*lead, k // 2, dtype=torch.uint8), scales, xd
 
 
+def _fake_fused_quantize(operands, smooth, down, precision, shift, region):
+    x = operands[0]
+    if parse(region).has_right:
+        x = x.new_empty(*x.shape[:-1], x.shape[-1] + operands[1].shape[-1])
+    return _fake_quantize(x, smooth, down, precision, shift)
+
+
 def _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype):
     return qx.new_empty(*qx.shape[:-1], up.shape[0], dtype=out_dtype)
+
+
+def _fake_fused_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype, operands, region):
+    return _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
 
 
 def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
@@ -61,8 +74,23 @@ _define(
     _fake_gemv,
 )
 
+_define(
+    "fused_quantize(Tensor[] operands, Tensor smooth, Tensor down, str precision, float shift, str region)"
+    " -> (Tensor qx, Tensor ascales, Tensor xd)",
+    fused.quantize,
+    _fake_fused_quantize,
+)
+_define(
+    "fused_gemm(Tensor qx, Tensor ascales, Tensor xd, Tensor[] weight, Tensor up, Tensor? bias, Tensor? offset,"
+    " str precision, ScalarType out_dtype, Tensor[] operands, str region) -> Tensor",
+    fused.gemm,
+    _fake_fused_gemm,
+)
+
 quantize = torch.ops.svdq.quantize.default
+fused_quantize = torch.ops.svdq.fused_quantize.default
 gemm = torch.ops.svdq.gemm.default
+fused_gemm = torch.ops.svdq.fused_gemm.default
 gemv = torch.ops.svdq.gemv.default
 
 

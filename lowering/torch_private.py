@@ -1,7 +1,9 @@
 """The private corners of torch that this package leans on, all of them. Tried on torch 2.11 and 2.13."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,13 +64,54 @@ def fake_like(fake: Tensor | None, real: Tensor) -> Tensor:
     return mode.from_tensor(real, static_shapes=True) if mode is not None else real
 
 
-def compile_with_inductor(gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
-    """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments."""
+def describe(node: fx.Node, instead_of: fx.Node) -> None:
+    """Give a new node of an aten graph what others read of it: where it stands, and its result as fake tensors.
+
+    Without `eager_input_vals` Inductor hands its inputs over in whatever layout they have.
+    """
+    from torch._dynamo.utils import detect_fake_mode
+
+    def value(argument: fx.Node) -> Any:
+        return argument.meta["val"]
+
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
+    assert mode is not None and callable(node.target)
+    with mode:
+        node.meta["val"] = node.target(*args, **kwargs)
+    node.meta.update({k: instead_of.meta[k] for k in ("nn_module_stack", "stack_trace") if k in instead_of.meta})
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, rewrite: Callable[[fx.GraphModule], None] | None = None
+) -> Callable[..., Any]:
+    """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments.
+
+    rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
+             caches know it by the sources of its folder and this one: while these stay, it must rewrite equal graphs alike.
+    """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode not in (None, "default") else None
+    patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+    if rewrite is not None:
+        patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
     return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+
+
+def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class AtenPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            assert graph.owning_module is not None
+            rewrite(graph.owning_module)
+
+        def uuid(self) -> Any:
+            folders = Path(inspect.getfile(rewrite)).parent, Path(__file__).parent
+            return get_hash_for_files(tuple(sorted(str(file) for folder in folders for file in folder.glob("*.py"))))
+
+    return AtenPass()
 
 
 @contextmanager
@@ -80,6 +123,16 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = before
+
+
+def check_weights_at_every_call() -> None:
+    """Have Dynamo look at the type of each weight whenever compiled code is called.
+
+    Torch 2.10 and 2.11 skip the guards below a module as long as its dictionaries are the same objects with the same
+    entries. A weight that becomes a QuantizedWeight stays the same entry, so its new class would go unseen.
+    """
+    if hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
+        torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

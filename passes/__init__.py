@@ -1,14 +1,20 @@
-"""The compiler's front half, as rewrites of the graph that Dynamo hands over.
+"""The compiler's front half, as rewrites of graphs.
 
-`observing` and `quantizing` are its table of contents; `pipeline.run` does the counting, checking and dumping.
+`observing`, `quantizing` and FUSING are its table of contents; `pipeline.run` does the counting, checking and dumping.
+The first two rewrite the graph that Dynamo hands over, where a linear is one node with a name and a Parameter; the third
+the aten graph that Inductor has made of it, where whatever the model wrote is a few operations.
 """
 
 from collections.abc import Callable
 from functools import partial
 
+from torch import fx
+
 from .drop_replaced_weights import drop_replaced_weights
+from .fuse_epilogues import fuse_epilogues
+from .fuse_prologues import fuse_prologues
 from .observe_linears import observe_linears
-from .pipeline import Pass
+from .pipeline import Pass, run
 from .quantize_linears import Packs, quantize_linears
 from .share_quantized_inputs import share_quantized_inputs
 
@@ -25,3 +31,14 @@ def quantizing(packs: Packs) -> list[Pass]:
         share_quantized_inputs,  # after: it merges what the first one made for each linear
         partial(drop_replaced_weights, weights=list(packs)),  # last: only now is a weight without readers unused
     ]
+
+
+FUSING: list[Pass] = [
+    fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
+    fuse_prologues,
+]
+
+
+def fuse(gm: fx.GraphModule) -> None:
+    """Run the third list over a graph."""
+    run(gm, FUSING)

@@ -14,7 +14,7 @@ from . import store
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.torch_private import compile_with_inductor
+from .lowering.torch_private import check_weights_at_every_call, compile_with_inductor
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import weight_inputs
@@ -29,6 +29,7 @@ def svdquant(
     options  fields of `Config` by name; mode  Inductor's. Raises OptionError for an unknown or impossible option and
     GradientsNeeded where the call would record gradients.
     """
+    check_weights_at_every_call()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
     inputs = weight_inputs(gm)

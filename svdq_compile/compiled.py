@@ -17,7 +17,7 @@ from .lowering.packed import PackedLinear
 from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
-from .passes import pipeline, quantizing
+from .passes import fuse, pipeline, quantizing
 from .passes.quantize_linears import PackedInput, sharing
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
@@ -103,7 +103,7 @@ class Variant:
         inputs = self.template(packs)
         for position, index in self.plain:
             inputs[position] = args[index]
-        self.run: Callable = compile_with_inductor(gm, inputs, config.mode)
+        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fuse if config.fuse else None)
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
         """The inputs with the packed tensors filled in and gaps for the others."""

@@ -31,6 +31,7 @@ class Config:
                        regional compilation names begin at the block.
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
+    fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its kernels
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing
     """
@@ -43,6 +44,7 @@ class Config:
     error_budget: float = 0.3
     skip: tuple[str, ...] = ()
     weights: str = "release"
+    fuse: bool = True
     mode: str | None = None
     progress: bool = True
 
@@ -53,7 +55,7 @@ class Config:
         _whole("rank", self.rank, 0, MAX_RANK)
         _whole("refine", self.refine, 0, 1000)
         _whole("calibration_steps", self.calibration_steps, 0, 1_000_000)
-        for name in ("smooth", "progress"):
+        for name in ("smooth", "fuse", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         budget = self.error_budget

@@ -475,3 +475,15 @@ def test_gelu_marks_an_unsigned_input() -> None:
     assert svdq.packed(model.blocks[0].down.weight).offset is not None
     assert svdq.packed(model.blocks[0].up.weight).shared.shift == 0
     assert F.gelu(torch.linspace(-3, 0, 1000), approximate="tanh").min() + 0.171875 > 0
+
+
+def test_switches_to_4_bit_where_dynamo_skips_unchanged_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11's default. With it, a block compiled before would go on observing for ever."""
+    monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", True, raising=False)
+    counter = GraphCounter()
+    model = net(blocks=3)
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(4):
+        model(*inputs())
+    assert counter.graphs == 2

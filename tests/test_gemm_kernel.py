@@ -4,13 +4,17 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
 
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
-            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16"}  # fmt: skip
+            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "beside": "*bf16",
+           "extra": ()}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,41 @@ def test_interpreted_gemm(m, n, k, rank, precision):
     assert error(triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, HALF), expected) < ROUNDING
     y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, None, offset, torch.float32)
     assert error(y, expected - bias.float()) < 1e-5
+
+
+@triton.jit
+def gated_beside(out, beside, features, tokens, live, extra):
+    gate, factor = extra
+    return out * tl.load(gate + features, mask=live, other=0.0).to(tl.float32) * factor + beside
+
+
+@triton.jit
+def gelu(out, features, tokens, live, extra):
+    return out / (1.0 + tl.exp(-1.5957691216 * out * (1.0 + 0.044715 * out * out)))
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 8, 64, 0), (19, 72, 192, 16), (70, 130, 128, 32)])
+def test_interpreted_hooks(m, n, k, rank, precision):
+    """gate * y + residual, the residual a slice of a wider matrix in the other 16-bit type; and gelu."""
+    from svdq_compile.kernels import triton_gemm
+    from svdq_compile.kernels.hooks import Hook
+
+    fmt = FORMATS[precision]
+    weight = fmt.quantize_weight(torch.randn(n, k) * k**-0.5)
+    qx, ascales = fmt.quantize_activation(torch.randn(m, k))
+    xd, up, bias = torch.randn(m, rank).to(HALF), torch.randn(n, rank).to(HALF), torch.randn(n).to(HALF)
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, None, precision, torch.float32)
+    packed = layout.to_kernel(precision, weight)
+
+    def gemm(hook):
+        return triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, None, torch.float32, hook)
+
+    gate, residual = torch.randn(n).to(HALF), torch.randn(m, n + 40).to(torch.bfloat16)[:, 24 : 24 + n]
+    y = gemm(Hook(gated_beside, (gate, 0.5), residual))
+    assert error(y, expected * gate * 0.5 + residual) < 1e-5
+    assert error(gemm(Hook(gelu)), F.gelu(expected, approximate="tanh")) < 1e-5
 
 
 # ** bad input **
@@ -78,6 +117,34 @@ def test_launchers_say_what_is_wrong(name, spoil, complaint):
         triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF)
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("beside", "complaint"),
+    [
+        (torch.zeros(4, 8), "beside is torch.float32"),
+        (torch.zeros(4, 16, dtype=HALF), "beside has shape"),
+        (torch.zeros(8, 4, dtype=HALF).t(), "beside has strides"),
+        (torch.zeros(4, 8, dtype=HALF, device="meta"), "beside is on meta"),
+        (torch.zeros(4, 12, dtype=HALF)[:, :8], "multiples of 16 bytes"),
+        (torch.zeros(4, 16, dtype=HALF)[:, 4:12], "multiples of 16 bytes"),
+        (torch.zeros(1, 8, dtype=HALF).expand(4, 8), "multiples of 16 bytes"),
+    ],
+)
+def test_launchers_say_what_is_wrong_beside(beside, complaint):
+    """Plain Triton takes rows at any address."""
+    from svdq_compile.kernels import gluon_gemm, triton_gemm
+    from svdq_compile.kernels.hooks import Hook
+
+    arguments = gemm_arguments()
+    hook = Hook(gated_beside, (), beside)
+    if "bytes" not in complaint:
+        with pytest.raises(ValueError, match=complaint):
+            triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF, epilogue=hook)
+    arguments.pop("offset")
+    with pytest.raises(ValueError, match=complaint):
+        gluon_gemm.gemm(**arguments, out_dtype=HALF, epilogue=hook)
+
+
 # ** instructions **
 
 INT8_MMA = {
@@ -92,14 +159,15 @@ INT8_MMA = {
 def test_gemm_uses_int8_tensor_cores(capability, grouped):
     from svdq_compile.kernels.triton_gemm import _gemm_kernel
 
-    constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped}
+    constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
+                 "EPILOGUE": None, "BESIDE": False}  # fmt: skip
     types = POINTERS | ({"wscales": "*bf16"} if grouped else {})
     built = compile_for(_gemm_kernel, capability, constants, 4, types)
     assert re.search(INT8_MMA[capability], built.ptx)
     assert built.spilled == 0
 
 
-def gluon_gemm_for(tile):
+def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
     """The sm_90 kernel of one tile, compiled."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -108,14 +176,14 @@ def gluon_gemm_for(tile):
     tm, tn = tile.tm, tile.tn
     blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
-              "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip
+              "y": ("bf16", torch.bfloat16, tm // 2, tn), "beside": ("bf16", torch.bfloat16, tm // 2, tn)}  # fmt: skip
     descriptors = {
         name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
         for name, (kind, dtype, rows, columns) in blocks.items()
     }
-    constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "BIAS": True, "EPILOGUE": None,
-                 "WARPS": tile.warps}  # fmt: skip
-    types = POINTERS | descriptors | {"partial": "*i32", "counters": "*i32", "extra": ()}
+    constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "LOW_RANK": low_rank, "BIAS": True,
+                 "EPILOGUE": hook, "BESIDE": beside, "WARPS": tile.warps}  # fmt: skip
+    types = POINTERS | descriptors | {"partial": "*i32", "counters": "*i32", "extra": extra}
     return compile_for(gluon_gemm._gemm_kernel, 90, constants, tile.warps, types, source=GluonASTSource)
 
 
@@ -133,7 +201,23 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     assert "cp.async.bulk.tensor.2d" in built.ptx
     assert "setmaxnreg" in built.ptx
     assert "bar.arrive" in built.ptx
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" not in built.ptx  # what `beside` would be read by
     assert built.spilled == 0
+
+
+@compiled
+@pytest.mark.parametrize("rows", [32, 4608])
+def test_gluon_gemm_with_hooks(rows):
+    """A hook written in plain Triton; what is beside comes by TMA and is transposed by ldmatrix; no spills."""
+    from svdq_compile.kernels import gluon_gemm
+
+    tile = gluon_gemm.candidates(rows, 3072)[0]
+    plain = gluon_gemm_for(tile, low_rank=False)
+    beside = gluon_gemm_for(tile, gated_beside, ("*bf16", "fp32"), beside=True)
+    copies = r"cp\.async\.bulk\.tensor\.2d\.shared\S*\.global"
+    assert len(re.findall(copies, beside.ptx)) == len(re.findall(copies, plain.ptx)) + 2
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in beside.ptx
+    assert plain.spilled == beside.spilled == gluon_gemm_for(tile, gelu).spilled == 0
 
 
 @compiled

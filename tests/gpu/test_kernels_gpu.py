@@ -5,9 +5,13 @@ python -m pytest tests/gpu
 
 import pytest
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from kernel_testing import error
 
 from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.hooks import Hook
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -48,6 +52,53 @@ def test_gemm(m, n, k, rank, precision, dtype):
         assert y.dtype == out
         assert error(y, expected) < BOUND[out]
         assert torch.equal(y, launch.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, out))
+
+
+@triton.jit
+def gated_beside(out, beside, features, tokens, live, extra):
+    gate, N = extra
+    return out * tl.load(gate + features, mask=features < N, other=0.0).to(tl.float32) + beside
+
+
+@triton.jit
+def gelu(out, features, tokens, live, extra):
+    return out / (1.0 + tl.exp(-1.5957691216 * out * (1.0 + 0.044715 * out * out)))
+
+
+@pytest.mark.parametrize("kernel", ["gluon", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "rank"),
+    [(1, 64, 64, 0), (17, 72, 192, 16), (333, 1000, 320, 48), (333, 3072, 12288, 32), (4608, 1032, 128, 0),
+     (4608, 3072, 3072, 32)],
+)  # fmt: skip
+def test_w4a8_hooks(m, n, k, rank, dtype, kernel):
+    """gate * y + residual, the residual a slice of a wider matrix in either 16-bit type; and gelu. Some of these have
+    many tiles a program, some a last round cut along K.
+    """
+    from svdq_compile.kernels import gluon_gemm, triton_gemm
+
+    if kernel == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    fmt = FORMATS["w4a8"]
+    weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
+    qx, ascales = fmt.quantize_activation(normal(m, k))
+    xd, up, bias = normal(m, rank, dtype=dtype), normal(n, rank, dtype=dtype), normal(n, dtype=dtype)
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, None, "w4a8", torch.float32)
+    packed = layout.to_kernel("w4a8", weight)
+
+    def gemm(hook):
+        if kernel == "gluon":
+            return gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, dtype, hook)
+        return triton_gemm.gemm("w4a8", qx, ascales, xd, packed, up, bias, None, dtype, hook)
+
+    gate = normal(n, dtype=dtype)
+    for other in DTYPES:
+        residual = normal(m, n + 16, dtype=other)[:, 8 : 8 + n]
+        for _ in range(2):
+            y = gemm(Hook(gated_beside, (gate, n), residual))
+            assert error(y, expected * gate + residual) < BOUND[dtype]
+    assert error(gemm(Hook(gelu)), F.gelu(expected, approximate="tanh")) < BOUND[dtype]
 
 
 def test_gemm_integers_are_exact():

@@ -1,0 +1,136 @@
+"""The methods of bench/flux_step.py: how a 16-bit model is made ready, ours and the peers', each as documented.
+
+METHODS[name](model, call) gets the model in memory and one step's inputs; the next calls of what it returns are
+the method's own. Everything is compiled by repeated blocks (diffusers' `compile_repeated_blocks`), sizes fixed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from step_models import repeated_blocks
+from torch import nn
+
+# What a peer quantizes: embedders and output projections with a narrow side stay 16-bit, as torchao's guides have it.
+NARROW = 512
+# torch._int_mm takes more than 16 rows.
+FEW_ROWS = 16
+
+
+def _by_blocks(model: nn.Module, **options: Any) -> nn.Module:
+    """`model.compile_repeated_blocks`; the whole model if nothing in it is repeated."""
+    if any(repeated_blocks(model).values()):
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
+    else:
+        model.compile(dynamic=False, **options)
+    return model
+
+
+def eager(model: nn.Module, call: dict) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module, call: dict) -> nn.Module:
+    return _by_blocks(model)
+
+
+def compiled_max(model: nn.Module, call: dict) -> nn.Module:
+    return _by_blocks(model, mode="max-autotune-no-cudagraphs")
+
+
+def _ours(**options: Any) -> dict[str, Any]:
+    from svdq_compile.backend import svdquant  # by the function, so that it works where only the sources are
+
+    return {
+        "backend": svdquant,
+        "options": {"precision": "w4a8", "calibration_steps": 1, "progress": False} | options,
+    }
+
+
+def ours(model: nn.Module, call: dict) -> nn.Module:
+    model = _by_blocks(model, **_ours())
+    model(**call)  # runs in 16-bit, observes, and quantizes on its way out
+    return model
+
+
+def ours_unfused(model: nn.Module, call: dict) -> nn.Module:
+    model = _by_blocks(model, **_ours(fuse=False))
+    model(**call)
+    return model
+
+
+def ours_graphs(model: nn.Module, call: dict) -> nn.Module:
+    """CUDA graphs want the whole model: a graph of one block would copy every block's inputs."""
+    model.compile(dynamic=False, **_ours(mode="reduce-overhead"))
+    model(**call)
+    return model
+
+
+def _linear_rows(model: nn.Module, call: dict) -> dict[str, int]:
+    """The least rows that each linear is called with in one step."""
+    rows: dict[str, int] = {}
+
+    def watch(name: str) -> Callable:
+        def before(module: nn.Module, args: tuple) -> None:
+            count = args[0].shape[:-1].numel()
+            rows[name] = min(count, rows.get(name, count))
+
+        return before
+
+    hooks = [m.register_forward_pre_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    model(**call)
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def _torchao(model: nn.Module, config: Any, wanted: Callable[[str], bool]) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        linear = isinstance(module, nn.Linear) and module.weight.dtype == torch.bfloat16
+        return linear and min(module.in_features, module.out_features) >= NARROW and wanted(name)
+
+    quantize_(model, config, filter_fn=chosen)
+    return _by_blocks(model)
+
+
+def torchao_fp8(model: nn.Module, call: dict) -> nn.Module:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return _torchao(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), lambda name: True)
+
+
+def torchao_int8(model: nn.Module, call: dict) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    rows = _linear_rows(model, call)
+    return _torchao(model, Int8DynamicActivationInt8WeightConfig(), lambda name: rows.get(name, 0) > FEW_ROWS)
+
+
+def _sdnq(model: nn.Module, **options: Any) -> nn.Module:
+    from sdnq import sdnq_post_load_quant
+
+    return _by_blocks(sdnq_post_load_quant(model, use_quantized_matmul=True, **options))
+
+
+def sdnq_int8(model: nn.Module, call: dict) -> nn.Module:
+    return _sdnq(model, weights_dtype="int8")
+
+
+def sdnq_int4_svd(model: nn.Module, call: dict) -> nn.Module:
+    return _sdnq(model, weights_dtype="int4", use_svd=True, svd_rank=32)
+
+
+METHODS: dict[str, Callable[[nn.Module, dict], nn.Module]] = {
+    "eager": eager,
+    "compile": compiled,
+    "compile-max": compiled_max,
+    "ours": ours,
+    "ours-unfused": ours_unfused,
+    "ours-graphs": ours_graphs,
+    "torchao-fp8": torchao_fp8,
+    "torchao-int8": torchao_int8,
+    "sdnq-int8": sdnq_int8,
+    "sdnq-int4-svd": sdnq_int4_svd,
+}

@@ -1,0 +1,49 @@
+"""The fused operators: the kernel with the region generated into it, or the region in torch and the plain operator."""
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .region import parse
+
+
+def quantize(
+    operands: list[Tensor], smooth: Tensor, down: Tensor, precision: str, shift: float, region: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch.quantize` of what the region makes of its operands."""
+    program = parse(region)
+    values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
+    x, right = values.pop("x"), values.pop("right", None)
+    if launch.takes_prologue(x, down):
+        from . import generate
+
+        hook = generate.hook(program, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
+        return launch.quantize(x, smooth, down, precision, shift, prologue=hook, right=right)
+    joined = x if right is None else torch.cat((x, right), -1)
+    h = program.evaluate({"x": joined, **values}).to(x.dtype) if program.steps else joined
+    return launch.quantize(h, smooth, down, precision, shift)
+
+
+def gemm(
+    qx: Tensor,
+    ascales: Tensor,
+    xd: Tensor,
+    weight: list[Tensor],
+    up: Tensor,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    precision: str,
+    out_dtype: torch.dtype,
+    operands: list[Tensor],
+    region: str,
+) -> Tensor:
+    """`launch.gemm`, and what the region makes of the result before it is rounded to out_dtype."""
+    program = parse(region)
+    values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
+    plain = (qx, ascales, xd, weight, up, bias, offset, precision)
+    if launch.takes_epilogue(qx, up, offset, precision):
+        from . import generate
+
+        hook = generate.hook(program, values, qx.shape[:-1], up.shape[0])
+        return launch.gemm(*plain, out_dtype, epilogue=hook)
+    return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype)

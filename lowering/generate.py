@@ -1,0 +1,156 @@
+"""A fused region as a Triton function that the hand-written kernels call: readable source, kept on disk.
+
+The file stands in the `regions` folder of the cache and is named by its content, so equal regions of all blocks, models
+and processes share it; it is written again whenever it is missing. SVDQ_DUMP=folder gets a copy beside the graphs.
+
+What the function reads besides its block, its `extra`, is (M + 1, C, then for each operand)
+
+    full     pointer, row stride         sample   pointer, row stride, B        row, column, scalar   pointer
+
+M is one more because Triton makes a constant of the argument 1, which a warp-specialized kernel cannot pass on.
+"""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.hooks import Hook
+from ..kernels.tuning import cache_folder
+from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_CALLS = {
+    "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
+    "relu": "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+    "neg": "-{0}",
+    "abs": "tl.abs({0})",
+    "exp": "tl.exp({0})",
+    "tanh": "1.0 - 2.0 / (1.0 + tl.exp(2.0 * {0}))",
+    "erf": "tl.erf({0})",
+    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
+    "sqrt": "tl.sqrt({0})",
+    "rsqrt": "tl.rsqrt({0})",
+    "reciprocal": "1.0 / {0}",
+    "bf16": "{0}.to(tl.bfloat16).to(tl.float32)",
+    "fp16": "{0}.to(tl.float16).to(tl.float32)",
+}
+
+
+def hook(region: Region, values: dict[str, Tensor], lead: torch.Size, columns: int) -> Hook:
+    """The region's function with its operands laid out for a block of lead.numel() rows.
+
+    values: the operands by name. x and right, which the kernel is given itself, are not among them.
+    """
+    rows = lead.numel()
+    extra: list[Any] = [rows + 1, columns]
+    beside = None
+    for name, cls in region.operands:
+        if name in ("x", "right"):
+            continue
+        value = values[name]
+        if name == "beside":
+            beside = as_matrix(value, lead, columns)
+        elif cls == FULL:
+            matrix = as_matrix(value, lead, columns)
+            extra += [matrix, matrix.stride(0)]
+        elif cls == ROW:
+            extra.append(value.expand(*lead, 1).reshape(rows).contiguous())
+        elif cls == COLUMN:
+            extra.append(value.reshape(columns).contiguous())
+        elif cls == SAMPLE:
+            matrix = as_matrix(value.reshape(lead[0], columns), lead[:1], columns)
+            extra += [matrix, matrix.stride(0), lead[0]]
+        else:
+            extra.append(value.reshape(1))
+    return Hook(function(str(region)), tuple(extra), beside)
+
+
+def as_matrix(value: Tensor, lead: torch.Size, columns: int) -> Tensor:
+    """[..., C] that broadcasts over lead -> [rows, C] with neighbouring columns, a view wherever there is one."""
+    matrix = value.expand(*lead, columns) if value.shape[:-1] != lead else value
+    matrix = matrix.reshape(lead.numel(), columns)
+    if matrix.stride(1) != 1 or matrix.stride(0) < columns:
+        matrix = matrix.contiguous()
+    return matrix
+
+
+@cache
+def function(text: str) -> Any:
+    """The JIT function of the region with this text. Raises ValueError if it is no region."""
+    from .region import parse
+
+    code = source(parse(text))
+    name = f"region_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
+    folders = [cache_folder() / "regions"]
+    if os.environ.get("SVDQ_DUMP"):
+        folders.append(Path(os.environ["SVDQ_DUMP"]))
+    for folder in folders:
+        _write(folder / f"{name}.py", code)
+    spec = importlib.util.spec_from_file_location(name, folders[0] / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fused
+
+
+def _write(path: Path, code: str) -> None:
+    """All or nothing: other processes may write and read the same file."""
+    if path.exists() and path.read_text() == code:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)
+
+
+def source(region: Region) -> str:
+    """The Python file of a region."""
+    is_epilogue = region.kind == "epilogue"
+    drawing = "\n".join(f"    {line}" for line in str(region).split("\n"))
+    beside = "beside, " if ("beside", FULL) in region.operands else ""
+    signature = f"y, {beside}columns, rows, live, extra" if is_epilogue else "x, rows, columns, live, extra"
+    result = region.steps[-1].name if region.steps else "x"
+    body = [*_loads(region), *map(_line, region.steps), f"return {result}"]
+    lines = "\n".join(f"    {line}" for line in body)
+    return (
+        f'"""A fused region.\n\n{drawing}\n"""\n\n'
+        "import triton\nimport triton.language as tl\n\n\n"
+        f"@triton.jit\ndef fused({signature}):\n{lines}\n"
+    )
+
+
+def _loads(region: Region) -> list[str]:
+    lines, at = [], 2
+    for name, cls in region.operands:
+        if name in ("x", "right", "beside"):
+            continue
+        if cls == FULL:
+            where, mask, width = f"rows.to(tl.int64) * extra[{at + 1}] + columns", "live", 2
+        elif cls == ROW:
+            where, mask, width = "rows", "rows < extra[0] - 1", 1
+        elif cls == COLUMN:
+            where, mask, width = "columns", "columns < extra[1]", 1
+        elif cls == SAMPLE:
+            sample = f"rows.to(tl.int64) * extra[{at + 2}] // (extra[0] - 1)"
+            where, mask, width = f"{sample} * extra[{at + 1}] + columns", "live", 3
+        elif cls == SCALAR:
+            where, mask, width = "0", "", 1
+        load = f"tl.load(extra[{at}] + {where}{f', mask={mask}, other=0.0' if mask else ''})"
+        lines.append(f"{name} = {load}.to(tl.float32)")
+        at += width
+    return lines
+
+
+def _line(step: Step) -> str:
+    arguments = [a if isinstance(a, str) else repr(float(a)) for a in step.arguments]
+    if step.operation in _INFIX:
+        return f"{step.name} = {arguments[0]} {_INFIX[step.operation]} {arguments[1]}"
+    return f"{step.name} = {_CALLS[step.operation].format(*arguments)}"

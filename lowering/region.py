@@ -1,0 +1,132 @@
+"""A fused region: the pointwise neighbours of an svdq:: operator, as a small program in text.
+
+    epilogue(y, beside: full, a0: column)          prologue(x, right, a0: row, a1: row, a2: column)
+    t0 = mul(y, a0)                                t0 = sub(x, a0)
+    t1 = add(beside, t0)                           t1 = mul(t0, a1)
+                                                   t2 = mul(t1, a2)
+
+The text is an argument of the operator in the graph, so it is all that a compile cache needs to keep: `parse` reads it
+back, `evaluate` runs it in torch (the oracle), and generate.py turns it into a Triton function. The last line is the
+result. Values are fp32; `bf16` and `fp16` round where the model casts.
+
+The block that a region works on is a matrix [M, C]: all leading dimensions of a tensor [..., C] are its rows.
+
+    x, y      what the operator reads, or the result it would store; `right` continues x: [x | right]
+    full      [..., C]              one value for each element. `beside`: the one that a GEMM loads in whole tiles
+    row       [..., 1]              one a row (a mean)
+    column    [C]                   one a channel (a norm's weight)
+    sample    [B, 1, ..., C]        one a channel for each of the B samples (a modulation); M / B rows each
+    scalar    one value
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Argument = str | float  # the name of a value, or a number
+
+FULL, ROW, COLUMN, SAMPLE, SCALAR = CLASSES = ("full", "row", "column", "sample", "scalar")
+
+OPERATIONS = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "maximum": lambda a, b: torch.maximum(*_tensors(a, b)),
+    "minimum": lambda a, b: torch.minimum(*_tensors(a, b)),
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "bf16": lambda a: a.to(torch.bfloat16).float(),
+    "fp16": lambda a: a.to(torch.float16).float(),
+}
+
+
+def _tensors(*values: Tensor | float) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(v, dtype=torch.float32) for v in values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line: `name = operation(*arguments)`."""
+
+    name: str
+    operation: str
+    arguments: tuple[Argument, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.operation}({', '.join(map(str, self.arguments))})"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A program. kind: "prologue" or "epilogue"; operands: (name, class) in the order of the operator's tensors.
+
+    The classless first operand of a prologue is x (and the second `right`, where x has two parts); an epilogue's first
+    value, y, is no operand.
+    """
+
+    kind: str
+    operands: tuple[tuple[str, str], ...]
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        first = ["y"] if self.kind == "epilogue" else []
+        named = [name if name in ("x", "right") else f"{name}: {cls}" for name, cls in self.operands]
+        return "\n".join([f"{self.kind}({', '.join(first + named)})", *map(str, self.steps)])
+
+    @property
+    def has_right(self) -> bool:
+        """Whether a prologue's input comes in two parts."""
+        return ("right", FULL) in self.operands
+
+    def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Run the program in fp32. values: every operand by name, each broadcasting against the block, and y."""
+        known: dict[str, Tensor] = {name: value.float() for name, value in values.items()}
+        result = known["x" if self.kind == "prologue" else "y"]
+        for step in self.steps:
+            arguments = (known[a] if isinstance(a, str) else a for a in step.arguments)
+            result = known[step.name] = OPERATIONS[step.operation](*arguments)
+        return result
+
+
+_HEADER = re.compile(r"(prologue|epilogue)\((.*)\)")
+_STEP = re.compile(r"(\w+) = (\w+)\((.*)\)")
+
+
+@cache
+def parse(text: str) -> Region:
+    """The region that `str(region)` wrote. Raises ValueError for anything else."""
+    header, *lines = text.split("\n")
+    found = _HEADER.fullmatch(header)
+    if found is None:
+        raise ValueError(f"not a fused region: {header!r}")
+    kind, names = found.groups()
+    operands = []
+    for item in names.split(", "):
+        name, _, cls = item.partition(": ")
+        if name != "y":
+            operands.append((name, cls or FULL))
+    known = {"y", *(name for name, _ in operands)}
+    steps = []
+    for line in lines:
+        found = _STEP.fullmatch(line)
+        if found is None or found[2] not in OPERATIONS:
+            raise ValueError(f"not a step of a fused region: {line!r}")
+        arguments = tuple(a if a in known else float(a) for a in found[3].split(", "))
+        steps.append(Step(found[1], found[2], arguments))
+        known.add(found[1])
+    if any(cls not in CLASSES for _, cls in operands):
+        raise ValueError(f"not a fused region: {header!r}")
+    return Region(kind, tuple(operands), tuple(steps))

@@ -1,0 +1,106 @@
+"""bench/flux_step.py on a tiny model: rows with their fields, merged into a file, and its tables."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+diffusers = pytest.importorskip("diffusers")
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import flux_step  # noqa: E402
+
+from svdq_compile import compiled as compiled_module  # noqa: E402
+
+FIELDS = {"model", "method", "run", "device", "ms", "ms_all", "resident_gib", "peak_gib", "first_step_s"}
+FIELDS |= {"warm_process_s", "rel_err", "host_ms", "kernels"}
+
+
+def test_flux_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit eager in its own process; ours in this one, without the minute that Inductor takes on a CPU."""
+    out, row = tmp_path / "steps.json", tmp_path / "row.json"
+    common = ["--model", "flux", "--tiny", "--no-warm", "--out", str(out)]
+    flux_step.main([*common, "--methods", "eager", "--limit", "120"])
+
+    def as_it_is(gm: fx.GraphModule, *rest: object) -> Callable:
+        return gm.forward
+
+    def here(options: object, method: str, caches: Path, first_only: bool) -> dict:
+        flux_step.main([*common, "--methods", method, "--child", str(row)])
+        return json.loads(row.read_text())
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back
+    monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
+    monkeypatch.setattr(flux_step, "run_child", here)
+    flux_step.main([*common, "--methods", "ours"])
+
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["method"] for r in rows] == ["eager", "ours"]
+    assert all(r.keys() >= FIELDS and r["ms"] > 0 for r in rows)
+    assert rows[0]["rel_err"] == 0
+    assert 0 < rows[1]["rel_err"] < 0.25
+
+    document = tmp_path / "document.md"
+    document.write_text("before\n<!-- table: steps -->\nold\n<!-- end -->\nafter\n")
+    flux_step.main([*common, "--table", str(document)])
+    lines = document.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "old" not in lines
+    assert sum(line.startswith("| ours |") for line in lines) == 1
+
+
+def test_merge_replaces_the_same_row(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    for method, ms in (("eager", 3.0), ("ours", 1.0), ("eager", 2.0)):
+        flux_step.merge(out, {"model": "flux", "method": method, "ms": ms})
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["method"], r["ms"]) for r in rows] == [("eager", 2.0), ("ours", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_128x128x128", "attention"),
+        ("triton_poi_fused__scaled_dot_product_cudnn_attention_mm_3", "norms/pointwise"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "gemm"),
+        ("_gemm_kernel", "gemm"),
+        ("_quantize_kernel", "quantize"),
+        ("_gemv_kernel", "gemv"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "norms/pointwise"),
+        ("distribution_something", "other"),
+    ],
+)
+def test_kernel_groups(kernel: str, group: str) -> None:
+    assert flux_step.step_profile.group(kernel) == group
+
+
+def test_a_method_over_its_limit_is_a_row(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    flux_step.main(["--tiny", "--methods", "eager", "--limit", "1", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["error"] == "stopped after the limit of 1 s"
+    assert row["warm_process_s"] is None
+
+
+def test_unknown_method(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        flux_step.main(["--methods", "our"])
+    assert "no method our; there are eager, compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", flux_step.MODELS)
+def test_models(name: str) -> None:
+    """The published configuration builds, and a tiny one of the same structure gives a finite output."""
+    spec = flux_step.MODELS[name]
+    cpu = torch.device("cpu")
+    with torch.device("meta"):
+        published = getattr(diffusers, spec.class_name)(**spec.config)
+    assert sum(p.numel() for p in published.parameters()) > 2e9
+    model = flux_step.build(name, True, cpu)
+    assert model(**flux_step.inputs(name, True, model, cpu))[0].isfinite().all()

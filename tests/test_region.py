@@ -1,0 +1,129 @@
+"""The text of a fused region: written and read back, evaluated, and turned into a Triton function that agrees."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_testing import compiled, error, interpreted, run_interpreted
+from svdq_compile.lowering import generate
+from svdq_compile.lowering.region import OPERATIONS, Region, Step, parse
+
+MODULATE = """prologue(x, a0: row, a1: row, a2: column, a3: sample, a4: scalar, a5: full)
+t0 = sub(x, a0)
+t1 = mul(t0, a1)
+t2 = add(a2, 1.0)
+t3 = mul(t1, t2)
+t4 = add(t3, a3)
+t5 = mul(t4, a4)
+t6 = add(t5, a5)
+t7 = fp16(t6)"""
+RESIDUAL = """epilogue(y, a0: column, beside: full)
+t0 = mul(a0, y)
+t1 = add(beside, t0)"""
+EVERYTHING = (
+    "prologue(x, a0: full)\n"
+    "t0 = tanh(x)\nt1 = erf(x)\nt2 = exp(a0)\nt3 = sigmoid(x)\nt4 = relu(a0)\nt5 = abs(x)\nt6 = add(t5, 0.5)\n"
+    "t7 = sqrt(t6)\nt8 = rsqrt(t6)\nt9 = reciprocal(t6)\nt10 = neg(t9)\nt11 = maximum(t0, t1)\n"
+    "t12 = minimum(t2, t3)\nt13 = div(t11, t6)\nt14 = sub(t12, t13)\nt15 = mul(t14, t7)\nt16 = add(t15, t8)\n"
+    "t17 = add(t16, t10)\nt18 = add(t17, t4)\nt19 = fp16(t18)"
+)
+
+
+@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING, "prologue(x, right)", "epilogue(y)\nt0 = bf16(y)"])
+def test_what_is_written_is_read_back(text: str) -> None:
+    assert str(parse(text)) == text
+    compile(generate.source(parse(text)), "region.py", "exec")
+
+
+def test_numbers_survive_exactly() -> None:
+    numbers = [random.Random(0).uniform(-1e3, 1e-3) for _ in range(50)] + [1e-30, -0.0, 3e38]
+    for number in numbers:
+        region = Region("epilogue", (), (Step("t0", "mul", ("y", number)),))
+        assert parse(str(region)) == region
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "epilogue", "both(y)", "epilogue(y, a0: diagonal)", "epilogue(y)\nt0 = launch(y)", "epilogue(y)\nt0 = exp(z)"],
+)
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="region|float"):
+        parse(text)
+
+
+def test_every_operation_has_a_line_in_triton() -> None:
+    assert set(OPERATIONS) == set(generate._INFIX) | set(generate._CALLS)
+
+
+def values_for(region: Region, m: int, c: int, samples: int, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"full": (samples, m // samples, c), "row": (samples, m // samples, 1), "column": (c,),
+              "sample": (samples, 1, c), "scalar": ()}  # fmt: skip
+    return {name: torch.randn(shapes[cls], generator=g).to(torch.bfloat16) for name, cls in region.operands}
+
+
+def run_function(region: Region, block: Tensor, values: dict[str, Tensor], samples: int) -> Tensor:
+    """The generated function over a whole matrix, in the interpreter."""
+    import triton
+    import triton.language as tl
+
+    m, c = block.shape
+    is_epilogue = region.kind == "epilogue"
+    hook = generate.hook(region, values, torch.Size((samples, m // samples)), c)
+
+    @triton.jit
+    def kernel(x, y, beside, M, C, extra, HOOK: tl.constexpr, BESIDE: tl.constexpr, EPILOGUE: tl.constexpr):
+        rows = tl.arange(0, 32)[:, None]
+        columns = tl.arange(0, 128)[None, :]
+        live = (rows < M) & (columns < C)
+        v = tl.load(x + rows * C + columns, mask=live, other=0.0)
+        if BESIDE:
+            other = tl.load(beside + rows * C + columns, mask=live, other=0.0).to(tl.float32)
+            v = HOOK(v, other, columns, rows, live, extra)
+        elif EPILOGUE:
+            v = HOOK(v, columns, rows, live, extra)
+        else:
+            v = HOOK(v, rows, columns, live, extra)
+        tl.store(y + rows * C + columns, v, mask=live)
+
+    y = torch.full_like(block, torch.nan)
+    other = block if hook.beside is None else hook.beside
+    kernel[(1,)](block, y, other, m, c, hook.operands, hook.function, hook.beside is not None, is_epilogue)
+    return y
+
+
+# The interpreter cuts bf16 off instead of rounding it: fp16 stands for both.
+@interpreted
+@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING])
+def test_interpreted_function_is_what_evaluate_says(text: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    region, m, c, samples = parse(text), 27, 100, 3
+    block = torch.randn(m, c, generator=torch.Generator().manual_seed(1))
+    values = values_for(region, m, c, samples)
+    outside = {name: v for name, v in values.items() if name not in ("x", "right")}
+    result = run_function(region, block, outside, samples)
+    first = "y" if region.kind == "epilogue" else "x"
+    expected = region.evaluate(outside | {first: block.view(samples, -1, c)}).reshape(m, c)
+    assert error(result, expected) < 1e-5
+
+
+@compiled
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@compiled
+def test_a_missing_file_is_written_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SVDQ_DUMP", str(tmp_path / "dump"))
+    generate.function.cache_clear()
+    generate.function(RESIDUAL)
+    (file,) = (tmp_path / "cache" / "regions").iterdir()
+    assert RESIDUAL.split("\n")[1] in file.read_text()
+    assert [f.name for f in (tmp_path / "dump").iterdir()] == [file.name]
+    file.write_text("damaged")
+    generate.function.cache_clear()
+    generate.function(RESIDUAL)
+    assert "triton.jit" in file.read_text()
