@@ -8,11 +8,11 @@
     launch    of a kernel alone, its arguments given
     triton    the same through Triton's own launch of a compiled kernel
 
-Nothing is waited for: a round queues fewer launches than the driver takes before it makes the host wait. Medians.
+Nothing is waited for: a round queues fewer launches than the driver takes before it makes the host wait. The best of
+several rounds, since whatever else the machine does only adds.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ def host_microseconds(call: Callable[[], object], calls: int = CALLS) -> float:
             call()
         times.append(time.perf_counter() - begin)
     torch.cuda.synchronize()
-    return 1e6 * statistics.median(times) / calls
+    return 1e6 * min(times) / calls
 
 
 def normal(*shape: int) -> Tensor:

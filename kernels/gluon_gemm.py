@@ -210,6 +210,15 @@ def _scaled(acc, a, b, shift, BIAS: gl.constexpr):
 
 
 @gluon.jit
+def _rank_step(xs, ws, xd, up, slot, TM: gl.constexpr, TN: gl.constexpr):
+    """What a step of the low-rank product multiplies: up [TN, 32], and xd^T [32, TM/2] for each half."""
+    h: gl.constexpr = TM // 2
+    u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
+    d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
+    return u, d.slice(0, h, 0).permute([1, 0]), d.slice(h, h, 0).permute([1, 0])
+
+
+@gluon.jit
 def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr):
     """Half a tile through the hook and on its way to y."""
     layout: gl.constexpr = out.type.layout
@@ -229,7 +238,7 @@ def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BES
 
 @gluon.jit
 def _multiply(
-    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
+    y, beside, xs, ws, ss, as_, ys0, ys1, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
     tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
     BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
@@ -269,12 +278,11 @@ def _multiply(
                 _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
             high = _expand(p, odd, SCALED_HIGH)
             acc = warpgroup_mma(high, xt.slice(64, 64, 1).permute([1, 0]), acc, is_async=True)
-            if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left ys, or soon will have
+            if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
                 tma.store_wait(0)
                 mbarrier.expect(loaded, TM * TN * 2)
-                for h in gl.static_range(2):
-                    target = _view(ys.index(h), beside.dtype, [HALF, TN], beside.layout)
-                    _load(beside, [m0 + h * HALF, n0], loaded, target)
+                _load(beside, [m0, n0], loaded, _view(ys0, beside.dtype, [HALF, TN], beside.layout))
+                _load(beside, [m0 + HALF, n0], loaded, _view(ys1, beside.dtype, [HALF, TN], beside.layout))
             acc = warpgroup_mma_wait(1, deps=(acc,))
             slot, phase = _next(slot, phase, STAGES)
         # While the last product runs: this tile's ascales to where the columns are, and all about the next tile.
@@ -297,21 +305,19 @@ def _multiply(
         out0 = _scaled(acc0, a0, this_b, this_shift, BIAS)
         if LOW_RANK:
             mbarrier.wait(full.index(slot), phase)
-            u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
-            d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
-            out0 = warpgroup_mma(u, d.slice(0, HALF, 0).permute([1, 0]), out0, is_async=True)
+            u, d0, d1 = _rank_step(xs, ws, xd, up, slot, TM, TN)
+            out0 = warpgroup_mma(u, d0, out0, is_async=True)
         out1 = _scaled(acc1, as_.slice(HALF, HALF, 0).load(columns), this_b, this_shift, BIAS)
         if LOW_RANK:
-            out1 = warpgroup_mma(u, d.slice(HALF, HALF, 0).permute([1, 0]), out1, is_async=True)
+            out1 = warpgroup_mma(u, d1, out1, is_async=True)
             for _ in range(1, rank_steps):
                 out0, out1 = warpgroup_mma_wait(0, deps=(out0, out1))
                 _hand_back(slot, THREADS)
                 slot, phase = _next(slot, phase, STAGES)
                 mbarrier.wait(full.index(slot), phase)
-                u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
-                d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
-                out0 = warpgroup_mma(u, d.slice(0, HALF, 0).permute([1, 0]), out0, is_async=True)
-                out1 = warpgroup_mma(u, d.slice(HALF, HALF, 0).permute([1, 0]), out1, is_async=True)
+                u, d0, d1 = _rank_step(xs, ws, xd, up, slot, TM, TN)
+                out0 = warpgroup_mma(u, d0, out0, is_async=True)
+                out1 = warpgroup_mma(u, d1, out1, is_async=True)
             out0 = warpgroup_mma_wait(1, deps=(out0,))
         if BESIDE:
             mbarrier.wait(loaded, beside_phase)
@@ -319,13 +325,13 @@ def _multiply(
         else:
             tma.store_wait(0)
         if finished:
-            _finish(out0, y, beside, ys.index(0), m0, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out0, y, beside, ys0, m0, n0, M, N, extra, EPILOGUE, BESIDE)
         if LOW_RANK:
             out1 = warpgroup_mma_wait(0, deps=(out1,))
             _hand_back(slot, THREADS)
             slot, phase = _next(slot, phase, STAGES)
         if finished:
-            _finish(out1, y, beside, ys.index(1), m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out1, y, beside, ys1, m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
     tma.store_wait(0)
 
 
@@ -341,7 +347,8 @@ def _gemm_kernel(
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
     ss = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
     as_ = gl.allocate_shared_memory(gl.float32, [TM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ys = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN], y.layout)
+    ys0 = gl.allocate_shared_memory(y.dtype, [TM // 2, TN], y.layout)  # two, or Triton keeps their uses apart
+    ys1 = gl.allocate_shared_memory(y.dtype, [TM // 2, TN], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -358,8 +365,8 @@ def _gemm_kernel(
             (
                 _multiply,
                 (
-                    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters,
-                    extra, M, N, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+                    y, beside, xs, ws, ss, as_, ys0, ys1, full, loaded, xd, up, ascales, wscales, bias, partial,
+                    counters, extra, M, N, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
                     TM, TN, STAGES, GROUP, LOW_RANK, BIAS, EPILOGUE, BESIDE, WARPS, THREADS,
                 ),
             ),

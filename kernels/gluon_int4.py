@@ -197,12 +197,15 @@ def _int4_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """One shape of the kernel: tokens (at most 128), features, buffers, multiplying warps."""
+    """One shape of the kernel: tokens (at most 128), features, buffers, multiplying warps, and programs that share a
+    multiprocessor.
+    """
 
     tm: int
     tn: int
     stages: int
     warps: int = 8
+    programs: int = 1
 
 
 def choose_tile(m: int) -> Tile:
@@ -281,6 +284,9 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     )
     function = None if epilogue is None else epilogue.function
     constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, offset is not None, function, t.warps)
-    programs = min(-(-m // t.tm) * -(-n // t.tn), processors(qx.device))
-    launch(_int4_kernel, (programs, 1, 1), arguments, constants, num_warps=t.warps)
+    options = {"num_warps": t.warps}
+    if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
+        options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
+    programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))
+    launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options)
     return y

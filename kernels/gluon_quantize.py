@@ -1,4 +1,6 @@
-"""w4a8 activations and the low-rank product in one kernel for sm_90, in Gluon; formula and tensors: triton_quantize.py.
+"""w4a8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
+
+Formulas and tensors are those of triton_quantize.py.
 
 A program keeps [64 rows, BOXES * 64 channels] of the input in shared memory from the one time it is read until its
 codes are written; a prologue replaces each box there as it arrives. Between, it leaves its part of each row's maximum
@@ -24,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .hooks import Hook
 from .triton_launch import launch, processors, zeroed_counters
-from .triton_quantize import int8_codes, int8_scale, prologue
+from .triton_quantize import int4_codes, int8_codes, int8_scale, prologue, quotient
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
@@ -57,11 +59,14 @@ def _at(x, right, rm, rc, k, W, x_step, right_step, JOINED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["M", "S", "cells", "first_peak"])  # a 1 stays a run-time value
 def _quantize_kernel(
-    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, R, S, W, x_step, right_step, cells,
-    first_peak,
+    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, R, S, W, x_step, right_step, a_row,
+    a_group, cells, first_peak, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexpr, SLICE: gl.constexpr,
-    JOINED: gl.constexpr, HOOK: gl.constexpr,
+    FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, JOINED: gl.constexpr, HOOK: gl.constexpr,
 ):  # fmt: skip
+    BY_ROW: gl.constexpr = FORMAT == "w4a8"  # a scale for the whole row, else one a box
+    MEET: gl.constexpr = PARTS > 1 and (RANK > 0 or BY_ROW)
+    PIECE: gl.constexpr = 32 if RANK <= 64 else 16
     RR: gl.constexpr = RANK if RANK > 0 else 16
     POWER: gl.constexpr = 64 * (4 if BOXES <= 4 else 8)
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -76,6 +81,7 @@ def _quantize_kernel(
     column: gl.constexpr = gl.SliceLayout(0, wide)
     xs = gl.allocate_shared_memory(x.dtype.element_ty, [BOXES, ROWS, 64], swizzled)
     ds = gl.allocate_shared_memory(x.dtype.element_ty, [SLOTS, RR, 64], swizzled)
+    factors = gl.allocate_shared_memory(gl.float32, [POWER], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     inverses = gl.allocate_shared_memory(gl.float32, [POWER], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     block = gl.program_id(0) // S
     part = gl.program_id(0) % S
@@ -95,53 +101,74 @@ def _quantize_kernel(
             _copy(ds.index(i), d_at + k, mask=d_live & (rc + k < K)[None, :])
         async_copy.commit_group()
     rk = first + gl.arange(0, POWER, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    inverses.store(1.0 / gl.load(smooth + rk, mask=rk < K, other=1.0))
+    factor = gl.load(smooth + rk, mask=rk < K, other=1.0)
+    if BY_ROW:
+        inverses.store(1.0 / factor)
+    else:
+        factors.store(factor)
+        inverses.store(gl.div_rn(gl.full_like(factor, 1.0), factor))
     peak = gl.full([ROWS], 0.0, gl.float32, row)
     acc = gl.full([ROWS, RR], 0.0, gl.float32, mma)
     for i in gl.static_range(BOXES):
+        k = first + i * 64
+        columns = (rc + first + i * 64)[None, :]  # not rc + k: kept since the copies, that would cost registers
+        inside = live & (columns < K)
         # One group a box of x, and one a step of this loop, which may hold a box of `down`.
         async_copy.wait_group(BOXES - 1 if i < SLOTS else SLOTS - 2)
         if HOOK is not None:  # a thread loads what it copied itself
-            columns = (rc + first + i * 64)[None, :]
-            h = prologue(xs.index(i).load(wide), rm[:, None], columns, live & (columns < K), extra, HOOK)
-            xs.index(i).store(h)
+            for j in gl.static_range(0, ROWS, PIECE):
+                part_of_box = xs.index(i).slice(j, PIECE)
+                rows = (begin + j + gl.arange(0, PIECE, row))[:, None]
+                h = prologue(part_of_box.load(wide), rows, columns, (rows < M) & (columns < K), extra, HOOK)
+                part_of_box.store(h)
         fence_async_shared()
         _barrier()
         if RANK > 0 and i > 0 and i - 1 + SLOTS < BOXES:
-            k = first + (i - 1 + SLOTS) * 64
-            _copy(ds.index((i - 1) % SLOTS), d_at + k, mask=d_live & (rc + k < K)[None, :])
+            ahead = k + (SLOTS - 1) * 64
+            _copy(ds.index((i - 1) % SLOTS), d_at + ahead, mask=d_live & (rc + ahead < K)[None, :])
         async_copy.commit_group()
         if RANK > 0:
             acc = warpgroup_mma(xs.index(i), ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
-        v = xs.index(i).load(wide).to(gl.float32) * inverses.slice(i * 64, 64).load(column)[None, :]
-        peak = gl.maximum(peak, gl.max(gl.abs(v), 1))  # each box: 32 values a thread less to hold
+        v = xs.index(i).load(wide).to(gl.float32)
+        inverse = inverses.slice(i * 64, 64).load(column)[None, :]
+        if BY_ROW:
+            peak = gl.maximum(peak, gl.max(gl.abs(v * inverse), 1))  # each box: 32 values a thread less to hold
+        else:
+            if UNSIGNED:
+                v += shift
+            v = gl.where(inside, quotient(v, factors.slice(i * 64, 64).load(column)[None, :], inverse), 0.0)
+            q, scale = int4_codes(v, UNSIGNED, qx.dtype.element_ty == gl.float8e4nv)
+            gl.store(qx + rm[:, None] * KP + columns, q, mask=live & (k < KP))
+            gl.store(ascales + rm * a_row + k // 64 * a_group, scale, mask=(rm < M) & (k < KP))
         if RANK > 0:
             acc = warpgroup_mma_wait(0, deps=(acc,))
     peaks = work + first_peak
-    gl.store(peaks + part.to(gl.int64) * M + rm, peak, mask=rm < M)
+    if BY_ROW:
+        gl.store(peaks + part.to(gl.int64) * M + rm, peak, mask=rm < M)
     if RANK > 0:
         am = begin + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
         ar = gl.arange(0, RR, gl.SliceLayout(0, mma))
         at = work + (part.to(gl.int64) * M + am)[:, None] * R + ar[None, :]
         gl.store(at, acc, mask=(am < M)[:, None] & (ar < R)[None, :])
-    if PARTS > 1:
+    if MEET:
         _meet(counters + block, S)
     else:
         _barrier()
-    # Past the L1 cache: other multiprocessors wrote these.
-    ps = gl.arange(0, PARTS, gl.SliceLayout(1, tall))
-    tm = begin + gl.arange(0, ROWS, gl.SliceLayout(0, tall))
-    some = gl.load(peaks + ps.to(gl.int64)[:, None] * M + tm[None, :], mask=(ps < S)[:, None] & (tm < M)[None, :],
-                   other=0.0, cache_modifier=".cg")  # fmt: skip
-    scale, reciprocal = int8_scale(gl.max(some, 0))
-    if part == 0:
-        gl.store(ascales + tm, scale, mask=tm < M)
-    reciprocal = gl.convert_layout(reciprocal, row)
-    for i in gl.static_range(BOXES):
-        k = first + i * 64
-        inverse = inverses.slice(i * 64, 64).load(column)
-        q = int8_codes(xs.index(i).load(wide), inverse[None, :], reciprocal[:, None])
-        gl.store(qx + rm[:, None] * KP + (rc + k)[None, :], q, mask=live & (rc + k < KP)[None, :])
+    if BY_ROW:
+        # Past the L1 cache: other multiprocessors wrote these.
+        ps = gl.arange(0, PARTS, gl.SliceLayout(1, tall))
+        tm = begin + gl.arange(0, ROWS, gl.SliceLayout(0, tall))
+        some = gl.load(peaks + ps.to(gl.int64)[:, None] * M + tm[None, :], mask=(ps < S)[:, None] & (tm < M)[None, :],
+                       other=0.0, cache_modifier=".cg")  # fmt: skip
+        scale, reciprocal = int8_scale(gl.max(some, 0))
+        if part == 0:
+            gl.store(ascales + tm, scale, mask=tm < M)
+        reciprocal = gl.convert_layout(reciprocal, row)
+        for i in gl.static_range(BOXES):
+            k = first + i * 64
+            inverse = inverses.slice(i * 64, 64).load(column)
+            q = int8_codes(xs.index(i).load(wide), inverse[None, :], reciprocal[:, None])
+            gl.store(qx + rm[:, None] * KP + (rc + k)[None, :], q, mask=live & (rc + k < KP)[None, :])
     if RANK > 0:  # each program adds up a slice of the row block's xd
         e = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))
         fp = gl.arange(0, PARTS, gl.SliceLayout(1, flat))
@@ -150,7 +177,7 @@ def _quantize_kernel(
         values = gl.load(work + start + e[None, :] + fp.to(gl.int64)[:, None] * M * R,
                          mask=inside[None, :] & (fp < S)[:, None], other=0.0, cache_modifier=".cg")  # fmt: skip
         gl.store(xd + start + e, gl.sum(values, 0).to(xd.dtype.element_ty), mask=inside)
-    if PARTS > 1 and gl.atomic_add(counters + block, 1, sem="relaxed") == 2 * S - 1:
+    if MEET and gl.atomic_add(counters + block, 1, sem="relaxed") == 2 * S - 1:
         gl.store(counters + block, 0)
 
 
@@ -174,8 +201,8 @@ def can_quantize(x: Tensor, right: Tensor | None, down: Tensor) -> bool:
     return -(-k // (64 * _boxes(r)[0])) * 2 <= processors(x.device)
 
 
-def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prologue: Hook | None, qx: Tensor,
-             ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
+def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
+             prologue: Hook | None, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
     """Checked operands, `can_quantize` -> into qx, ascales and xd."""
     (r, k), (m, kp) = down.shape, qx.shape
     boxes, slots = _boxes(r)
@@ -186,6 +213,8 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prol
     more = x if right is None else right
     hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
     arguments = (x, more, smooth, down, qx, ascales, xd, work, zeroed_counters(x.device), extra, m, k, kp, r, programs,
-                 x.shape[1], x.stride(0) // 8, more.stride(0) // 8, m * r, programs * m * r)  # fmt: skip
-    constants = (boxes, slots, rank, triton.next_power_of_2(programs), piece, right is not None, hook)
+                 x.shape[1], x.stride(0) // 8, more.stride(0) // 8, *ascales.stride(), m * r, programs * m * r,
+                 float(shift))  # fmt: skip
+    constants = (boxes, slots, rank, triton.next_power_of_2(programs), piece, precision, bool(shift),
+                 right is not None, hook)  # fmt: skip
     launch(_quantize_kernel, (blocks * programs, 1, 1), arguments, constants, num_warps=WARPS.value)

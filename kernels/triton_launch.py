@@ -12,6 +12,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,10 +23,21 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 
+@dataclass(frozen=True)
+class Address:
+    """As much of a tensor as the encoding of a descriptor reads."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class Descriptor(NamedTuple):
     """What Triton's launcher reads of a TensorDescriptor, without its constructor's checks."""
 
-    base: Tensor
+    base: Tensor | Address
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block_shape: tuple[int, ...]
@@ -45,7 +57,7 @@ class Started(NamedTuple):
 _started: dict[tuple, Started] = {}
 recording = threading.local()  # its `calls`, a list while lowering/replay.py looks on: what is launched how
 
-MAX_ENCODED = 8192  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
+MAX_ENCODED = 4096  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
 
 
 def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, constants: tuple, **options: int) -> None:
@@ -57,7 +69,7 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
     """
     current_device, current_stream = gpu()
     device = current_device()
-    entries: list = [kernel.fn, device, constants, *options.values()]
+    entries: list = [kernel.fn, device, constants, *options.items()]
     values: list = []
     _read(arguments, entries, values)
     key = tuple(entries)

@@ -293,11 +293,11 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     outputs = _outputs(x, smooth.shape[0], down.shape[0], precision, fp8)
     if x.shape[0] == 0:
         return outputs
-    if precision == "w4a8" and _one_kernel(x.device):
+    if precision != "nvfp4" and _one_kernel(x.device):
         from . import gluon_quantize
 
         if gluon_quantize.can_quantize(x, right, down):
-            gluon_quantize.quantize(x, right, smooth, down, prologue, *outputs)
+            gluon_quantize.quantize(x, right, smooth, down, precision, shift, prologue, *outputs)
             return outputs
     in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)
     return outputs

@@ -17,7 +17,7 @@ def quantize(
     if launch.takes_prologue(x, down):
         from . import generate
 
-        hook = generate.hook(program, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
+        hook = generate.hook(region, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
         return launch.quantize(x, smooth, down, precision, shift, prologue=hook, right=right)
     joined = x if right is None else torch.cat((x, right), -1)
     h = program.evaluate({"x": joined, **values}).to(x.dtype) if program.steps else joined
@@ -44,6 +44,6 @@ def gemm(
     if launch.takes_epilogue(qx, up, offset, precision):
         from . import generate
 
-        hook = generate.hook(program, values, qx.shape[:-1], up.shape[0])
+        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0])
         return launch.gemm(*plain, out_dtype, epilogue=hook)
     return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype)

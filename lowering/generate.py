@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..kernels.hooks import Hook
 from ..kernels.tuning import cache_folder
-from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step
+from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step, parse
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _CALLS = {
@@ -44,20 +44,20 @@ _CALLS = {
 }
 
 
-def hook(region: Region, values: dict[str, Tensor], lead: torch.Size, columns: int) -> Hook:
-    """The region's function with its operands laid out for a block of lead.numel() rows.
+def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int) -> Hook:
+    """The function of the region with this text, its operands laid out for a block of lead.numel() rows.
 
     values: the operands by name. x and right, which the kernel is given itself, are not among them.
     """
     rows = lead.numel()
     extra: list[Any] = [rows + 1, columns]
     beside = None
-    for name, cls in region.operands:
+    for name, cls in parse(text).operands:
         if name in ("x", "right"):
             continue
         value = values[name]
         if name == "beside":
-            beside = as_matrix(value, lead, columns)
+            beside = _copyable(as_matrix(value, lead, columns))
         elif cls == FULL:
             matrix = as_matrix(value, lead, columns)
             extra += [matrix, matrix.stride(0)]
@@ -70,23 +70,28 @@ def hook(region: Region, values: dict[str, Tensor], lead: torch.Size, columns: i
             extra += [matrix, matrix.stride(0), lead[0]]
         else:
             extra.append(value.reshape(1))
-    return Hook(function(str(region)), tuple(extra), beside)
+    return Hook(function(text), tuple(extra), beside)
 
 
 def as_matrix(value: Tensor, lead: torch.Size, columns: int) -> Tensor:
     """[..., C] that broadcasts over lead -> [rows, C] with neighbouring columns, a view wherever there is one."""
-    matrix = value.expand(*lead, columns) if value.shape[:-1] != lead else value
-    matrix = matrix.reshape(lead.numel(), columns)
+    if value.shape[:-1] != lead:
+        value = value.expand(*lead, columns)
+    matrix = value.reshape(lead.numel(), columns)
     if matrix.stride(1) != 1 or matrix.stride(0) < columns:
         matrix = matrix.contiguous()
     return matrix
 
 
+def _copyable(matrix: Tensor) -> Tensor:
+    """What the copy engine can read: rows that begin at multiples of 16 bytes."""
+    misaligned = matrix.stride(0) % 8 or matrix.data_ptr() % 16
+    return matrix.clone(memory_format=torch.contiguous_format) if misaligned else matrix
+
+
 @cache
 def function(text: str) -> Any:
     """The JIT function of the region with this text. Raises ValueError if it is no region."""
-    from .region import parse
-
     code = source(parse(text))
     name = f"region_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     folders = [cache_folder() / "regions"]

@@ -128,11 +128,12 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
 def check_weights_at_every_call() -> None:
     """Have Dynamo look at the type of each weight whenever compiled code is called.
 
-    Torch 2.10 and 2.11 skip the guards below a module as long as its dictionaries are the same objects with the same
-    entries. A weight that becomes a QuantizedWeight stays the same entry, so its new class would go unseen.
+    It skips guards on tensors, and on whole modules in torch 2.10 and 2.11, as long as the dictionaries that hold them
+    have the same entries. A weight that becomes a QuantizedWeight stays the same entry: its new class would go unseen.
     """
-    if hasattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards"):
-        torch._dynamo.config.use_recursive_dict_tags_for_guards = False
+    for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, False)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

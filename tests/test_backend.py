@@ -477,11 +477,13 @@ def test_gelu_marks_an_unsigned_input() -> None:
     assert F.gelu(torch.linspace(-3, 0, 1000), approximate="tanh").min() + 0.171875 > 0
 
 
-def test_switches_to_4_bit_where_dynamo_skips_unchanged_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch 2.11's default. With it, a block compiled before would go on observing for ever."""
-    monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", True, raising=False)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_switches_to_4_bit_where_dynamo_skips_unchanged_modules(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The defaults of torch 2.11. With them, a block compiled before would go on observing for ever."""
+    for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
+        monkeypatch.setattr(torch._dynamo.config, name, True, raising=False)
     counter = GraphCounter()
-    model = net(blocks=3)
+    model = net(blocks=blocks)
     for block in model.blocks:
         block.compile(backend=counter, fullgraph=True)
     for _ in range(4):

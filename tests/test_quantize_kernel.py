@@ -219,7 +219,7 @@ def test_variants_compile_without_spills(changes):
 HOOK_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
 
 
-def compile_gluon(rank, programs, joined=False, hook=None):
+def compile_gluon(rank, programs, joined=False, hook=None, precision="w4a8"):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels import gluon_quantize as gq
@@ -227,10 +227,10 @@ def compile_gluon(rank, programs, joined=False, hook=None):
     boxes, slots = gq._boxes(rank)
     constants = {"BOXES": boxes, "SLOTS": slots, "RANK": triton.next_power_of_2(rank) if rank else 0,
                  "PARTS": triton.next_power_of_2(programs),
-                 "SLICE": max(16, triton.next_power_of_2(-(-64 * rank // programs))), "JOINED": joined,
-                 "HOOK": hook}  # fmt: skip
-    types = {k: TYPES[k] for k in ("smooth", "down", "qx", "ascales", "xd", "counters", "extra")}
-    types |= {"x": "*bf16", "right": "*bf16", "work": "*fp32"} | ({"extra": HOOK_TYPES} if hook is modulated else {})
+                 "SLICE": max(16, triton.next_power_of_2(-(-64 * rank // programs))), "FORMAT": precision,
+                 "UNSIGNED": precision == "int4", "JOINED": joined, "HOOK": hook}  # fmt: skip
+    types = TYPES | {"x": "*bf16", "right": "*bf16", "work": "*fp32", "extra": HOOK_TYPES if hook is modulated else ()}
+    types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
 
 
@@ -249,7 +249,7 @@ def test_the_single_kernel_on_sm_90(rank, programs):
 @compiled
 @pytest.mark.parametrize(
     ("rank", "programs", "joined", "hook"),
-    [(32, 60, True, None), (32, 48, False, gelu), (128, 6, False, gelu), (32, 60, True, modulated)],
+    [(32, 60, True, None), (128, 6, True, None), (32, 48, False, gelu), (32, 60, True, modulated)],
 )
 def test_the_single_kernel_with_two_parts_and_prologues(rank, programs, joined, hook):
     built = compile_gluon(rank, programs, joined, hook)

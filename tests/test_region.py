@@ -71,7 +71,7 @@ def run_function(region: Region, block: Tensor, values: dict[str, Tensor], sampl
 
     m, c = block.shape
     is_epilogue = region.kind == "epilogue"
-    hook = generate.hook(region, values, torch.Size((samples, m // samples)), c)
+    hook = generate.hook(str(region), values, torch.Size((samples, m // samples)), c)
 
     @triton.jit
     def kernel(x, y, beside, M, C, extra, HOOK: tl.constexpr, BESIDE: tl.constexpr, EPILOGUE: tl.constexpr):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from svdq_compile.kernels import triton_quantize as tq
+from svdq_compile.kernels.hooks import Hook
 from svdq_compile.lowering import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -24,8 +25,19 @@ def seed():
 
 
 @triton.jit
-def layernorm(v, mean, variance, rows, columns, live, extra):
-    return (v - mean) * tl.rsqrt(variance + 1e-6)
+def gelu(v, rows, columns, live, extra):
+    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def modulated(v, rows, columns, live, extra):
+    mean, rstd, scale, shift, residual, stride, m = extra
+    inside = rows < m
+    r = tl.load(residual + rows * stride + columns, mask=live, other=0.0).to(tl.float32)
+    s = tl.load(scale + columns, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(shift + columns, mask=live, other=0.0).to(tl.float32)
+    centred = v + r - tl.load(mean + rows, mask=inside, other=0.0)
+    return centred * tl.load(rstd + rows, mask=inside, other=0.0) * (1.0 + s) + b
 
 
 def error(y, expected):
@@ -37,9 +49,9 @@ def operands(m, k, rank, dtype):
     return x, torch.rand(k, device="cuda") + 0.5, down
 
 
-def in_launches(x, smooth, down, precision, shift):
-    outputs = tq._outputs(x, smooth.shape[0], down.shape[0], precision)
-    tq.in_launches(x, smooth, down, precision, shift, None, *outputs)
+def in_launches(x, smooth, down, precision, shift=0.0, prologue=None, right=None, fp8=False):
+    outputs = tq._outputs(x, smooth.shape[0], down.shape[0], precision, fp8)
+    tq.in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)
     return outputs
 
 
@@ -76,15 +88,70 @@ def test_ties_are_exact(precision, shift):
     assert torch.equal(qx.cpu(), q)
 
 
-@pytest.mark.parametrize(("precision", "shift"), CASES)
-def test_row_prologue(precision, shift):
-    x, smooth, down = operands(333, 3072, 32, torch.bfloat16)
-    qx, ascales, xd = tq.quantize(x, smooth, down, precision, shift, tq.RowPrologue(layernorm))
-    h = torch.nn.functional.layer_norm(x.float(), (3072,), eps=1e-6).bfloat16()
+def check_prologue(result, h, smooth, down, precision, shift):
+    """h itself may round either way, so codes and scales may move a little."""
+    qx, ascales, xd = result
     q, a, _ = reference.quantize(h, smooth, down, precision, shift)
-    assert error(ascales, a) < (3e-2 if precision == "nvfp4" else 1e-3)  # h itself may round either way
+    assert error(ascales, a) < (3e-2 if precision == "nvfp4" else 1e-3)
     assert (qx != q).double().mean() < 1e-2
-    assert error(xd, h.double() @ down.double().t()) < BOUND[x.dtype]
+    assert not down.shape[0] or error(xd, h.double() @ down.double().t()) < BOUND[h.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+@pytest.mark.parametrize(("m", "k", "rank"), [(333, 3072, 32), (77, 336, 128), (50, 1000, 0)])
+def test_prologues(m, k, rank, precision, shift, dtype):
+    """The result beyond the edges must be zero, whatever the prologue makes of nothing."""
+    x, smooth, down = operands(m, k, rank, dtype)
+    mean, rstd = torch.randn(m, device="cuda"), torch.rand(m, device="cuda") + 0.5
+    scale, move = torch.randn(2, k, device="cuda").to(dtype)
+    residual = torch.randn(m, k + 24, device="cuda").to(dtype)
+    norm = (x.float() + residual[:, :k].float() - mean[:, None]) * rstd[:, None] * (1 + scale.float()) + move.float()
+    hook = Hook(modulated, (mean, rstd, scale, move, residual, k + 24, m))
+    for run in (tq.quantize, in_launches):
+        expected = torch.nn.functional.gelu(x.float()).to(dtype)
+        check_prologue(run(x, smooth, down, precision, shift, Hook(gelu)), expected, smooth, down, precision, shift)
+        check_prologue(run(x, smooth, down, precision, shift, hook), norm.to(dtype), smooth, down, precision, shift)
+
+
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+@pytest.mark.parametrize(
+    ("m", "left", "k", "rank", "gap"),
+    [
+        (333, 3072, 15360, 32, 64),
+        (77, 64, 336, 96, 8),
+        (77, 64, 336, 0, 5),
+        (130, 100, 320, 16, 8),
+        (1, 64, 128, 16, 8),
+    ],
+)
+def test_two_parts(m, left, k, rank, gap, precision, shift):
+    """Side by side, each a slice of something wider, also where the one kernel cannot copy 16 bytes at a time."""
+    _, smooth, down = operands(m, k, rank, torch.bfloat16)
+    wide = torch.randn(m, k + 3 * gap, device="cuda").bfloat16()
+    x, right = wide[:, gap : gap + left], wide[:, left + 2 * gap : k + 2 * gap]
+    joined = torch.cat((x, right), 1)
+    for run in (tq.quantize, in_launches):
+        check(run(x, smooth, down, precision, shift, None, right), joined, smooth, down, precision, shift)
+        h = torch.nn.functional.gelu(joined.float()).bfloat16()
+        result = run(x, smooth, down, precision, shift, Hook(gelu), right)
+        check_prologue(result, h, smooth, down, precision, shift)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.171875])
+@pytest.mark.parametrize(("m", "k", "rank"), [(1, 64, 0), (333, 3072, 32), (77, 1000, 128), (4608, 3072, 32)])
+def test_int4_in_fp8(m, k, rank, shift):
+    """The same values in the form that the sm_90 GEMM reads without a conversion."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs float8_e4m3fn")
+    x, smooth, down = operands(m, k, rank, torch.bfloat16)
+    for run in (tq.quantize, in_launches):
+        qx, ascales, xd = run(x, smooth, down, "int4", shift, fp8=True)
+        plain, scales, xd2 = run(x, smooth, down, "int4", shift)
+        assert torch.equal(qx.view(torch.uint8), plain.half().to(torch.float8_e4m3fn).view(torch.uint8))
+        assert torch.equal(ascales, scales)
+        assert torch.equal(xd, xd2)
+        assert ascales.stride() == (1, -(-m // 4) * 4)
 
 
 @pytest.mark.parametrize(("precision", "shift"), CASES)
