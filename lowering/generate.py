@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import triton_math
 from ..kernels.hooks import Hook
 from ..kernels.tuning import cache_folder
 from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step, parse
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_MATH = f"\nfrom {triton_math.__name__} import tanh\n"
 _CALLS = {
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -33,7 +35,7 @@ _CALLS = {
     "neg": "-{0}",
     "abs": "tl.abs({0})",
     "exp": "tl.exp({0})",
-    "tanh": "1.0 - 2.0 / (1.0 + tl.exp(2.0 * {0}))",
+    "tanh": "tanh({0})",
     "erf": "tl.erf({0})",
     "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
     "sqrt": "tl.sqrt({0})",
@@ -100,7 +102,8 @@ def function(text: str) -> Any:
     for folder in folders:
         _write(folder / f"{name}.py", code)
     spec = importlib.util.spec_from_file_location(name, folders[0] / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.fused
@@ -127,7 +130,8 @@ def source(region: Region) -> str:
     lines = "\n".join(f"    {line}" for line in body)
     return (
         f'"""A fused region.\n\n{drawing}\n"""\n\n'
-        "import triton\nimport triton.language as tl\n\n\n"
+        "import triton\nimport triton.language as tl\n"
+        f"{_MATH if 'tanh(' in lines else ''}\n\n"
         f"@triton.jit\ndef fused({signature}):\n{lines}\n"
     )
 

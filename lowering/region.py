@@ -20,7 +20,7 @@ The block that a region works on is a matrix [M, C]: all leading dimensions of a
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,7 +31,7 @@ Argument = str | float  # the name of a value, or a number
 
 FULL, ROW, COLUMN, SAMPLE, SCALAR = CLASSES = ("full", "row", "column", "sample", "scalar")
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

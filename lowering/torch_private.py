@@ -76,7 +76,8 @@ def describe(node: fx.Node, instead_of: fx.Node) -> None:
 
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
-    assert mode is not None and callable(node.target)
+    assert mode is not None
+    assert callable(node.target)
     with mode:
         node.meta["val"] = node.target(*args, **kwargs)
     node.meta.update({k: instead_of.meta[k] for k in ("nn_module_stack", "stack_trace") if k in instead_of.meta})
@@ -88,7 +89,8 @@ def compile_with_inductor(
     """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments.
 
     rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
-             caches know it by the sources of its folder and this one: while these stay, it must rewrite equal graphs alike.
+             caches know it by the sources of its folder and this one: while these stay, equal graphs must come out
+             alike.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx

@@ -1,8 +1,8 @@
 """The compiler's front half, as rewrites of graphs.
 
-`observing`, `quantizing` and FUSING are its table of contents; `pipeline.run` does the counting, checking and dumping.
-The first two rewrite the graph that Dynamo hands over, where a linear is one node with a name and a Parameter; the third
-the aten graph that Inductor has made of it, where whatever the model wrote is a few operations.
+`observing`, `quantizing` and FUSING are its table of contents; `pipeline.run` counts, checks and dumps. The first two
+rewrite the graph that Dynamo hands over, where a linear is one node with a name and a Parameter; the third the aten graph
+that Inductor has made of it, where whatever the model wrote is a few operations.
 """
 
 from collections.abc import Callable

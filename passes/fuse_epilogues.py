@@ -16,7 +16,7 @@ along the block, and what depends on y by another way than through the region.
 from torch import fx
 
 from ..lowering import ops
-from ..lowering.region import FULL, Region, Step
+from ..lowering.region import FULL
 from ..lowering.torch_private import describe
 from .pipeline import log
 from .pointwise import SIXTEEN_BIT, Program, operand_class, operation, same_shape, value_of
@@ -99,16 +99,10 @@ def _replace(graph: fx.Graph, gemm: fx.Node, nodes: list[fx.Node]) -> fx.Node:
 
     for node in nodes:
         program.add_step(node, name)
-    region = Region(
-        "epilogue",
-        tuple((operand, cls) for operand, cls, _ in program.operands),
-        tuple(Step(*line) for line in program.lines),
-    )
     result = nodes[-1]
     dtype = value_of(result).dtype  # type: ignore[union-attr]
     with graph.inserting_before(result):
-        operands = [node for *_, node in program.operands]
-        arguments = (*gemm.args[:-1], dtype, operands, str(region))
+        arguments = (*gemm.args[:-1], dtype, program.nodes(), str(program.region("epilogue")))
         fused = graph.call_function(ops.fused_gemm, arguments)
     describe(fused, gemm)
     result.replace_all_uses_with(fused)

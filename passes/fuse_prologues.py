@@ -12,11 +12,13 @@ a row. A region grows from the input backwards over operations that nothing else
 Left alone: inputs that no 16-bit matrix of the same shape goes into, and values that somebody else reads too.
 """
 
+from typing import cast
+
 import torch
 from torch import fx
 
 from ..lowering import ops
-from ..lowering.region import FULL, Region, Step
+from ..lowering.region import FULL
 from ..lowering.torch_private import describe
 from .pipeline import log
 from .pointwise import SIXTEEN_BIT, Program, is_widening, operand_class, operation, value_of
@@ -46,9 +48,7 @@ def _fuse(graph: fx.Graph, quantize: fx.Node, place: dict[fx.Node, int]) -> bool
     return True
 
 
-def _grow(
-    x: fx.Node, quantize: fx.Node, place: dict[fx.Node, int]
-) -> tuple[list[fx.Node], fx.Node | None]:
+def _grow(x: fx.Node, quantize: fx.Node, place: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node | None]:
     """The nodes before `quantize` that can be computed with it, in the graph's order, and the `cat` they begin with."""
     block = value_of(x)
     region: set[fx.Node] = {quantize}
@@ -112,21 +112,17 @@ def _replace(graph: fx.Graph, quantize: fx.Node, nodes: list[fx.Node], base: fx.
     x, *rest = quantize.args
     program = Program(value_of(x))  # type: ignore[arg-type]
     if joined:
-        left, right = base.args[0]  # type: ignore[misc]
         program.names[base] = "x"
-        program.operands += [("x", FULL, left), ("right", FULL, right)]
+        program.operands += [
+            (name, FULL, part) for name, part in zip(("x", "right"), cast(list, base.args[0]), strict=True)
+        ]
     else:
         program.add_operand(base, "x")
     for node in nodes:
         program.add_step(node)
-    region = Region(
-        "prologue",
-        tuple((operand, cls) for operand, cls, _ in program.operands),
-        tuple(Step(*line) for line in program.lines),
-    )
     with graph.inserting_before(quantize):
-        operands = [node for *_, node in program.operands]
-        fused = graph.call_function(ops.fused_quantize, (operands, *rest, str(region)))
+        arguments = (program.nodes(), *rest, str(program.region("prologue")))
+        fused = graph.call_function(ops.fused_quantize, arguments)
     describe(fused, quantize)
     quantize.replace_all_uses_with(fused)
     graph.erase_node(quantize)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..lowering.region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Argument
+from ..lowering.region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -39,7 +39,7 @@ _UNARY = {
     aten.rsqrt.default: "rsqrt",
     aten.reciprocal.default: "reciprocal",
 }
-_ROUNDING = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ROUNDING: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -67,7 +67,7 @@ def operation(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
 def _meaning(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
     target, args = node.target, node.args
     if target is prims.convert_element_type.default:
-        return _ROUNDING.get(args[1], ""), args[:1]  # type: ignore[call-overload]
+        return _ROUNDING.get(args[1], ""), args[:1]
     if target in _UNARY and not node.kwargs:
         return _UNARY[target], args[:1]  # type: ignore[index]
     if target in _BINARY and len(args) == 2 and not node.kwargs:  # no alpha, no rounding mode
@@ -126,7 +126,7 @@ class Program:
         self.block = block
         self.names: dict[fx.Node, str] = {}
         self.operands: list[tuple[str, str, fx.Node]] = []
-        self.lines: list[tuple[str, str, tuple[Argument, ...]]] = []
+        self.steps: list[Step] = []
 
     def add_operand(self, node: fx.Node, name: str | None = None) -> None:
         """Take a tensor in from outside."""
@@ -148,5 +148,13 @@ class Program:
         if name == "":
             self.names[node] = read[0]  # type: ignore[assignment]
             return
-        self.names[node] = f"t{len(self.lines)}"
-        self.lines.append((self.names[node], name, read))
+        self.names[node] = f"t{len(self.steps)}"
+        self.steps.append(Step(self.names[node], name, read))
+
+    def region(self, kind: str) -> Region:
+        """The finished region."""
+        return Region(kind, tuple((name, cls) for name, cls, _ in self.operands), tuple(self.steps))
+
+    def nodes(self) -> list[fx.Node]:
+        """Of its operands, in their order."""
+        return [node for *_, node in self.operands]

@@ -1,6 +1,6 @@
 """What the tests of fusion share: running models as aten graphs with the reference operators, without code generation.
 
-    graphs = run_as_aten(monkeypatch)      # from here on, the backend appends each graph to the list, and runs it
+graphs = run_as_aten(monkeypatch)      # from here on, the backend appends each graph to the list, and runs it
 """
 
 from collections.abc import Callable

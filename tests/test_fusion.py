@@ -6,10 +6,10 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion_testing import count, elementwise_before_quantize, regions, run, run_as_aten, zoo
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
-from fusion_testing import count, elementwise_before_quantize, regions, run, run_as_aten, zoo
 from svdq_compile.lowering import ops
 from svdq_compile.passes.pointwise import operation
 
@@ -72,7 +72,9 @@ class Test(expecttest.TestCase):
         return "\n\n".join(regions(graphs))
 
     def test_flux(self) -> None:
-        self.assertExpectedInline(self.regions_of("flux"), """\
+        self.assertExpectedInline(
+            self.regions_of("flux"),
+            """\
 prologue(x, a0: row, a1: row, a2: column, a3: column)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
@@ -99,10 +101,13 @@ t7 = add(t6, 1.0)
 t8 = mul(t5, t7)
 t9 = bf16(t8)
 
-prologue(x, right)""")
+prologue(x, right)""",
+        )
 
     def test_sd3(self) -> None:
-        self.assertExpectedInline(self.regions_of("sd3"), """\
+        self.assertExpectedInline(
+            self.regions_of("sd3"),
+            """\
 prologue(x, a0: sample, a1: sample)
 t0 = add(a0, 1.0)
 t1 = mul(x, t0)
@@ -149,10 +154,13 @@ t2 = sub(x, a1)
 t3 = mul(t2, t1)
 t4 = bf16(t3)
 t5 = mul(t4, a2)
-t6 = add(t5, a3)""")
+t6 = add(t5, a3)""",
+        )
 
     def test_pixart(self) -> None:
-        self.assertExpectedInline(self.regions_of("pixart"), """\
+        self.assertExpectedInline(
+            self.regions_of("pixart"),
+            """\
 prologue(x, a0: row, a1: row, a2: sample, a3: sample)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
@@ -186,10 +194,13 @@ t9 = bf16(t8)
 
 epilogue(y, a0: sample, beside: full)
 t0 = mul(a0, y)
-t1 = add(t0, beside)""")
+t1 = add(t0, beside)""",
+        )
 
     def test_qwen_image(self) -> None:
-        self.assertExpectedInline(self.regions_of("qwen_image"), """\
+        self.assertExpectedInline(
+            self.regions_of("qwen_image"),
+            """\
 prologue(x, a0: row, a1: row, a2: sample, a3: sample)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
@@ -214,10 +225,13 @@ t5 = mul(y, 0.5)
 t6 = tanh(t4)
 t7 = add(t6, 1.0)
 t8 = mul(t5, t7)
-t9 = bf16(t8)""")
+t9 = bf16(t8)""",
+        )
 
     def test_wan(self) -> None:
-        self.assertExpectedInline(self.regions_of("wan"), """\
+        self.assertExpectedInline(
+            self.regions_of("wan"),
+            """\
 prologue(x, a0: row, a1: row, a2: sample, a3: sample)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
@@ -255,7 +269,8 @@ t5 = mul(y, 0.5)
 t6 = tanh(t4)
 t7 = add(t6, 1.0)
 t8 = mul(t5, t7)
-t9 = bf16(t8)""")
+t9 = bf16(t8)""",
+        )
 
 
 # ** near misses: what must not be fused, or not further **
@@ -406,8 +421,8 @@ def random_function(seed: int):
     for made in range(1, chance.randint(6, 14)):
         recent, other = chance.randint(max(0, made - 3), made - 1), chance.randint(0, made - 1)
         kind = chance.choice(["unary", "binary", "operand", "linear", "linear", "norm", "halves", "turn"])
-        choice = {"unary": UNARY, "binary": BINARY, "operand": BINARY, "linear": [0, 1], "norm": [F.layer_norm, F.rms_norm],
-                  "halves": [halves], "turn": [turned]}[kind]  # fmt: skip
+        choice = {"unary": UNARY, "binary": BINARY, "operand": BINARY, "linear": [0, 1],
+                  "norm": [F.layer_norm, F.rms_norm], "halves": [halves], "turn": [turned]}[kind]  # fmt: skip
         plan.append((kind, chance.choice(choice), recent, other))
     kept = chance.sample(range(1, len(plan) + 1), 2)
 

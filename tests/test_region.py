@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
+from kernel_testing import compiled, error, interpreted, run_interpreted
 from torch import Tensor
 
-from kernel_testing import compiled, error, interpreted, run_interpreted
 from svdq_compile.lowering import generate
 from svdq_compile.lowering.region import OPERATIONS, Region, Step, parse
 
@@ -49,7 +49,7 @@ def test_numbers_survive_exactly() -> None:
     ["", "epilogue", "both(y)", "epilogue(y, a0: diagonal)", "epilogue(y)\nt0 = launch(y)", "epilogue(y)\nt0 = exp(z)"],
 )
 def test_other_text_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="region|float"):
+    with pytest.raises(ValueError, match=r"region|float"):
         parse(text)
 
 

@@ -28,7 +28,7 @@ USE_INDUCTOR = bool(os.environ.get("SVDQ_ZOO_INDUCTOR"))
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_it_is(gm: fx.GraphModule, inputs: list, mode: str | None) -> Callable:
+    def as_it_is(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable | None) -> Callable:
         return gm.forward
 
     if not USE_INDUCTOR:
