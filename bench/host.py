@@ -58,6 +58,7 @@ def normal(*shape: int) -> Tensor:
 
 def calls_of(op: str, m: int, n: int, k: int) -> tuple[list[Callable[[], object]], object]:
     """The operator, its lowering and its launcher on the same operands, and the module that launches."""
+    given: tuple
     x = normal(1, m, k)
     if op == "quantize":
         smooth, down = torch.rand(k, device="cuda") + 0.5, normal(RANK, k)

@@ -238,7 +238,7 @@ def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BES
 
 @gluon.jit
 def _multiply(
-    y, beside, xs, ws, ss, as_, ys0, ys1, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
+    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
     tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
     BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
@@ -281,8 +281,9 @@ def _multiply(
             if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
                 tma.store_wait(0)
                 mbarrier.expect(loaded, TM * TN * 2)
-                _load(beside, [m0, n0], loaded, _view(ys0, beside.dtype, [HALF, TN], beside.layout))
-                _load(beside, [m0 + HALF, n0], loaded, _view(ys1, beside.dtype, [HALF, TN], beside.layout))
+                for h in gl.static_range(2):
+                    target = _view(ys.index(h), beside.dtype, [HALF, TN], beside.layout)
+                    _load(beside, [m0 + h * HALF, n0], loaded, target)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             slot, phase = _next(slot, phase, STAGES)
         # While the last product runs: this tile's ascales to where the columns are, and all about the next tile.
@@ -325,13 +326,13 @@ def _multiply(
         else:
             tma.store_wait(0)
         if finished:
-            _finish(out0, y, beside, ys0, m0, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out0, y, beside, ys.index(0), m0, n0, M, N, extra, EPILOGUE, BESIDE)
         if LOW_RANK:
             out1 = warpgroup_mma_wait(0, deps=(out1,))
             _hand_back(slot, THREADS)
             slot, phase = _next(slot, phase, STAGES)
         if finished:
-            _finish(out1, y, beside, ys1, m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out1, y, beside, ys.index(1), m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
     tma.store_wait(0)
 
 
@@ -347,8 +348,7 @@ def _gemm_kernel(
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
     ss = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
     as_ = gl.allocate_shared_memory(gl.float32, [TM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ys0 = gl.allocate_shared_memory(y.dtype, [TM // 2, TN], y.layout)  # two, or Triton keeps their uses apart
-    ys1 = gl.allocate_shared_memory(y.dtype, [TM // 2, TN], y.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -365,7 +365,7 @@ def _gemm_kernel(
             (
                 _multiply,
                 (
-                    y, beside, xs, ws, ss, as_, ys0, ys1, full, loaded, xd, up, ascales, wscales, bias, partial,
+                    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial,
                     counters, extra, M, N, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
                     TM, TN, STAGES, GROUP, LOW_RANK, BIAS, EPILOGUE, BESIDE, WARPS, THREADS,
                 ),

@@ -2,9 +2,10 @@
 
 Triton's own launch path takes about 55 us of the host, 150 us with TMA descriptors (measured beside an H200): more than
 many of these kernels run. `launch` goes through it once for each specialization. After that it calls the compiled
-launcher itself: with addresses in place of tensors, which saves asking the driver about each, and with TMA descriptors
-encoded earlier. A descriptor is a function of an address, shape, strides and what the kernel was compiled for; weights
-never move, and PyTorch's allocator hands activations the same addresses step after step.
+launcher itself, in 10 and 14 us (beside an H100): with addresses in place of tensors, which saves asking the driver
+about each, and with TMA descriptors encoded earlier. A descriptor is a function of an address, shape, strides and what
+the kernel was compiled for; weights never move, and PyTorch's allocator hands activations the same addresses step after
+step.
 """
 
 import copy

@@ -23,7 +23,7 @@ same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 gluon_quantize.py does w4a8 in one kernel that reads x once. Elsewhere, and for the other formats, a launch
+On sm_90 gluon_quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
 splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
 Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
 codes are a second launch, which walks x from its end, which is still in L2.
@@ -340,5 +340,5 @@ def in_launches(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, p
         return
     tm, tk = 8, min(1024, triton.next_power_of_2(kp))
     arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)
-    constants = (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, hook)
-    launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments, constants, num_warps=4)
+    launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments,
+           (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, hook), num_warps=4)  # fmt: skip

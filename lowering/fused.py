@@ -44,6 +44,6 @@ def gemm(
     if launch.takes_epilogue(qx, up, offset, precision):
         from . import generate
 
-        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0])
+        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=precision == "w4a8")
         return launch.gemm(*plain, out_dtype, epilogue=hook)
     return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype)

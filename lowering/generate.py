@@ -27,7 +27,7 @@ from ..kernels.tuning import cache_folder
 from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step, parse
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-_MATH = f"\nfrom {triton_math.__name__} import tanh\n"
+IMPORT_TANH = f"\nfrom {triton_math.__name__} import tanh\n"
 _CALLS = {
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -46,10 +46,11 @@ _CALLS = {
 }
 
 
-def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int) -> Hook:
+def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int, tiles: bool = False) -> Hook:
     """The function of the region with this text, its operands laid out for a block of lead.numel() rows.
 
-    values: the operands by name. x and right, which the kernel is given itself, are not among them.
+    values  the operands by name. x and right, which the kernel is given itself, are not among them
+    tiles   whether the kernel loads `beside` in tiles; if not, the function does, element by element
     """
     rows = lead.numel()
     extra: list[Any] = [rows + 1, columns]
@@ -58,7 +59,7 @@ def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int) -
         if name in ("x", "right"):
             continue
         value = values[name]
-        if name == "beside":
+        if name == "beside" and tiles:
             beside = _copyable(as_matrix(value, lead, columns))
         elif cls == FULL:
             matrix = as_matrix(value, lead, columns)
@@ -72,7 +73,7 @@ def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int) -
             extra += [matrix, matrix.stride(0), lead[0]]
         else:
             extra.append(value.reshape(1))
-    return Hook(function(text), tuple(extra), beside)
+    return Hook(function(text, tiles), tuple(extra), beside)
 
 
 def as_matrix(value: Tensor, lead: torch.Size, columns: int) -> Tensor:
@@ -92,9 +93,13 @@ def _copyable(matrix: Tensor) -> Tensor:
 
 
 @cache
-def function(text: str) -> Any:
+def function(text: str, tiles: bool = False) -> Any:
     """The JIT function of the region with this text. Raises ValueError if it is no region."""
-    code = source(parse(text))
+    return load(source(parse(text), tiles)).fused
+
+
+def load(code: str) -> Any:
+    """Keep a source on disk, and import it from there."""
     name = f"region_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     folders = [cache_folder() / "regions"]
     if os.environ.get("SVDQ_DUMP"):
@@ -106,7 +111,7 @@ def function(text: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.fused
+    return module
 
 
 def _write(path: Path, code: str) -> None:
@@ -119,27 +124,27 @@ def _write(path: Path, code: str) -> None:
     os.replace(file.name, path)
 
 
-def source(region: Region) -> str:
+def source(region: Region, tiles: bool = False) -> str:
     """The Python file of a region."""
     is_epilogue = region.kind == "epilogue"
     drawing = "\n".join(f"    {line}" for line in str(region).split("\n"))
-    beside = "beside, " if ("beside", FULL) in region.operands else ""
+    beside = "beside, " if tiles and ("beside", FULL) in region.operands else ""
     signature = f"y, {beside}columns, rows, live, extra" if is_epilogue else "x, rows, columns, live, extra"
     result = region.steps[-1].name if region.steps else "x"
-    body = [*_loads(region), *map(_line, region.steps), f"return {result}"]
+    body = [*_loads(region, tiles), *map(_line, region.steps), f"return {result}"]
     lines = "\n".join(f"    {line}" for line in body)
     return (
         f'"""A fused region.\n\n{drawing}\n"""\n\n'
         "import triton\nimport triton.language as tl\n"
-        f"{_MATH if 'tanh(' in lines else ''}\n\n"
+        f"{IMPORT_TANH if 'tanh(' in lines else ''}\n\n"
         f"@triton.jit\ndef fused({signature}):\n{lines}\n"
     )
 
 
-def _loads(region: Region) -> list[str]:
+def _loads(region: Region, tiles: bool) -> list[str]:
     lines, at = [], 2
     for name, cls in region.operands:
-        if name in ("x", "right", "beside"):
+        if name in ("x", "right") or (name == "beside" and tiles):
             continue
         if cls == FULL:
             where, mask, width = f"rows.to(tl.int64) * extra[{at + 1}] + columns", "live", 2
@@ -160,6 +165,11 @@ def _loads(region: Region) -> list[str]:
 
 def _line(step: Step) -> str:
     arguments = [a if isinstance(a, str) else repr(float(a)) for a in step.arguments]
-    if step.operation in _INFIX:
-        return f"{step.name} = {arguments[0]} {_INFIX[step.operation]} {arguments[1]}"
-    return f"{step.name} = {_CALLS[step.operation].format(*arguments)}"
+    return f"{step.name} = {expression(step.operation, arguments)}"
+
+
+def expression(operation: str, arguments: list[str]) -> str:
+    """An operation in Triton."""
+    if operation in _INFIX:
+        return f"{arguments[0]} {_INFIX[operation]} {arguments[1]}"
+    return _CALLS[operation].format(*arguments)

@@ -5,7 +5,9 @@
     gemm      int4          gluon_int4        sm_90, likewise
     gemm      w4a8, int4    triton_gemm       the rest
     gemm      nvfp4         triton_nvfp4      sm_100, sm_120
+    row_moments             triton_moments    any CUDA GPU from sm_80, 16-bit x
     gemv      w4a16         triton_gemv       up to 64 rows; above, a 16-bit copy of the weight and a library product
+    heads                   triton_heads      any CUDA GPU from sm_80, 16-bit, D a power of two
     everything else         reference         CPU, other GPUs, fp32 models
 
 Weights come in the kernel order (kernels/layout.py), into which a packed linear is brought once. The plain order is
@@ -26,6 +28,7 @@ from ..kernels import FORMATS, layout
 from . import reference
 
 if TYPE_CHECKING:
+    from ..kernels import triton_heads
     from ..kernels.hooks import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -175,6 +178,23 @@ def gemm(
     return y.view(*lead, y.shape[1])
 
 
+def takes_heads(x: Tensor) -> bool:
+    """Whether `heads` has a kernel for this block [B, T, H, D]."""
+    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device):
+        return False
+    from ..kernels import triton_heads
+
+    return triton_heads.can_run(x)
+
+
+def heads(x: Tensor, y: Tensor, region: triton_heads.Region, interleaved: bool) -> None:
+    """A region over attention heads, x -> y, if `takes_heads`."""
+    from ..kernels import triton_heads
+
+    with torch.cuda.device(x.device):
+        triton_heads.run(x, y, region, interleaved)
+
+
 def gemv(
     x: Tensor,
     xd: Tensor | None,
@@ -204,3 +224,17 @@ def gemv(
         rows, w = torch.cat((rows, low_rank), 1), torch.cat((w, up), 1)
     y = F.linear(rows, w, None if bias is None else bias.to(x.dtype)).to(out_dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.row_moments` on the fastest kernel that can."""
+    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device):
+        return reference.row_moments(x)
+    from ..kernels import triton_moments
+
+    rows, lead = _rows(x), x.shape[:-1]
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    with torch.cuda.device(x.device):
+        variance, mean, square = triton_moments.row_moments(rows)
+    return variance.view(*lead, 1), mean.view(*lead, 1), square.view(*lead, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import FORMATS
 from ..kernels.groups import padded
-from . import fused, launch
+from . import fused, heads, launch
 from .packed import PackedLinear
 from .region import parse
 
@@ -51,6 +51,10 @@ def _fake_fused_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_d
     return _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
 
 
+def _fake_row_moments(x):
+    return tuple(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(3))
+
+
 def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
     return x.new_empty(*x.shape[:-1], weight[0].shape[0], dtype=out_dtype)
 
@@ -86,12 +90,20 @@ _define(
     fused.gemm,
     _fake_fused_gemm,
 )
+_define(
+    "row_moments(Tensor x) -> (Tensor variance, Tensor mean, Tensor square)",
+    launch.row_moments,
+    _fake_row_moments,
+)
+_define("head_region(Tensor[] operands, str region) -> Tensor", heads.head_region, heads.empty_result)
 
 quantize = torch.ops.svdq.quantize.default
 fused_quantize = torch.ops.svdq.fused_quantize.default
 gemm = torch.ops.svdq.gemm.default
 fused_gemm = torch.ops.svdq.fused_gemm.default
 gemv = torch.ops.svdq.gemv.default
+head_region = torch.ops.svdq.head_region.default
+row_moments = torch.ops.svdq.row_moments.default
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

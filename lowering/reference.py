@@ -61,3 +61,9 @@ def gemv(
     if xd is not None and up is not None:
         y = y + xd.float() @ up.float().t()
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., K] -> variance (of the population), mean, and mean of squares, [..., 1] fp32 each."""
+    variance, mean = torch.var_mean(x.float(), dim=-1, correction=0, keepdim=True)
+    return variance, mean, variance + mean.square()

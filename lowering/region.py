@@ -17,6 +17,20 @@ The block that a region works on is a matrix [M, C]: all leading dimensions of a
     column    [C]                   one a channel (a norm's weight)
     sample    [B, 1, ..., C]        one a channel for each of the B samples (a modulation); M / B rows each
     scalar    one value
+
+A third kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, a blank line
+between them: each makes some of the tokens, one after the other.
+
+    heads(x, a0: column, a1: token)
+    t0 = mul(x, x)
+    t1 = row_mean(t0)
+    ...
+
+    token     [B, T, 1, D]          one a channel for each token (cos, sin); B, T or both may be 1
+    row       [B, T, H, 1]          likewise
+
+It may average over D (`row_mean`) and take D apart and together again: `even`, `odd`, `pair` by neighbouring channels,
+`low`, `high`, `halves` in the middle. What is half as long is only met by its like, by rows and by numbers.
 """
 
 import re
@@ -30,6 +44,7 @@ from torch import Tensor
 Argument = str | float  # the name of a value, or a number
 
 FULL, ROW, COLUMN, SAMPLE, SCALAR = CLASSES = ("full", "row", "column", "sample", "scalar")
+TOKEN = "token"
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda a, b: a + b,
@@ -52,6 +67,16 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "fp16": lambda a: a.to(torch.float16).float(),
 }
 
+ALONG_HEADS = {
+    "row_mean": lambda a: a.mean(-1, keepdim=True),
+    "even": lambda a: a[..., 0::2],
+    "odd": lambda a: a[..., 1::2],
+    "pair": lambda a, b: torch.stack((a, b), -1).flatten(-2),
+    "low": lambda a: a[..., : a.shape[-1] // 2],
+    "high": lambda a: a[..., a.shape[-1] // 2 :],
+    "halves": lambda a, b: torch.cat((a, b), -1),
+}
+
 
 def _tensors(*values: Tensor | float) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(v, dtype=torch.float32) for v in values)
@@ -71,10 +96,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Region:
-    """A program. kind: "prologue" or "epilogue"; operands: (name, class) in the order of the operator's tensors.
+    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, class) in the order of the operator's tensors.
 
-    The classless first operand of a prologue is x (and the second `right`, where x has two parts); an epilogue's first
-    value, y, is no operand.
+    The classless first operand of a prologue or of heads is x (and a prologue's second `right`, where x has two parts);
+    an epilogue's first value, y, is no operand.
     """
 
     kind: str
@@ -94,14 +119,15 @@ class Region:
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """Run the program in fp32. values: every operand by name, each broadcasting against the block, and y."""
         known: dict[str, Tensor] = {name: value.float() for name, value in values.items()}
-        result = known["x" if self.kind == "prologue" else "y"]
+        result = known["y" if self.kind == "epilogue" else "x"]
         for step in self.steps:
             arguments = (known[a] if isinstance(a, str) else a for a in step.arguments)
-            result = known[step.name] = OPERATIONS[step.operation](*arguments)
+            operation = OPERATIONS.get(step.operation) or ALONG_HEADS[step.operation]
+            result = known[step.name] = operation(*arguments)
         return result
 
 
-_HEADER = re.compile(r"(prologue|epilogue)\((.*)\)")
+_HEADER = re.compile(r"(prologue|epilogue|heads)\((.*)\)")
 _STEP = re.compile(r"(\w+) = (\w+)\((.*)\)")
 
 
@@ -118,15 +144,18 @@ def parse(text: str) -> Region:
         name, _, cls = item.partition(": ")
         if name != "y":
             operands.append((name, cls or FULL))
+    operations, classes = OPERATIONS.keys(), CLASSES
+    if kind == "heads":
+        operations, classes = operations | ALONG_HEADS.keys(), (FULL, TOKEN, ROW, COLUMN, SCALAR)
     known = {"y", *(name for name, _ in operands)}
     steps = []
     for line in lines:
         found = _STEP.fullmatch(line)
-        if found is None or found[2] not in OPERATIONS:
+        if found is None or found[2] not in operations:
             raise ValueError(f"not a step of a fused region: {line!r}")
         arguments = tuple(a if a in known else float(a) for a in found[3].split(", "))
         steps.append(Step(found[1], found[2], arguments))
         known.add(found[1])
-    if any(cls not in CLASSES for _, cls in operands):
+    if any(cls not in classes for _, cls in operands):
         raise ValueError(f"not a fused region: {header!r}")
     return Region(kind, tuple(operands), tuple(steps))

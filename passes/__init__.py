@@ -1,8 +1,8 @@
 """The compiler's front half, as rewrites of graphs.
 
 `observing`, `quantizing` and FUSING are its table of contents; `pipeline.run` counts, checks and dumps. The first two
-rewrite the graph that Dynamo hands over, where a linear is one node with a name and a Parameter; the third the aten graph
-that Inductor has made of it, where whatever the model wrote is a few operations.
+rewrite the graph that Dynamo hands over, where a linear is one node with a name and a Parameter; the third rewrites the
+aten graph that Inductor has made of it, where whatever the model wrote is a few operations.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import fx
 from .drop_replaced_weights import drop_replaced_weights
 from .fuse_epilogues import fuse_epilogues
 from .fuse_prologues import fuse_prologues
+from .measure_rows import measure_rows
 from .observe_linears import observe_linears
 from .pipeline import Pass, run
 from .quantize_linears import Packs, quantize_linears
@@ -35,6 +36,7 @@ def quantizing(packs: Packs) -> list[Pass]:
 
 FUSING: list[Pass] = [
     fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
+    measure_rows,  # before what it measures becomes part of a prologue
     fuse_prologues,
 ]
 

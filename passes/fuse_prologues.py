@@ -6,8 +6,9 @@
              x = add(m, shift)                                t1 = mul(t0, a1)
              q = svdq.quantize(x, ...)                        ...)
 
-Norms, modulations, gated activations, and two tensors side by side (`cat`). Reductions stay outside: a mean is one number
-a row. A region grows from the input backwards over operations that nothing else reads; casts to fp32 are repeated.
+Norms, modulations, gated activations, and two tensors side by side (`cat`). Reductions stay outside: a mean is one
+number a row. A region grows from the input backwards over operations that nothing else reads; casts to fp32 are
+repeated.
 
 Left alone: inputs that no 16-bit matrix of the same shape goes into, and values that somebody else reads too.
 """

@@ -219,26 +219,28 @@ def test_variants_compile_without_spills(changes):
 HOOK_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
 
 
-def compile_gluon(rank, programs, joined=False, hook=None, precision="w4a8"):
+def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels import gluon_quantize as gq
 
-    boxes, slots = gq._boxes(rank)
-    constants = {"BOXES": boxes, "SLOTS": slots, "RANK": triton.next_power_of_2(rank) if rank else 0,
-                 "PARTS": triton.next_power_of_2(programs),
-                 "SLICE": max(16, triton.next_power_of_2(-(-64 * rank // programs))), "FORMAT": precision,
-                 "UNSIGNED": precision == "int4", "JOINED": joined, "HOOK": hook}  # fmt: skip
+    values = gq.constants(m, k, rank, precision, float(precision == "int4"), joined, hook and Hook(hook))
+    constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
     types = TYPES | {"x": "*bf16", "right": "*bf16", "work": "*fp32", "extra": HOOK_TYPES if hook is modulated else ()}
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
+    if rank > 64:
+        block = gq.describe_down(torch.empty(rank, k, dtype=torch.bfloat16), rank)
+        types["down"] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
 
 
 @compiled
-@pytest.mark.parametrize(("rank", "programs"), [(0, 12), (32, 12), (32, 60), (64, 1), (96, 6), (128, 30)])
-def test_the_single_kernel_on_sm_90(rank, programs):
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize("m", [4608, 77])
+@pytest.mark.parametrize(("rank", "k"), [(0, 3072), (32, 15360), (64, 96), (96, 3072), (128, 15360)])
+def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     """Several programs share a multiprocessor, or nothing would be copied while one waits."""
-    built = compile_gluon(rank, programs)
+    built = compile_gluon(rank, k, precision=precision, m=m)
     assert not built.spilled
     assert 2 * (built.shared + 1024) <= 227 * 1024
     assert built.registers * 128 * 2 <= 65536
@@ -248,11 +250,12 @@ def test_the_single_kernel_on_sm_90(rank, programs):
 
 @compiled
 @pytest.mark.parametrize(
-    ("rank", "programs", "joined", "hook"),
-    [(32, 60, True, None), (128, 6, True, None), (32, 48, False, gelu), (32, 60, True, modulated)],
-)
-def test_the_single_kernel_with_two_parts_and_prologues(rank, programs, joined, hook):
-    built = compile_gluon(rank, programs, joined, hook)
+    ("rank", "k", "joined", "hook"),
+    [(32, 15360, True, None), (128, 3072, True, None), (32, 12288, False, gelu), (32, 15360, True, modulated),
+     (128, 3072, False, gelu), (128, 3072, False, modulated)],
+)  # fmt: skip
+def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, hook):
+    built = compile_gluon(rank, k, joined, hook)
     assert not built.spilled
     assert built.registers * 128 * 2 <= 65536
     assert "cp.async.cg.shared.global" in built.ptx  # 16 bytes at a time, out of either part

@@ -64,14 +64,14 @@ def values_for(region: Region, m: int, c: int, samples: int, seed: int = 0) -> d
     return {name: torch.randn(shapes[cls], generator=g).to(torch.bfloat16) for name, cls in region.operands}
 
 
-def run_function(region: Region, block: Tensor, values: dict[str, Tensor], samples: int) -> Tensor:
+def run_function(region: Region, block: Tensor, values: dict[str, Tensor], samples: int, tiles: bool) -> Tensor:
     """The generated function over a whole matrix, in the interpreter."""
     import triton
     import triton.language as tl
 
     m, c = block.shape
     is_epilogue = region.kind == "epilogue"
-    hook = generate.hook(str(region), values, torch.Size((samples, m // samples)), c)
+    hook = generate.hook(str(region), values, torch.Size((samples, m // samples)), c, tiles)
 
     @triton.jit
     def kernel(x, y, beside, M, C, extra, HOOK: tl.constexpr, BESIDE: tl.constexpr, EPILOGUE: tl.constexpr):
@@ -96,14 +96,16 @@ def run_function(region: Region, block: Tensor, values: dict[str, Tensor], sampl
 
 # The interpreter cuts bf16 off instead of rounding it: fp16 stands for both.
 @interpreted
-@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING])
-def test_interpreted_function_is_what_evaluate_says(text: str, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "tiles"), [(MODULATE, False), (RESIDUAL, True), (RESIDUAL, False), (EVERYTHING, False)]
+)
+def test_interpreted_function_is_what_evaluate_says(text: str, tiles: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
     region, m, c, samples = parse(text), 27, 100, 3
     block = torch.randn(m, c, generator=torch.Generator().manual_seed(1))
     values = values_for(region, m, c, samples)
     outside = {name: v for name, v in values.items() if name not in ("x", "right")}
-    result = run_function(region, block, outside, samples)
+    result = run_function(region, block, outside, samples, tiles)
     first = "y" if region.kind == "epilogue" else "x"
     expected = region.evaluate(outside | {first: block.view(samples, -1, c)}).reshape(m, c)
     assert error(result, expected) < 1e-5

@@ -1,0 +1,53 @@
+"""svdq::head_region: what makes q or k out of a linear's result, in one kernel or in torch.
+
+    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token)\\n...")      [B, T, H, D] -> [B, T, H, D], contiguous
+
+The text may have several parts; then the list holds the operands of all, and the results stand one after the other along
+T, as text and image tokens do in joint attention.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from . import launch
+from .region import Region, parse
+
+
+def parts(text: str) -> list[Region]:
+    """The regions in a text."""
+    return [parse(part) for part in text.split("\n\n")]
+
+
+def head_region(operands: list[Tensor], region: str) -> Tensor:
+    """Run all parts of the text."""
+    y = empty_result(operands, region)
+    start = 0
+    for part, values in _with_values(operands, region):
+        x = values.pop("x")
+        _run(part, x, values, y.narrow(1, start, x.shape[1]))
+        start += x.shape[1]
+    return y
+
+
+def empty_result(operands: list[Tensor], region: str) -> Tensor:
+    """A tensor for the result; also the operator's shape function."""
+    blocks = [values["x"] for _, values in _with_values(operands, region)]
+    samples, _, heads, channels = blocks[0].shape
+    return blocks[0].new_empty(samples, sum(x.shape[1] for x in blocks), heads, channels)
+
+
+def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, dict[str, Tensor]]]:
+    waiting = iter(operands)
+    for part in parts(text):
+        yield part, {name: next(waiting) for name, _ in part.operands}
+
+
+def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
+    if launch.takes_heads(x):
+        from . import generate_heads
+
+        if generate_heads.can_generate(part):
+            launch.heads(x, y, generate_heads.generated(part, values, x.shape), generate_heads.is_interleaved(part))
+            return
+    y.copy_(part.evaluate({"x": x, **values}))

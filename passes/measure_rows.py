@@ -1,0 +1,81 @@
+"""Take the statistics of a norm's rows from one kernel that reads them once.
+
+    before   w = convert(x, fp32)                     after    variance, mean, square = svdq.row_moments(x)
+             variance, mean = var_mean(w, [-1])
+             square = mean(pow(w, 2), [-1])
+
+Inductor's own reductions over rows of some thousand channels take two to three times as long as reading them does.
+
+Left alone: rows that are short (the norm of a head) or very long, and x that Inductor would compute in the same kernel.
+"""
+
+import operator
+
+from torch import Tensor, fx
+
+from ..lowering import ops
+from ..lowering.torch_private import describe
+from .pointwise import SIXTEEN_BIT, aten, is_widening, operation, value_of
+
+MIN_COLUMNS, MAX_COLUMNS = 512, 8192
+
+
+def measure_rows(gm: fx.GraphModule) -> int:
+    """Replace the reductions. Returns how many."""
+    moments: dict[fx.Node, list[fx.Node]] = {}
+    count = 0
+    for node in list(gm.graph.nodes):
+        if node.target is aten.var_mean.correction and _over_rows(node, correction=0):
+            x, results = _rows(node.args[0]), [(item, item.args[1]) for item in node.users]
+        elif node.target is aten.mean.dim and _over_rows(node):
+            x, results = _rows(_squared(node.args[0])), [(node, 2)]
+        else:
+            continue
+        if x is not None:
+            for result, which in results:
+                result.replace_all_uses_with(_moments(gm.graph, moments, x, node)[which])
+            count += 1
+    gm.graph.eliminate_dead_code()
+    return count
+
+
+def _over_rows(node: fx.Node, **wanted: object) -> bool:
+    """Whether a reduction is over the last dimension only, and keeps it."""
+    value = value_of(node.args[0])
+    dims = node.args[1] if len(node.args) > 1 else None
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
+    others = {name: v for name, v in node.kwargs.items() if name != "keepdim"}
+    return value is not None and dims in ([-1], [value.dim() - 1]) and keep is True and others == wanted
+
+
+def _squared(node: object) -> fx.Node | None:
+    """w, if the node is w * w."""
+    found = operation(node) if isinstance(node, fx.Node) else None
+    return found[1][0] if found is not None and found[0] == "mul" and found[1][0] is found[1][1] else None
+
+
+def _rows(w: object) -> fx.Node | None:
+    """The 16-bit x that w is, if its rows are worth it."""
+    if isinstance(w, fx.Node) and is_widening(w):
+        w = w.args[0]
+    value = value_of(w)
+    if not isinstance(w, fx.Node) or not isinstance(value, Tensor) or value.dtype not in SIXTEEN_BIT:
+        return None
+    columns = value.shape[-1]
+    fits = isinstance(columns, int) and MIN_COLUMNS <= columns <= MAX_COLUMNS
+    return w if fits and operation(w) is None and w.target is not aten.cat.default else None
+
+
+def _moments(graph: fx.Graph, made: dict[fx.Node, list[fx.Node]], x: fx.Node, like: fx.Node) -> list[fx.Node]:
+    """The three moments of x's rows, made when first asked for."""
+    if x not in made:
+        with graph.inserting_after(x):
+            after = call = graph.call_function(ops.row_moments, (x,))
+        describe(call, like)
+        made[x] = []
+        for i in range(3):
+            with graph.inserting_after(after):
+                after = graph.call_function(operator.getitem, (call, i))
+            after.meta["val"] = call.meta["val"][i]
+            made[x].append(after)
+    return made[x]
