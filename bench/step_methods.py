@@ -11,6 +11,8 @@ import torch
 from step_models import repeated_blocks
 from torch import nn
 
+from svdq_compile.config import FUSIONS
+
 # What a peer quantizes: embedders and output projections with a narrow side stay 16-bit, as torchao's guides have it.
 NARROW = 512
 # torch._int_mm takes more than 16 rows.
@@ -53,10 +55,13 @@ def ours(model: nn.Module, call: dict) -> nn.Module:
     return model
 
 
-def ours_unfused(model: nn.Module, call: dict) -> nn.Module:
-    model = _by_blocks(model, **_ours(fuse=False))
-    model(**call)
-    return model
+def _ours_fusing(*fusions: str) -> Callable[[nn.Module, dict], nn.Module]:
+    def method(model: nn.Module, call: dict) -> nn.Module:
+        model = _by_blocks(model, **_ours(fuse=fusions))
+        model(**call)
+        return model
+
+    return method
 
 
 def ours_graphs(model: nn.Module, call: dict) -> nn.Module:
@@ -127,7 +132,8 @@ METHODS: dict[str, Callable[[nn.Module, dict], nn.Module]] = {
     "compile": compiled,
     "compile-max": compiled_max,
     "ours": ours,
-    "ours-unfused": ours_unfused,
+    "ours-unfused": _ours_fusing(),
+    **{f"ours-without-{name}": _ours_fusing(*(f for f in FUSIONS if f != name)) for name in FUSIONS},
     "ours-graphs": ours_graphs,
     "torchao-fp8": torchao_fp8,
     "torchao-int8": torchao_int8,

@@ -49,6 +49,7 @@ from .gluon_gemm import (
 from .hooks import Hook
 from .layout import to_words
 from .triton_launch import Descriptor, check_low_rank, check_tensor, launch, processors
+from .tuning import choose
 
 GROUP_SIZE = 64
 GROUP = 8  # token tiles in a row that use the same weights
@@ -208,9 +209,15 @@ class Tile:
     programs: int = 1
 
 
-def choose_tile(m: int) -> Tile:
-    """For m tokens. The product's width is the tile's, and 128 is what two products' registers allow."""
-    return Tile(32, 128, 8) if m <= 32 else Tile(64, 128, 8) if m <= 64 else Tile(128, 128, 6)
+def candidates(m: int) -> tuple[Tile, ...]:
+    """Tiles worth trying for m tokens, best guess first. A product is as wide as the tile has tokens; 128 is what two
+    products' registers allow. Two programs that share a multiprocessor may multiply while the other rescales.
+    """
+    if m <= 32:
+        return (Tile(32, 128, 8),)
+    if m <= 64:
+        return (Tile(64, 128, 8),)
+    return Tile(128, 128, 6), Tile(128, 64, 4, 4, 2)
 
 
 def _describe_scales(tensor: Tensor, columns: int) -> Descriptor:
@@ -253,6 +260,8 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
          offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
          tile: Tile | None = None) -> Tensor:  # fmt: skip
     """int4, tensors as above, `gluon_gemm.can_gemm` -> y [M, N]. weight: (words or planar qweight, wscales)."""
+    if epilogue is not None and epilogue.beside is not None:
+        raise ValueError("int4 loads no matrix beside the result in tiles: let the hook's function load it")
     if qx.dtype == torch.int8:
         qx = qx.half().to(torch.float8_e4m3fn)
     if weight[0].dtype == torch.int8:
@@ -261,21 +270,33 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     y = torch.empty(m, n, dtype=out_dtype, device=qx.device)
     if m == 0 or n == 0:
         return y
-    t = tile or choose_tile(m)
+    by_group = _by_group(ascales)
+
+    def run(t: Tile) -> None:
+        _launch(qx, by_group, xd, weight, up, bias, offset, y, epilogue, t)
+
+    if tile is None:
+        shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
+        tile = choose("gluon_int4", shape, candidates(m), run, qx.device)
+    run(tile)
+    return y
+
+
+def _launch(qx, by_group, xd, weight, up, bias, offset, y, epilogue, t: Tile) -> None:
+    (m, n), r = y.shape, up.shape[1]
     words, wscales = weight
-    r = up.shape[1]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
     arguments = (
         _describe(qx, t.tm, 128),
         _describe(words.view(torch.int8), t.tn, 64),
         _describe_scales(wscales, t.tn),
-        _describe_scales(_by_group(ascales), t.tm),
+        _describe_scales(by_group, t.tm),
         _describe(xd, t.tm, RANK_STEP.value),
         _describe(up, t.tn, RANK_STEP.value),
         _describe(y, t.tm, t.tn),
         wscales if bias is None else bias,
-        ascales if offset is None else offset,
+        by_group if offset is None else offset,
         () if epilogue is None else epilogue.operands,
         m,
         n,
@@ -289,4 +310,3 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
         options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
     programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))
     launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options)
-    return y

@@ -149,10 +149,7 @@ def _quantize_kernel(
         else:
             factors.index(i).store(factor)
             inverses.index(i).store(gl.div_rn(gl.full_like(factor, 1.0), factor))
-    if NARROW:
-        peak = gl.full([ROWS], 0.0, gl.float32, row)
-    else:
-        peak = gl.full([ROWS, 64], 0.0, gl.float32, wide)
+    peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 64], 0.0, gl.float32, wide)
     acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
     for i in gl.static_range(BOXES):
         k = first + i * 64

@@ -13,6 +13,7 @@ from ..kernels.groups import padded
 from . import fused, heads, launch
 from .packed import PackedLinear
 from .region import parse
+from .replay import replayed
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
 
@@ -20,7 +21,7 @@ _LIBRARY = torch.library.Library("svdq", "DEF")
 def _define(schema: str, implementation, fake) -> None:
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, replayed(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
 
 

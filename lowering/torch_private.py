@@ -110,8 +110,10 @@ def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
             rewrite(graph.owning_module)
 
         def uuid(self) -> Any:
-            folders = Path(inspect.getfile(rewrite)).parent, Path(__file__).parent
-            return get_hash_for_files(tuple(sorted(str(file) for folder in folders for file in folder.glob("*.py"))))
+            function, options = getattr(rewrite, "func", rewrite), getattr(rewrite, "keywords", {})
+            folders = Path(inspect.getfile(function)).parent, Path(__file__).parent
+            files = sorted(str(file) for folder in folders for file in folder.glob("*.py"))
+            return get_hash_for_files(tuple(files)), repr(options)
 
     return AtenPass()
 

@@ -5,13 +5,14 @@ rewrite the graph that Dynamo hands over, where a linear is one node with a name
 aten graph that Inductor has made of it, where whatever the model wrote is a few operations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from torch import fx
 
 from .drop_replaced_weights import drop_replaced_weights
 from .fuse_epilogues import fuse_epilogues
+from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
 from .measure_rows import measure_rows
 from .observe_linears import observe_linears
@@ -34,13 +35,14 @@ def quantizing(packs: Packs) -> list[Pass]:
     ]
 
 
-FUSING: list[Pass] = [
-    fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
-    measure_rows,  # before what it measures becomes part of a prologue
-    fuse_prologues,
-]
+FUSING: dict[str, Pass] = {
+    "epilogues": fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
+    "heads": fuse_heads,  # before somebody else takes the means
+    "rows": measure_rows,  # before what it measures becomes part of a prologue
+    "prologues": fuse_prologues,
+}
 
 
-def fuse(gm: fx.GraphModule) -> None:
-    """Run the third list over a graph."""
-    run(gm, FUSING)
+def fuse(gm: fx.GraphModule, fusions: Collection[str]) -> None:
+    """Run those of the third list that are named over a graph."""
+    run(gm, [rewrite for name, rewrite in FUSING.items() if name in fusions])

@@ -7,6 +7,7 @@ For another form (another rank, a layer that shares its input with others) anoth
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -103,7 +104,8 @@ class Variant:
         inputs = self.template(packs)
         for position, index in self.plain:
             inputs[position] = args[index]
-        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fuse if config.fuse else None)
+        fusing = partial(fuse, fusions=config.fusions) if config.fusions else None
+        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fusing)
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
         """The inputs with the packed tensors filled in and gaps for the others."""

@@ -10,6 +10,7 @@ from .errors import OptionError
 PRECISIONS = ("auto", "w4a8", "int4", "nvfp4", "w4a16")
 WEIGHTS = ("release", "offload", "keep")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+FUSIONS = ("epilogues", "rows", "prologues")  # of passes.FUSING
 MAX_RANK = 256
 
 
@@ -31,7 +32,8 @@ class Config:
                        regional compilation names begin at the block.
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
-    fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its kernels
+    fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
+                       kernels: True, False, or a list of what to fuse ("epilogues", "rows", "prologues")
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing
     """
@@ -44,7 +46,7 @@ class Config:
     error_budget: float = 0.3
     skip: tuple[str, ...] = ()
     weights: str = "release"
-    fuse: bool = True
+    fuse: bool | tuple[str, ...] = True
     mode: str | None = None
     progress: bool = True
 
@@ -55,7 +57,7 @@ class Config:
         _whole("rank", self.rank, 0, MAX_RANK)
         _whole("refine", self.refine, 0, 1000)
         _whole("calibration_steps", self.calibration_steps, 0, 1_000_000)
-        for name in ("smooth", "fuse", "progress"):
+        for name in ("smooth", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         budget = self.error_budget
@@ -64,6 +66,17 @@ class Config:
         if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in _iterable(self.skip)):
             raise OptionError(f"option skip={self.skip!r}: must be a list of layer-name patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.fuse, bool):
+            if isinstance(self.fuse, str):
+                raise OptionError(f"option fuse={self.fuse!r}: must be True, False or a list of {', '.join(FUSIONS)}")
+            for fusion in _iterable(self.fuse):
+                _one_of("fuse", fusion, FUSIONS)
+            object.__setattr__(self, "fuse", tuple(self.fuse))
+
+    @property
+    def fusions(self) -> tuple[str, ...]:
+        """The names of what to fuse."""
+        return self.fuse if isinstance(self.fuse, tuple) else FUSIONS if self.fuse else ()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "Config":

@@ -379,6 +379,8 @@ def test_nothing_to_quantize_just_compiles() -> None:
         ({"mode": "quality"}, "option mode='quality'"),
         ({"error_budget": 0}, "above 0"),
         ({"smooth": 1}, "True or False"),
+        ({"fuse": "prologues"}, "a list of epilogues"),
+        ({"fuse": ["prologs"]}, "did you mean 'prologues'"),
     ],
 )
 def test_bad_options_name_the_option_and_what_it_can_be(options: dict, message: str) -> None:

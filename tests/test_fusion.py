@@ -10,7 +10,9 @@ from fusion_testing import count, elementwise_before_quantize, regions, run, run
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
+from svdq_compile.config import FUSIONS
 from svdq_compile.lowering import ops
+from svdq_compile.passes import FUSING
 from svdq_compile.passes.pointwise import operation
 
 # Fused arithmetic rounds to bf16 in fewer places (one rounding is 2^-9), which flips codes, one step in a few hundred.
@@ -449,3 +451,14 @@ def random_function(seed: int):
 def test_random_graphs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = tokens(), tokens(WIDTH, seed=1), tokens(2, 1, WIDTH, seed=2)
     compare(random_function(seed), *inputs, monkeypatch=monkeypatch)
+
+
+def test_fusions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def around(a, b, x):
+        return x + b(F.gelu(a(F.layer_norm(x, (WIDTH,)))))
+
+    for fuse, expected in ((("epilogues",), (2, 0)), (["prologues"], (0, 2)), ((), (0, 0)), (FUSIONS, (2, 1))):
+        graphs = run_as_aten(monkeypatch)
+        run(Two(around).to(torch.bfloat16).requires_grad_(False), (tokens(),), fuse=fuse)
+        assert (count(graphs, ops.fused_gemm), count(graphs, ops.fused_quantize)) == expected
+    assert tuple(FUSING) == FUSIONS

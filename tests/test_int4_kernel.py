@@ -10,7 +10,8 @@ from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*bf16",
-            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16"}  # fmt: skip
+            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16",
+            "beside": "*bf16"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,17 @@ def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
         gluon_int4.gemm(**arguments, out_dtype=HALF)
 
 
+@compiled
+def test_gluon_takes_no_matrix_beside():
+    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels.hooks import Hook
+
+    empty = torch.empty(0)
+    hook = Hook(None, (), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="beside"):
+        gluon_int4.gemm(empty, empty, empty, (empty, empty), empty, None, None, HALF, hook)
+
+
 # ** instructions **
 
 
@@ -110,22 +122,24 @@ def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
 def test_plain_uses_int8_tensor_cores(capability):
     from svdq_compile.kernels.triton_gemm import _gemm_kernel
 
-    constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": True, "BIAS": True, "OFFSET": True}
+    constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": True, "BIAS": True, "OFFSET": True,
+                 "EPILOGUE": None, "BESIDE": False}  # fmt: skip
     built = compile_for(_gemm_kernel, capability, constants, 4, POINTERS)
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32", built.ptx)
     assert built.spilled == 0
 
 
 @compiled
-@pytest.mark.parametrize(("tm", "stages"), [(32, 8), (64, 8), (128, 6)])
-def test_gluon_int4_overlaps(tm, stages):
+@pytest.mark.parametrize(
+    ("tm", "tn", "stages", "warps"), [(32, 128, 8, 8), (64, 128, 8, 8), (128, 128, 6, 8), (128, 64, 4, 4)]
+)
+def test_gluon_int4_overlaps(tm, tn, stages, warps):
     """e4m3 wgmma, left operand from registers, one group multiplied while another is rescaled; nothing spilled."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels import gluon_gemm, gluon_int4
 
-    tn, warps = 128, 8
     blocks = {"x": ("fp8e4nv", torch.float8_e4m3fn, tm, 128), "w": ("i8", torch.int8, tn, 64),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
               "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip

@@ -46,11 +46,30 @@ def test_gluon_int4(m, n, k, rank, unsigned, dtype):
     del poison
     y = gluon_int4.gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, dtype)
     assert error(y, expected) < BOUND[dtype] or not m
+    for tile in gluon_int4.candidates(m):  # each sums in the same order
+        assert torch.equal(y, gluon_int4.gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, dtype, tile=tile))
     stored = ascales.new_full((ascales.shape[1], -(-m // 4) * 4), float("nan"))[:, :m]
     stored.copy_(ascales.t())
     words = layout.to_words(planar)
     e4m3 = qx.half().to(torch.float8_e4m3fn)
     assert torch.equal(y, gluon_int4.gemm(e4m3, stored.t(), xd, (words, wscales), up, bias, offset, dtype))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.171875])
+@pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 64, 64, 16), (333, 1000, 3072, 32), (77, 72, 448, 128)])
+def test_after_the_quantize_kernel(m, n, k, rank, shift):
+    """What quantize writes for this GEMM goes in as it is."""
+    from svdq_compile.kernels import gluon_int4, triton_quantize
+
+    fmt = FORMATS["int4"]
+    x, smooth, down = normal(m, k, dtype=torch.bfloat16), torch.rand(k, device="cuda") + 0.5, normal(rank, k) * k**-0.5
+    weight, up = fmt.quantize_weight(normal(n, k) * k**-0.5), normal(n, rank, dtype=torch.bfloat16)
+    qx, ascales, xd = triton_quantize.quantize(x, smooth, down.bfloat16(), "int4", shift, fp8=True)
+    assert gluon_int4._by_group(ascales).data_ptr() == ascales.data_ptr()
+    y = gluon_int4.gemm(qx, ascales, xd, layout.to_kernel("int4", weight), up, None, None, torch.bfloat16)
+    qx, ascales, xd = reference.quantize(x, smooth, down.bfloat16(), "int4", shift)
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, None, None, "int4", torch.float32)
+    assert error(y, expected) < BOUND[torch.bfloat16]
 
 
 @pytest.mark.parametrize("high", [7, 15])

@@ -1,0 +1,390 @@
+"""Move what makes q and k out of a linear's result, head by head, into one kernel: norm, rotation, joining.
+
+    before   v = view(gemm, [B, T, H, D])          after    q = svdq.head_region([v, w, cos, sin],
+             m = mean(pow(v, 2), [-1], True)                    heads(x, a0: column, a1: token, a2: token)
+             n = mul(mul(v, rsqrt(add(m, eps))), w)             t0 = mul(x, x)
+             even, odd = unbind(view(n, [..., 2]), -1)          t1 = row_mean(t0)
+             r = view(cat([-odd, even], -1), [..., D])          ...
+             q = add(mul(n, cos), mul(r, sin))                  t8 = pair(t7, t6)
+             attention(permute(q, [0, 2, 1, 3]), ...)           ...)
+
+A region ends at what attention reads, a permutation or not, and grows backwards over operations on blocks [..., D] that
+nothing else reads: pointwise ones, means over D, neighbouring channels or halves of D taken apart and put together. It
+begins at one 16-bit tensor. Where it begins with tokens side by side (text and image in joint attention), it goes on
+into each part, and each part becomes one of the operator's.
+
+Left alone: regions that only do what Inductor does as well, that is, neither average nor rotate, or whose beginning is
+itself elementwise and would have to be stored for them; several full tensors; operands with a value for each head.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..lowering import ops
+from ..lowering.region import COLUMN, FULL, ROW, SCALAR, TOKEN, Region, Step
+from ..lowering.torch_private import describe
+from .pipeline import log
+from .pointwise import FLOATS, SIXTEEN_BIT, is_widening, operation, value_of
+
+MAX_LINES = 96
+UNTURNED = (0, 1, 2, 3)
+aten = torch.ops.aten
+
+_PERMUTES = (aten.permute.default, aten.transpose.int)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_RESTRIDES = (*_PERMUTES, *_VIEWS, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.split.Tensor,
+              aten.split_with_sizes.default, aten.unbind.int, operator.getitem)  # fmt: skip
+_TELLING = {"row_mean", "moments", "pair", "halves"}
+
+Line = tuple[fx.Node, str, tuple[Any, ...]]  # a node, the operation it stands for and what that reads
+
+
+def fuse_heads(gm: fx.GraphModule) -> int:
+    """Rewrite what makes the q and k of every attention. Returns how many."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    ends = [_before_permutes(a) for node in gm.graph.nodes if _is_attention(node) for a in node.args[:2]]
+    return sum(_fuse(gm.graph, end, place) for end in dict.fromkeys(ends))
+
+
+def _is_attention(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and "::_scaled_dot_product" in node.target.name()
+
+
+def _before_permutes(node: fx.Node) -> fx.Node:
+    while node.target in _PERMUTES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+@dataclass
+class _Part:
+    """What makes some of the tokens: the block that it begins with, and the lines before and after a `cat`."""
+
+    x: fx.Node
+    end: fx.Node  # the last of `above`, or x
+    above: list[Line]
+    below: list[Line]
+    start: int = 0  # of its tokens among those of the result
+
+
+def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
+    block = value_of(end)
+    if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or type(block.shape[3]) is not int:
+        return False
+    parts, joined = _parts(end, place)
+    lines = [line for part in parts for line in (*part.above, *part.below)]
+    if not any(name in _TELLING for _, name, _ in lines) or any(_is_elementwise(_origin(p.x)) for p in parts):
+        log.debug("not fused before attention: %s", end.name)
+        return False
+    turn = _turn(parts[0].x)
+    dim = 1 if joined is None else _tokens(joined)
+    if any(_turn(part.x) != turn for part in parts) or turn[dim] != 1:  # type: ignore[index]
+        return False
+    writers = [_Writer(part, turn) for part in parts]
+    if not all(writer.write(end, joined) for writer in writers):
+        return False
+    inner = {node for node, _, _ in lines} | ({joined} if joined else set())
+    _replace(graph, end, writers, turn)
+    for node in sorted(inner, key=place.__getitem__, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+    return True
+
+
+def _parts(end: fx.Node, place: dict[fx.Node, int]) -> tuple[list[_Part], fx.Node | None]:
+    """The region before `end` in parts, and the `cat` that joins them, if there is one."""
+    below = _grow(end, set(), place)
+    x = _beginning(below, end)
+    if x is None:
+        return [], None
+    inside = {node for node, _, _ in below}
+    dim = _tokens(x)
+    if dim is None or not (x is end or inside.issuperset(x.users)):
+        return [_Part(x, x, [], below)], None
+    parts, start = [], 0
+    for operand in x.args[0]:  # type: ignore[union-attr]
+        above = _grow(operand, {x}, place)
+        first = _beginning(above, operand)
+        if first is None:
+            return [], None
+        parts.append(_Part(first, operand, above, below, start))
+        start += value_of(operand).shape[dim]  # type: ignore[union-attr]
+    return parts, x
+
+
+def _tokens(node: fx.Node) -> int | None:
+    """The dimension along which a `cat` puts 16-bit blocks of known lengths side by side."""
+    value = value_of(node)
+    if node.target is not aten.cat.default or value is None:
+        return None
+    dim = (node.args[1] if len(node.args) > 1 else 0) % value.dim()  # type: ignore[operator]
+    values = [value_of(part) for part in node.args[0]]  # type: ignore[union-attr]
+    fit = all(v is not None and v.dim() == 4 and v.dtype == value.dtype and type(v.shape[dim]) is int for v in values)
+    return dim if fit and dim < 3 else None
+
+
+def _grow(end: fx.Node, readers: set[fx.Node], place: dict[fx.Node, int]) -> list[Line]:
+    """The lines that make `end`, in the graph's order; others may read `end` itself only where there are no readers."""
+    block = value_of(end)
+    inside, lines, waiting = set(readers), [], {end}
+    while waiting and len(lines) < MAX_LINES:
+        node = max(waiting, key=place.__getitem__)
+        waiting.remove(node)
+        if not inside.issuperset(node.users) and not is_widening(node) and (node is not end or readers):
+            continue
+        found = _meaning(node, block)  # type: ignore[arg-type]
+        if found is not None:
+            inside.add(node)
+            lines.append((node, *found))
+            waiting.update(a for a in found[1] if isinstance(a, fx.Node))
+    return sorted(lines, key=lambda line: place[line[0]])
+
+
+def _beginning(lines: list[Line], end: fx.Node) -> fx.Node | None:
+    """The one 16-bit block that the lines read; `end` itself where there are none."""
+    if not lines:
+        return end
+    block, inside = value_of(end), {node for node, _, _ in lines}
+    outside = dict.fromkeys(a for _, _, read in lines for a in read if isinstance(a, fx.Node) and a not in inside)
+    full = [a for a in outside if _class_of(a, block) == FULL]  # type: ignore[arg-type]
+    if len(full) != 1 or value_of(full[0]).dtype != block.dtype:  # type: ignore[union-attr]
+        return None
+    return full[0]
+
+
+# ** what a node means **
+
+
+def _meaning(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
+    """(operation, what it reads) of a node, None if a region cannot hold it. "": the same values in another shape."""
+    if node.op != "call_function":
+        return None
+    found = _taken_apart(node, block) or _mean(node, block)
+    if found is not None:
+        return found
+    found = operation(node)
+    if found is None:
+        return None
+    shape, half = value_of(node).shape, _half(block)  # type: ignore[union-attr]
+    read = [a for a in found[1] if isinstance(a, fx.Node)]
+    if _equal(shape, half):
+        fit = all(_equal(value_of(a).shape, half) or _class_of(a, block) in (ROW, SCALAR) for a in read)  # type: ignore[union-attr]
+        return found if fit else None
+    if _class_of(node, block) == TOKEN and found[0] != "":
+        return None  # better computed once than for each head
+    return found if all(_class_of(a, block) for a in [node, *read]) else None
+
+
+def _mean(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
+    target, args = node.target, node.args
+    if target is operator.getitem and args[0].target is aten.var_mean.correction:  # type: ignore[union-attr]
+        return ("variance", "mean")[args[1]], args[:1]  # type: ignore[index]
+    if target not in (aten.mean.dim, aten.var_mean.correction) or _class_of(args[0], block) != FULL:
+        return None
+    if target is aten.mean.dim:
+        is_kept = len(args) > 2 and args[2] and not node.kwargs
+        return ("row_mean", args[:1]) if is_kept and tuple(args[1]) in ((-1,), (3,)) else None  # type: ignore[arg-type]
+    plain = node.kwargs.get("correction") == 0 and node.kwargs.get("keepdim") is True
+    return ("moments", args[:1]) if plain and tuple(args[1]) in ((-1,), (3,)) else None  # type: ignore[arg-type]
+
+
+def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
+    """Views of D as pairs, neighbours and halves taken out of it and joined to it again."""
+    target, args = node.target, node.args
+    whole, half, d = block.shape, _half(block), block.shape[3]
+    pairs, single = (*half, 2), (*half, 1)
+    if target is aten.cat.default:
+        return _join(node, half, single)
+    if target is operator.getitem:
+        return (("even", "odd")[args[1]], args[:1]) if _is_unbound(args[0], pairs) else None  # type: ignore[index]
+    source, value = value_of(args[0]) if args else None, value_of(node)
+    if source is None:
+        return None
+    if target in _VIEWS and value is not None:
+        there = _equal(source.shape, whole) and _equal(value.shape, pairs)
+        back = _equal(source.shape, pairs) and _equal(value.shape, whole)
+        return ("", args[:1]) if there or back else None
+    if target is aten.unbind.int:
+        return ("", args[:1]) if _is_unbound(node, pairs) else None
+    if target is aten.select.int and _equal(source.shape, pairs) and args[1] in (-1, 4):
+        return ("even", "odd")[args[2]], args[:1]  # type: ignore[index]
+    if target is aten.unsqueeze.default and _equal(source.shape, half) and args[1] in (-1, 4):
+        return "", args[:1]
+    if target is aten.slice.Tensor and _equal(source.shape, whole) and args[1] in (-1, 3):
+        return _slice(args, d)
+    return None
+
+
+def _slice(args: tuple[Any, ...], d: int) -> tuple[str, tuple[Any, ...]] | None:
+    start, stop, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
+    if not all(isinstance(i, int | None) for i in (start, stop, step)):
+        return None
+    window = range(d)[start:stop:step]
+    names = {range(0, d, 2): "even", range(1, d, 2): "odd", range(d // 2): "low", range(d // 2, d): "high"}
+    return (names[window], args[:1]) if window in names else None
+
+
+def _join(node: fx.Node, half: tuple, single: tuple) -> tuple[str, tuple[Any, ...]] | None:
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    shapes = [value_of(part).shape for part in parts]  # type: ignore[union-attr]
+    if len(shapes) == 2 and dim in (-1, 4) and all(_equal(shape, single) for shape in shapes):
+        return "pair", tuple(parts)  # type: ignore[arg-type]
+    if len(shapes) == 2 and dim in (-1, 3) and all(_equal(shape, half) for shape in shapes):
+        return "halves", tuple(parts)  # type: ignore[arg-type]
+    return None
+
+
+def _is_unbound(node: Any, pairs: tuple) -> bool:
+    return node.target is aten.unbind.int and _equal(value_of(node.args[0]).shape, pairs) and node.args[1] in (-1, 4)
+
+
+def _half(block: Tensor) -> tuple:
+    return (*block.shape[:3], block.shape[3] // 2)
+
+
+def _equal(a: Sequence, b: Sequence) -> bool:
+    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
+
+
+def _class_of(node: Any, block: Tensor) -> str | None:
+    """How a tensor lies against a block of any order: B, T and H, or B, H and T."""
+    value = value_of(node)
+    if value is None or value.dim() > 4 or value.dtype not in FLOATS or value.device != block.device:
+        return None
+    shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+    ones = [statically_known_true(size == 1) for size in shape]
+    equal = [statically_known_true(m == n) for m, n in zip(shape, block.shape, strict=True)]
+    if not all(one or same for one, same in zip(ones, equal, strict=True)):
+        return None
+    if all(ones):
+        return SCALAR
+    if all(equal):
+        return FULL
+    if ones[-1]:
+        return ROW
+    return COLUMN if all(ones[:-1]) else TOKEN
+
+
+def _turn(x: fx.Node) -> tuple[int, ...]:
+    """Which dimensions of [B, T, H, D] the dimensions of x are."""
+    turn = [0, 1, 2, 3]
+    if x.target is aten.permute.default:
+        turn = [dim % 4 for dim in x.args[1]]  # type: ignore[union-attr,operator]
+    elif x.target is aten.transpose.int:
+        a, b = x.args[1:]
+        turn[a], turn[b] = turn[b], turn[a]  # type: ignore[index]
+    return tuple(turn) if turn[3] == 3 and len(turn) == 4 else UNTURNED
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while node.target in _RESTRIDES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Whether Inductor would not have to store this, could it go on."""
+    return operation(node) is not None
+
+
+# ** the text **
+
+
+class _Writer:
+    """One part's steps and operands while they are put together.
+
+    operands: (name, class, node, whether it holds the tokens of all parts)
+    """
+
+    def __init__(self, part: _Part, turn: tuple[int, ...]) -> None:
+        self.part, self.turn = part, turn
+        self.names: dict[fx.Node, str] = {part.x: "x"}
+        self.moments: dict[fx.Node, dict[str, str]] = {}
+        self.operands: list[tuple[str, str, fx.Node, bool]] = [("x", FULL, part.x, False)]
+        self.steps: list[Step] = []
+
+    def write(self, end: fx.Node, joined: fx.Node | None) -> bool:
+        """Whether all that the part reads can be an operand."""
+        for lines, last in ((self.part.above, self.part.end), (self.part.below, end)):
+            block = value_of(last)
+            for node, name, read in lines:
+                for argument in read:
+                    if isinstance(argument, fx.Node) and argument not in self.names and argument not in self.moments:
+                        if not self._take_in(argument, block, last is end and joined is not None):  # type: ignore[arg-type]
+                            return False
+                self._line(node, name, read)
+            if joined is not None and last is not end:
+                self.names[joined] = self.names[last]
+        return True
+
+    def _take_in(self, node: fx.Node, block: Tensor, is_joined: bool) -> bool:
+        cls = _class_of(node, block)
+        if cls not in (TOKEN, ROW, COLUMN, SCALAR):
+            return False
+        head = self.turn.index(2) - 4
+        shape = value_of(node).shape  # type: ignore[union-attr]
+        if cls == TOKEN and len(shape) >= -head and not statically_known_true(shape[head] == 1):
+            return False
+        self.names[node] = f"a{len(self.operands) - 1}"
+        self.operands.append((self.names[node], cls, node, is_joined))
+        return True
+
+    def _line(self, node: fx.Node, name: str, read: tuple[Any, ...]) -> None:
+        if name == "moments":
+            mean = self._step("row_mean", self.names[read[0]])
+            off = self._step("sub", self.names[read[0]], mean)
+            self.moments[node] = {"mean": mean, "variance": self._step("row_mean", self._step("mul", off, off))}
+        elif name in ("mean", "variance"):
+            self.names[node] = self.moments[read[0]][name]
+        else:
+            arguments = [self.names[a] if isinstance(a, fx.Node) else float(a) for a in read]
+            self.names[node] = self._step(name, *arguments) if name else arguments[0]  # type: ignore[assignment]
+
+    def _step(self, name: str, *arguments: str | float) -> str:
+        self.steps.append(Step(f"t{len(self.steps)}", name, arguments))
+        return self.steps[-1].name
+
+    def text(self) -> str:
+        return str(Region("heads", tuple((name, cls) for name, cls, *_ in self.operands), tuple(self.steps)))
+
+    def nodes(self, insert: Callable[..., fx.Node]) -> list[fx.Node]:
+        """The operands as the operator takes them: in the order B, T, H, D, and only this part's tokens."""
+        result = []
+        for _, cls, node, is_joined in self.operands:
+            if cls == FULL and node.target in _PERMUTES and self.turn != UNTURNED:
+                node = node.args[0]  # type: ignore[assignment]
+            elif cls in (TOKEN, ROW):
+                node = self._laid_out(node, is_joined, insert)
+            result.append(node)
+        return result
+
+    def _laid_out(self, node: fx.Node, is_joined: bool, insert: Callable[..., fx.Node]) -> fx.Node:
+        if self.turn != UNTURNED:
+            for _ in range(4 - value_of(node).dim()):  # type: ignore[union-attr]
+                node = insert(aten.unsqueeze.default, node, 0)
+            node = insert(aten.permute.default, node, [self.turn.index(dim) for dim in range(4)])
+        shape = value_of(node).shape  # type: ignore[union-attr]
+        if is_joined and len(shape) >= 3 and not statically_known_true(shape[-3] == 1):
+            tokens = value_of(self.part.end).shape[self.turn.index(1)]  # type: ignore[union-attr]
+            node = insert(aten.slice.Tensor, node, len(shape) - 3, self.part.start, self.part.start + tokens)
+        return node
+
+
+def _replace(graph: fx.Graph, end: fx.Node, writers: list[_Writer], turn: tuple[int, ...]) -> None:
+    def insert(target: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        describe(node, end)
+        return node
+
+    with graph.inserting_before(end):
+        operands = [node for writer in writers for node in writer.nodes(insert)]
+        result = insert(ops.head_region, operands, "\n\n".join(writer.text() for writer in writers))
+        if turn != UNTURNED:
+            result = insert(aten.permute.default, result, list(turn))
+    end.replace_all_uses_with(result)

@@ -1,0 +1,137 @@
+"""Replaying a call: what is recorded, for which operands it stands, and what cannot be replayed.
+
+There is no GPU here: kernels are those of test_launch.py, which pass their arguments to a recorder.
+"""
+
+import pytest
+import torch
+from kernel_testing import compiled
+from test_launch import GRID, SIGNATURE, Kernel, described, driver, flat  # noqa: F401, a fixture
+
+from svdq_compile.kernels import triton_launch
+from svdq_compile.kernels.triton_launch import launch
+from svdq_compile.lowering import replay
+
+pytestmark = compiled
+
+
+@pytest.fixture
+def fake(request, monkeypatch):
+    recorder = request.getfixturevalue("driver")
+    counters = torch.zeros(4)
+    monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
+    monkeypatch.setattr(triton_launch, "zeroed_counters", lambda device: counters)
+    monkeypatch.setattr(triton_launch, "gpu", lambda: (lambda: None, recorder.get_current_stream))
+    return recorder
+
+
+def normal(*shape):
+    return torch.randn(*shape).half()
+
+
+class Operator:
+    """x [.., M, K], weights [w, scales], bias or None -> y, z: launches one kernel, and counts its own calls."""
+
+    def __init__(self, fake):
+        self.kernel, self.calls, self.driver = Kernel(fake, SIGNATURE), 0, fake
+
+    def __call__(self, x, weights, bias, factor=0.5):
+        self.calls += 1
+        rows = x.view(-1, x.shape[-1])
+        y, z = x.new_empty(rows.shape), x.new_empty(rows.shape[0], 2, dtype=torch.int32)
+        scratch = x.new_empty(rows.shape[0], dtype=torch.float32)
+        w, scales = weights
+        hook = (scales if bias is None else bias, x.shape[-1], factor, z)
+        launch(
+            self.kernel,
+            GRID,
+            (described(rows), scratch, described(w[:, 8:]), 48, factor, hook),
+            (y.dtype,),
+            num_warps=4,
+        )
+        return y.view(x.shape), z.view(torch.float32)
+
+
+def operands(rows=3, width=128):
+    return normal(2, rows, width), [normal(16, width + 8), normal(24)], normal(8)
+
+
+def passed_by(fake, op, given):
+    fake.passed.clear()
+    results = op(*given)
+    (passed,) = fake.passed
+    return results, [a for a in flat(passed) if a is not None]
+
+
+def test_replayed_as_called(fake):
+    """For operands that lie elsewhere: the same launch, but for the addresses of scratch memory and of z."""
+    plain, op = Operator(fake), Operator(fake)
+    fast = replay.replayed(op)
+    for _ in range(2):
+        plain(*operands())
+        fast(*operands())
+    kept = []
+    for _ in range(3):
+        given = operands()
+        (y, z), want = passed_by(fake, plain, given)
+        (y2, z2), got = passed_by(fake, fast, given)
+        for a, b in ((y, y2), (z, z2)):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        at = want.index(z.data_ptr())
+        assert got[at] == z2.data_ptr()
+        differ = [i for i, (a, b) in enumerate(zip(want, got, strict=True)) if a != b]
+        assert len(differ) <= 2
+        assert all(i == at or got[i] not in want for i in differ)
+        kept += given, y2, z2
+    assert op.calls == 2, "one to compile, one to record"
+
+
+@pytest.mark.parametrize("change", [
+    lambda x, w, b: (x[:, :2], w, b), lambda x, w, b: (x.bfloat16(), w, b), lambda x, w, b: (x, w, None),
+    lambda x, w, b: (x, [w[0].t().contiguous().t(), w[1]], b), lambda x, w, b: (x, w, b, 0.25),
+    lambda x, w, b: (x, [w[0], torch.zeros(25).half()[1:]], b),
+])  # fmt: skip
+def test_other_metadata_is_another_plan(change):
+    x, w, b = operands()
+    entries = []
+    for given in ((x, w, b, 0.5), (*change(x, w, b), 0.5)[:4]):
+        key = []
+        replay._read(given, key, [])
+        entries.append(tuple(key))
+    assert entries[0] != entries[1]
+
+
+class Impure(Operator):
+    def __init__(self, fake, work):
+        super().__init__(fake)
+        self.work = work
+
+    def __call__(self, x, weights, bias, factor=0.5):
+        y, z = super().__call__(x, weights, bias, factor)
+        return self.work(x, y, z)
+
+
+ELSEWHERE = torch.zeros(6, 128, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("work", [
+    lambda x, y, z: (y + 1, z), lambda x, y, z: (y.clone(), z), lambda x, y, z: (y, z.fill_(0)),
+    lambda x, y, z: (y[:, :1], z), lambda x, y, z: (x, z), lambda x, y, z: (y, y), lambda x, y, z: (ELSEWHERE, z),
+    lambda x, y, z: (torch.zeros(4), z), lambda x, y, z: (y, z) if torch.empty(4, device="meta").numel() else None,
+    lambda x, y, z: (y, z)[: 2 + int(y.sum() > 1e30)],
+])  # fmt: skip
+def test_anything_else_runs_as_ever(fake, work):
+    op = Impure(fake, work)
+    fast = replay.replayed(op)
+    for _ in range(6):
+        fast(*operands())
+    assert op.calls == 6
+
+
+def test_one_tensor_as_two_operands(fake):
+    op = Operator(fake)
+    fast = replay.replayed(op)
+    x, (w, s), _ = operands()
+    for _ in range(5):
+        fast(x, [w, s], s)
+    assert op.calls == 5
