@@ -17,10 +17,10 @@ GROUPS = (
     ("gemm", r"^triton_tem|^triton_mm"),
     ("norms/pointwise", r"^triton_(poi|red|per|for|unk)_"),
     ("attention", r"sdpa|fmha|flash|attention"),
-    ("quantize", r"quantize|_measure_kernel|_finish_kernel|_moments_kernel"),
+    ("quantize", r"quantize|_measure_kernel|_codes_kernel"),
     ("gemv", r"_gemv"),
     ("gemm", r"gemm|_int4_kernel|nvjet|cutlass|xmma|_mm_|matmul|splitK|wgmma"),
-    ("norms/pointwise", r"elementwise|layer_norm|rms_norm|reduce_kernel|softmax"),
+    ("norms/pointwise", r"_moments_kernel|_heads_kernel|elementwise|layer_norm|rms_norm|reduce_kernel|softmax"),
 )
 NAMES = tuple(dict.fromkeys(name for name, _ in GROUPS)) + ("other",)
 FEW_ROWS = 64  # a linear with no more is a gemv

@@ -98,7 +98,7 @@ def _quantize_kernel(
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
     RING: gl.constexpr = SLOTS < BOXES
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
-    PIECE: gl.constexpr = 16 if not EXACT else 32 if RING else ROWS
+    PIECE: gl.constexpr = 32 if EXACT else 16
     NARROW: gl.constexpr = HOOK is not None or (RING and not EXACT)
     DTYPE: gl.constexpr = x.dtype.element_ty
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])

@@ -153,8 +153,8 @@ def _loads(region: Region, tiles: bool) -> list[str]:
         elif cls == COLUMN:
             where, mask, width = "columns", "columns < extra[1]", 1
         elif cls == SAMPLE:
-            sample = f"rows.to(tl.int64) * extra[{at + 2}] // (extra[0] - 1)"
-            where, mask, width = f"{sample} * extra[{at + 1}] + columns", "live", 3
+            sample = f"rows // ((extra[0] - 1) // extra[{at + 2}])"
+            where, mask, width = f"({sample}).to(tl.int64) * extra[{at + 1}] + columns", "live", 3
         elif cls == SCALAR:
             where, mask, width = "0", "", 1
         load = f"tl.load(extra[{at}] + {where}{f', mask={mask}, other=0.0' if mask else ''})"

@@ -17,21 +17,13 @@ from torch import Tensor
 
 from ..kernels import triton_heads
 from .generate import IMPORT_TANH, expression, load
+from .heads import IN_THE_MIDDLE
 from .region import COLUMN, ROW, SCALAR, TOKEN, Region
-
-_IN_THE_MIDDLE = {"low", "high", "halves"}
-_NEIGHBOURS = {"even", "odd", "pair"}
-
-
-def can_generate(region: Region) -> bool:
-    """Whether the region takes D apart in one way only."""
-    used = {step.operation for step in region.steps}
-    return not (used & _IN_THE_MIDDLE and used & _NEIGHBOURS)
 
 
 def is_interleaved(region: Region) -> bool:
     """Whether the parts are even and odd channels."""
-    return not any(step.operation in _IN_THE_MIDDLE for step in region.steps)
+    return not any(step.operation in IN_THE_MIDDLE for step in region.steps)
 
 
 def generated(region: Region, values: dict[str, Tensor], block: torch.Size) -> triton_heads.Region:

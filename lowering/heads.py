@@ -2,8 +2,8 @@
 
     y = head_region([x, cos, sin], "heads(x, a0: token, a1: token)\\n...")      [B, T, H, D] -> [B, T, H, D], contiguous
 
-The text may have several parts; then the list holds the operands of all, and the results stand one after the other along
-T, as text and image tokens do in joint attention.
+The text may have several parts; then the list holds the operands of all, and the results stand one after the other
+along T, as text and image tokens do in joint attention.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,14 @@ from torch import Tensor
 
 from . import launch
 from .region import Region, parse
+
+IN_THE_MIDDLE = {"low", "high", "halves"}
+NEIGHBOURS = {"even", "odd", "pair"}  # a region takes D apart in one of the two ways
+
+
+def takes(channels: object) -> bool:
+    """Whether the kernel can have so many channels a head."""
+    return type(channels) is int and 8 <= channels <= 256 and channels & (channels - 1) == 0
 
 
 def parts(text: str) -> list[Region]:
@@ -44,10 +52,9 @@ def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, di
 
 
 def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
-    if launch.takes_heads(x):
+    if takes(x.shape[3]) and launch.takes_heads(x):
         from . import generate_heads
 
-        if generate_heads.can_generate(part):
-            launch.heads(x, y, generate_heads.generated(part, values, x.shape), generate_heads.is_interleaved(part))
-            return
-    y.copy_(part.evaluate({"x": x, **values}))
+        launch.heads(x, y, generate_heads.generated(part, values, x.shape), generate_heads.is_interleaved(part))
+    else:
+        y.copy_(part.evaluate({"x": x, **values}))

@@ -39,6 +39,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
     if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return 0, 0
+    if not torch.cuda.is_available():  # fake tensors know devices that are not there
+        return 0, 0
     return torch.cuda.get_device_capability(device)
 
 
@@ -72,6 +74,12 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def _neighbours(t: Tensor) -> Tensor:
+    """`_rows`, with the columns of a row side by side."""
+    rows = _rows(t)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def takes_prologue(x: Tensor, down: Tensor) -> bool:
     """Whether `quantize` can run a generated prologue."""
     return _has_quantize(x, down) and _rank_fits(down.shape[0])
@@ -85,6 +93,11 @@ def _rank_fits(rank: int) -> bool:
 
 def _has_quantize(x: Tensor, down: Tensor) -> bool:
     return x.dtype in _SIXTEEN_BIT and x.dtype == down.dtype and has_kernels(x.device)
+
+
+def int4_in_fp8(x: Tensor, down: Tensor, precision: str) -> bool:
+    """Whether `quantize` gives int4 codes as gluon_int4 multiplies them: e4m3, with scales that lie group by group."""
+    return precision == "int4" and _has_quantize(x, down) and _gluon_works(x.device)
 
 
 def quantize(
@@ -101,16 +114,17 @@ def quantize(
         return reference.quantize(x, smooth, down, precision, shift)
     from ..kernels import triton_quantize
 
-    rows, rank = _rows(x), down.shape[0]
-    right = None if right is None else _rows(right)
+    rows, rank = _neighbours(x), down.shape[0]
+    right = None if right is None else _neighbours(right)
+    fp8 = int4_in_fp8(x, down, precision)
     with torch.cuda.device(x.device):
         if _rank_fits(rank):
             qx, ascales, xd = triton_quantize.quantize(
-                rows, smooth, down.contiguous(), precision, shift, prologue, right
+                rows, smooth, down.contiguous(), precision, shift, prologue, right, fp8
             )
         else:
             rows = rows.contiguous()
-            qx, ascales, _ = triton_quantize.quantize(rows, smooth, down[:0], precision, shift)
+            qx, ascales, _ = triton_quantize.quantize(rows, smooth, down[:0], precision, shift, fp8=fp8)
             xd = F.linear(rows, down)
     lead = x.shape[:-1]
     return qx.view(*lead, qx.shape[1]), ascales.view(*lead, ascales.shape[1]), xd.view(*lead, rank)
@@ -137,6 +151,11 @@ def takes_epilogue(qx: Tensor, up: Tensor, offset: Tensor | None, precision: str
     return precision != "nvfp4" or (offset is None and _nvfp4_works(qx.device))
 
 
+def _integers(qx: Tensor) -> Tensor:
+    """Codes as every other GEMM takes them."""
+    return qx.to(torch.bfloat16).to(torch.int8) if qx.dtype == torch.float8_e4m3fn else qx
+
+
 def gemm(
     qx: Tensor,
     ascales: Tensor,
@@ -151,6 +170,7 @@ def gemm(
 ) -> Tensor:
     """`reference.gemm` on the fastest kernel that can; weight in either order; an epilogue if `takes_epilogue`."""
     if not takes_epilogue(qx, up, offset, precision):
+        qx = _integers(qx)
         plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
         return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
     from ..kernels import triton_gemm, triton_nvfp4
@@ -174,17 +194,14 @@ def gemm(
                     y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
                     return y.view(*lead, y.shape[1])
         packed = layout.to_kernel(precision, packed)
+        qx, ascales = _integers(qx), ascales.contiguous()
         y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype, epilogue)
     return y.view(*lead, y.shape[1])
 
 
 def takes_heads(x: Tensor) -> bool:
-    """Whether `heads` has a kernel for this block [B, T, H, D]."""
-    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device):
-        return False
-    from ..kernels import triton_heads
-
-    return triton_heads.can_run(x)
+    """Whether `heads` has a kernel here."""
+    return x.dtype in _SIXTEEN_BIT and has_kernels(x.device)
 
 
 def heads(x: Tensor, y: Tensor, region: triton_heads.Region, interleaved: bool) -> None:
@@ -232,9 +249,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.row_moments(x)
     from ..kernels import triton_moments
 
-    rows, lead = _rows(x), x.shape[:-1]
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows, lead = _neighbours(x), x.shape[:-1]
     with torch.cuda.device(x.device):
         variance, mean, square = triton_moments.row_moments(rows)
     return variance.view(*lead, 1), mean.view(*lead, 1), square.view(*lead, 1)

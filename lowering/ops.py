@@ -12,7 +12,6 @@ from ..kernels import FORMATS
 from ..kernels.groups import padded
 from . import fused, heads, launch
 from .packed import PackedLinear
-from .region import parse
 from .replay import replayed
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
@@ -27,10 +26,15 @@ def _define(schema: str, implementation, fake) -> None:
 
 def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
     group = FORMATS[precision].group_size
-    lead, k = x.shape[:-1], padded(x.shape[-1], group)
+    lead, k = x.shape[:-1], padded(smooth.shape[0], group)
     xd = x.new_empty(*lead, down.shape[0], dtype=down.dtype)
     if precision == "w4a8":
         return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, 1, dtype=torch.float32), xd
+    if launch.int4_in_fp8(x, down, precision):
+        rows = lead.numel()
+        by_group = x.new_empty(k // group, padded(rows, 4), dtype=torch.float32)
+        scales = by_group[:, :rows].t().view(*lead, k // group)
+        return x.new_empty(*lead, k, dtype=torch.float8_e4m3fn), scales, xd
     if precision == "int4":
         return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, k // group, dtype=torch.float32), xd
     scales = x.new_empty(*lead, k // group, dtype=torch.float8_e4m3fn)
@@ -38,10 +42,7 @@ def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shif
 
 
 def _fake_fused_quantize(operands, smooth, down, precision, shift, region):
-    x = operands[0]
-    if parse(region).has_right:
-        x = x.new_empty(*x.shape[:-1], x.shape[-1] + operands[1].shape[-1])
-    return _fake_quantize(x, smooth, down, precision, shift)
+    return _fake_quantize(operands[0], smooth, down, precision, shift)
 
 
 def _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype):

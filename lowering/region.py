@@ -96,7 +96,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Region:
-    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, class) in the order of the operator's tensors.
+    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, class) in the operator's order.
 
     The classless first operand of a prologue or of heads is x (and a prologue's second `right`, where x has two parts);
     an epilogue's first value, y, is no operand.

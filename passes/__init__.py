@@ -11,6 +11,7 @@ from functools import partial
 from torch import fx
 
 from .drop_replaced_weights import drop_replaced_weights
+from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
@@ -31,6 +32,7 @@ def quantizing(packs: Packs) -> list[Pass]:
     return [
         partial(quantize_linears, packs=packs),
         share_quantized_inputs,  # after: it merges what the first one made for each linear
+        fold_adapters,  # after: the adapters of linears that share an input go into one product
         partial(drop_replaced_weights, weights=list(packs)),  # last: only now is a weight without readers unused
     ]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..lowering import ops
+from ..lowering import heads, ops
 from ..lowering.region import COLUMN, FULL, ROW, SCALAR, TOKEN, Region, Step
 from ..lowering.torch_private import describe
 from .pipeline import log
@@ -38,9 +38,10 @@ aten = torch.ops.aten
 
 _PERMUTES = (aten.permute.default, aten.transpose.int)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_RESTRIDES = (*_PERMUTES, *_VIEWS, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.split.Tensor,
-              aten.split_with_sizes.default, aten.unbind.int, operator.getitem)  # fmt: skip
-_TELLING = {"row_mean", "moments", "pair", "halves"}
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+_RESTRIDES = (*_PERMUTES, *_VIEWS, *_SPLITS, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
+              aten.unbind.int, operator.getitem)  # fmt: skip
+_TELLING = {"row_mean", "moments", "pair", "halves", "complex_mul"}
 
 Line = tuple[fx.Node, str, tuple[Any, ...]]  # a node, the operation it stands for and what that reads
 
@@ -75,16 +76,20 @@ class _Part:
 
 def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     block = value_of(end)
-    if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or type(block.shape[3]) is not int:
+    if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or not heads.takes(block.shape[3]):
         return False
     parts, joined = _parts(end, place)
     lines = [line for part in parts for line in (*part.above, *part.below)]
-    if not any(name in _TELLING for _, name, _ in lines) or any(_is_elementwise(_origin(p.x)) for p in parts):
+    names = {name for _, name, _ in lines}
+    if names.isdisjoint(_TELLING) or any(_is_elementwise(_origin(part.x)) for part in parts):
         log.debug("not fused before attention: %s", end.name)
         return False
+    if not (names.isdisjoint(heads.IN_THE_MIDDLE) or names.isdisjoint(heads.NEIGHBOURS | {"complex_mul"})):
+        return False
     turn = _turn(parts[0].x)
-    dim = 1 if joined is None else _tokens(joined)
-    if any(_turn(part.x) != turn for part in parts) or turn[dim] != 1:  # type: ignore[index]
+    if any(_turn(part.x) != turn for part in parts) or (joined and turn[_tokens(joined)] != 1):  # type: ignore[index]
+        return False
+    if turn != UNTURNED and not all(_takes_any_stride(user) for user in end.users):
         return False
     writers = [_Writer(part, turn) for part in parts]
     if not all(writer.write(end, joined) for writer in writers):
@@ -95,6 +100,10 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
         if not node.users:
             graph.erase_node(node)
     return True
+
+
+def _takes_any_stride(user: fx.Node) -> bool:
+    return user.target in _PERMUTES or user.target is aten.cat.default or _is_attention(user)
 
 
 def _parts(end: fx.Node, place: dict[fx.Node, int]) -> tuple[list[_Part], fx.Node | None]:
@@ -201,17 +210,25 @@ def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | 
     pairs, single = (*half, 2), (*half, 1)
     if target is aten.cat.default:
         return _join(node, half, single)
-    if target is operator.getitem:
-        return (("even", "odd")[args[1]], args[:1]) if _is_unbound(args[0], pairs) else None  # type: ignore[index]
+    if target is operator.getitem and args[1] in (0, 1):
+        if _is_unbound(args[0], pairs):
+            return ("even", "odd")[args[1]], args[:1]  # type: ignore[index]
+        return (("low", "high")[args[1]], args[:1]) if _is_halved(args[0], whole) else None  # type: ignore[index]
     source, value = value_of(args[0]) if args else None, value_of(node)
     if source is None:
         return None
+    if target is aten.view_as_complex.default and _equal(source.shape, pairs) and source.dtype == torch.float32:
+        return "", args[:1]
+    if target is aten.view_as_real.default and _equal(source.shape, half):
+        return "", args[:1]
+    if target is aten.mul.Tensor and value.dtype == torch.complex64 and _equal(source.shape, half):  # type: ignore[union-attr]
+        return ("complex_mul", args) if _table_class(args[1], block) in (TOKEN, COLUMN) else None
     if target in _VIEWS and value is not None:
         there = _equal(source.shape, whole) and _equal(value.shape, pairs)
         back = _equal(source.shape, pairs) and _equal(value.shape, whole)
         return ("", args[:1]) if there or back else None
-    if target is aten.unbind.int:
-        return ("", args[:1]) if _is_unbound(node, pairs) else None
+    if _is_unbound(node, pairs) or _is_halved(node, whole):
+        return "", args[:1]
     if target is aten.select.int and _equal(source.shape, pairs) and args[1] in (-1, 4):
         return ("even", "odd")[args[2]], args[:1]  # type: ignore[index]
     if target is aten.unsqueeze.default and _equal(source.shape, half) and args[1] in (-1, 4):
@@ -244,6 +261,14 @@ def _is_unbound(node: Any, pairs: tuple) -> bool:
     return node.target is aten.unbind.int and _equal(value_of(node.args[0]).shape, pairs) and node.args[1] in (-1, 4)
 
 
+def _is_halved(node: Any, whole: tuple) -> bool:
+    if node.target not in _SPLITS or not _equal(value_of(node.args[0]).shape, whole):  # type: ignore[union-attr]
+        return False
+    _, sizes, dim = (*node.args, 0)[:3]
+    half = whole[3] // 2
+    return dim in (-1, 3) and sizes in (half, [half, half])
+
+
 def _half(block: Tensor) -> tuple:
     return (*block.shape[:3], block.shape[3] // 2)
 
@@ -255,12 +280,24 @@ def _equal(a: Sequence, b: Sequence) -> bool:
 def _class_of(node: Any, block: Tensor) -> str | None:
     """How a tensor lies against a block of any order: B, T and H, or B, H and T."""
     value = value_of(node)
-    if value is None or value.dim() > 4 or value.dtype not in FLOATS or value.device != block.device:
+    if value is None or value.dtype not in FLOATS or value.device != block.device:
         return None
-    shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+    return _lies(value.shape, block.shape)
+
+
+def _table_class(node: Any, block: Tensor) -> str | None:
+    """How a complex tensor lies against a block whose neighbouring channels are complex numbers."""
+    value = value_of(node)
+    if value is None or value.dtype != torch.complex64 or value.device != block.device or value.stride(-1) != 1:
+        return None
+    return _lies(value.shape, _half(block)) if sum(type(size) is not int for size in value.shape) < 2 else None
+
+
+def _lies(shape: Sequence, whole: Sequence) -> str | None:
+    shape = (1,) * (4 - len(shape)) + tuple(shape)
     ones = [statically_known_true(size == 1) for size in shape]
-    equal = [statically_known_true(m == n) for m, n in zip(shape, block.shape, strict=True)]
-    if not all(one or same for one, same in zip(ones, equal, strict=True)):
+    equal = [statically_known_true(m == n) for m, n in zip(shape, whole, strict=False)]
+    if len(shape) > 4 or not all(one or same for one, same in zip(ones, equal, strict=True)):
         return None
     if all(ones):
         return SCALAR
@@ -315,16 +352,17 @@ class _Writer:
             block = value_of(last)
             for node, name, read in lines:
                 for argument in read:
-                    if isinstance(argument, fx.Node) and argument not in self.names and argument not in self.moments:
-                        if not self._take_in(argument, block, last is end and joined is not None):  # type: ignore[arg-type]
-                            return False
+                    if not self._take_in(argument, block, last is end and joined is not None):  # type: ignore[arg-type]
+                        return False
                 self._line(node, name, read)
             if joined is not None and last is not end:
                 self.names[joined] = self.names[last]
         return True
 
-    def _take_in(self, node: fx.Node, block: Tensor, is_joined: bool) -> bool:
-        cls = _class_of(node, block)
+    def _take_in(self, node: Any, block: Tensor, is_joined: bool) -> bool:
+        if not isinstance(node, fx.Node) or node in self.names or node in self.moments:
+            return True
+        cls = _class_of(node, block) or _table_class(node, block)
         if cls not in (TOKEN, ROW, COLUMN, SCALAR):
             return False
         head = self.turn.index(2) - 4
@@ -342,6 +380,11 @@ class _Writer:
             self.moments[node] = {"mean": mean, "variance": self._step("row_mean", self._step("mul", off, off))}
         elif name in ("mean", "variance"):
             self.names[node] = self.moments[read[0]][name]
+        elif name == "complex_mul":
+            (a, b), (c, d) = ([self._step(part, self.names[z]) for part in ("even", "odd")] for z in read)
+            real = self._step("sub", self._step("mul", a, c), self._step("mul", b, d))
+            imaginary = self._step("add", self._step("mul", a, d), self._step("mul", b, c))
+            self.names[node] = self._step("pair", real, imaginary)
         else:
             arguments = [self.names[a] if isinstance(a, fx.Node) else float(a) for a in read]
             self.names[node] = self._step(name, *arguments) if name else arguments[0]  # type: ignore[assignment]
@@ -359,7 +402,11 @@ class _Writer:
         for _, cls, node, is_joined in self.operands:
             if cls == FULL and node.target in _PERMUTES and self.turn != UNTURNED:
                 node = node.args[0]  # type: ignore[assignment]
-            elif cls in (TOKEN, ROW):
+            if value_of(node).is_complex():  # type: ignore[union-attr]
+                sizes = [size if type(size) is int else -1 for size in value_of(node).shape]  # type: ignore[union-attr]
+                node = insert(aten.view_as_real.default, node)
+                node = insert(aten.view.default, node, [*sizes[:-1], 2 * sizes[-1]])
+            if cls in (TOKEN, ROW):
                 node = self._laid_out(node, is_joined, insert)
             result.append(node)
         return result

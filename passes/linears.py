@@ -17,7 +17,7 @@ from torch import fx
 
 from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
-from .scope import layer_name, outside_blocks, sibling_scope
+from .scope import is_adapter, layer_name, outside_blocks, sibling_scope
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -55,7 +55,7 @@ class LinearSite:
 
     @property
     def bias(self) -> fx.Node | None:
-        return _argument(self.node, 2, "bias")
+        return argument(self.node, 2, "bias")
 
     @property
     def output(self) -> torch.Tensor:
@@ -79,18 +79,19 @@ def find_linears(graph: fx.Graph) -> Found:
     names = {n: layer_name(n) for n in calls}
     outside = outside_blocks(list(names.values()))
     for node in calls:
-        weight = _argument(node, 1, "weight")
+        weight = argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
         reason = _why_not(node, weight, names[node], names[node] in outside)
         if reason is None:
             sites.append(_site(node, weight, names[node]))
-        elif not _is_spatial_conv(node):
+        elif not is_spatial_conv(node):
             rejected[weight] = (names[node], reason)
     return Found([s for s in sites if s.weight not in rejected], rejected)
 
 
-def _argument(node: fx.Node, position: int, name: str) -> Any:
+def argument(node: fx.Node, position: int, name: str) -> Any:
+    """What a call was given for a parameter, by position or by name; None if nothing."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
@@ -99,9 +100,9 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str
     value = weight.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or "example_value" not in node.meta or len(node.args) < 2:
         return "the graph does not tell its shapes"
-    if _is_spatial_conv(node):
+    if is_spatial_conv(node):
         return "a convolution larger than 1x1"
-    if ".lora_" in f".{name}":
+    if is_adapter(name):
         return "an adapter, which is small and may be swapped"
     if value.dtype not in QUANTIZABLE_DTYPES:
         return f"its weight is {value.dtype}"
@@ -115,23 +116,24 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str
 
 
 def _reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:
-    is_linear = user.target in LINEAR or (user.target in POINTWISE_CONV and not _is_spatial_conv(user))
-    return is_linear and _argument(user, 1, "weight") is weight and user.args[0] is not weight
+    is_linear = user.target in LINEAR or (user.target in POINTWISE_CONV and not is_spatial_conv(user))
+    return is_linear and argument(user, 1, "weight") is weight and user.args[0] is not weight
 
 
-def _is_spatial_conv(node: fx.Node) -> bool:
+def is_spatial_conv(node: fx.Node) -> bool:
+    """Whether it is a convolution, and not one over channels alone."""
     dims = POINTWISE_CONV.get(node.target)  # type: ignore[arg-type]
     if dims is None:
         return False
-    weight = _argument(node, 1, "weight").meta.get("example_value")
+    weight = argument(node, 1, "weight").meta.get("example_value")
     ones, zeros = (1, (1,) * dims, [1] * dims), (0, (0,) * dims, [0] * dims)
     return (
         not isinstance(weight, torch.Tensor)
         or any(size != 1 for size in weight.shape[2:])
         or node.args[0].meta["example_value"].dim() != dims + 2  # type: ignore[union-attr]
-        or (_argument(node, 3, "stride") or 1) not in ones
-        or (_argument(node, 4, "padding") or 0) not in zeros
-        or (_argument(node, 6, "groups") or 1) != 1
+        or (argument(node, 3, "stride") or 1) not in ones
+        or (argument(node, 4, "padding") or 0) not in zeros
+        or (argument(node, 6, "groups") or 1) != 1
     )
 
 

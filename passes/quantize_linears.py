@@ -92,41 +92,41 @@ def _replace(graph: fx.Graph, site: LinearSite, inputs: _PackedInputs) -> None:
     fmt = FORMATS[packed.precision]
     weight = [inputs.get(site.weight, field) for field in fmt.fields]
     dtype = site.output.dtype
-    emit = partial(_emit, graph, site.node)
+    call = partial(emit, graph, site.node)
 
     x = site.input
     if site.channel_dim != -1:
-        x = emit(torch.movedim, x, site.channel_dim, -1)
+        x = call(torch.movedim, x, site.channel_dim, -1)
     if fmt.quantize_activation is None:
         xd = up = None
         if packed.rank:
-            xd = _own_columns(emit, emit(F.linear, x, inputs.get(site.weight, "down")), packed)
+            xd = _own_columns(call, call(F.linear, x, inputs.get(site.weight, "down")), packed)
             up = inputs.get(site.weight, "up")
-        y = emit(ops.gemv, x, xd, weight, up, site.bias, packed.precision, dtype)
+        y = call(ops.gemv, x, xd, weight, up, site.bias, packed.precision, dtype)
     else:
         smooth, down = inputs.get(site.weight, "smooth"), inputs.get(site.weight, "down")
-        quantized = emit(ops.quantize, x, smooth, down, packed.precision, packed.shared.shift)
-        qx, ascales, xd = (emit(operator.getitem, quantized, i) for i in range(3))
-        xd = _own_columns(emit, xd, packed)
+        quantized = call(ops.quantize, x, smooth, down, packed.precision, packed.shared.shift)
+        qx, ascales, xd = (call(operator.getitem, quantized, i) for i in range(3))
+        xd = _own_columns(call, xd, packed)
         up = inputs.get(site.weight, "up")
         offset = inputs.get(site.weight, "offset") if packed.offset is not None else None
-        y = emit(ops.gemm, qx, ascales, xd, weight, up, site.bias, offset, packed.precision, dtype)
+        y = call(ops.gemm, qx, ascales, xd, weight, up, site.bias, offset, packed.precision, dtype)
     if site.channel_dim != -1:
-        y = emit(torch.movedim, y, -1, site.channel_dim)
+        y = call(torch.movedim, y, -1, site.channel_dim)
         if site.output.is_contiguous():
-            y = emit(torch.Tensor.contiguous, y)
+            y = call(torch.Tensor.contiguous, y)
     site.node.replace_all_uses_with(y)
     graph.erase_node(site.node)
 
 
-def _own_columns(emit: Callable[..., fx.Node], xd: fx.Node, packed: PackedLinear) -> fx.Node:
+def _own_columns(call: Callable[..., fx.Node], xd: fx.Node, packed: PackedLinear) -> fx.Node:
     """Of the low-rank activations of all linears that share the input, this one's."""
     if packed.rank == packed.shared.down.shape[0]:
         return xd
-    return emit(operator.getitem, xd, (Ellipsis, slice(packed.rank_start, packed.rank_start + packed.rank)))
+    return call(operator.getitem, xd, (Ellipsis, slice(packed.rank_start, packed.rank_start + packed.rank)))
 
 
-def _emit(graph: fx.Graph, instead_of: fx.Node, target: Callable, *args: Any) -> fx.Node:
+def emit(graph: fx.Graph, instead_of: fx.Node, target: Callable, *args: Any) -> fx.Node:
     """A call before `instead_of`, marked as standing where it stood in the model."""
     with graph.inserting_before(instead_of):
         node = graph.call_function(target, args)

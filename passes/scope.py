@@ -25,7 +25,17 @@ def layer_name(node: fx.Node) -> str:
     """The dotted name of the innermost module a node is called in, or the node's own name."""
     stack = node.meta.get("nn_module_stack")
     innermost = clean(next(reversed(stack.values()))[0]) if stack else ""
-    return innermost or str(node.name)
+    return without_wrapper(innermost) or str(node.name)
+
+
+def without_wrapper(name: str) -> str:
+    """The name a layer had before PEFT put adapters around it: "blocks.0.to_q.base_layer" -> "blocks.0.to_q"."""
+    return name.removesuffix(".base_layer")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a layer is one of PEFT's own: "blocks.0.to_q.lora_A.style"."""
+    return ".lora_" in f".{name}"
 
 
 def elements(name: str) -> list[str]:
@@ -49,9 +59,10 @@ def outside_blocks(names: list[str]) -> set[str]:
     A repeated block is a list element that holds two linears or more. What stands beside them embeds inputs or projects
     the result; it is small and sensitive. A graph without blocks is a block itself (regional compilation) or a plain
     network, and all its linears count as inside: so compiling a model whole or by blocks quantizes the same layers.
+    Adapters are not counted: what gets quantized must not depend on them.
     """
     held: dict[str, set[str]] = {}
-    for name in names:
+    for name in (name for name in names if not is_adapter(name)):
         for element in elements(name):
             held.setdefault(element, set()).add(name)
     blocks = {element for element, layers in held.items() if len(layers) > 1}

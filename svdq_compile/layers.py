@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from .passes.linears import MIN_FEATURES, QUANTIZABLE_DTYPES
-from .passes.scope import outside_blocks
+from .passes.scope import is_adapter, outside_blocks, without_wrapper
 
 
 @dataclass(frozen=True)
 class Layer:
     """A linear, or a 1x1 convolution.
 
-    name    of its module
+    name    of its module, as it is without adapters around it
     reason  why it must stay 16-bit by the rules of passes/linears.py, None if it may be quantized
     """
 
@@ -25,7 +25,7 @@ class Layer:
 
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Every linear of a model, in order; a weight that several layers are tied to comes once."""
-    found = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    found = [(without_wrapper(name), module) for name, module in model.named_modules() if _is_linear(module)]
     outside = outside_blocks([name for name, _ in found])
     seen: set[int] = set()
     for name, module in found:
@@ -46,7 +46,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _why_not(weight: nn.Parameter, is_outside: bool, name: str) -> str | None:
-    if ".lora_" in f".{name}":
+    if is_adapter(name):
         return "an adapter, which is small and may be swapped"
     if weight.dtype not in QUANTIZABLE_DTYPES:
         return f"its weight is {weight.dtype}"

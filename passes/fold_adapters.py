@@ -1,0 +1,285 @@
+"""Fold LoRA adapters into the low-rank branch of the quantized linear they sit on.
+
+    before   qx, ascales, xd = svdq.quantize(x, smooth, down)
+             y0 = svdq.gemm(qx, ascales, xd, weight, up, bias)
+             y1 = y0 + linear(linear(x, A1), B1) * s1            y = y1 + linear(linear(x, A2), B2) * s2
+    after    qx, ascales, xd = svdq.quantize(x, smooth, cat(down, A1, A2))
+             y = svdq.gemm(qx, ascales, xd, weight, cat(up, s1 B1, s2 B2), bias)
+
+Nothing of this is kept between calls: A, B and the strengths stay inputs of the graph, so new values written to them
+are seen, and the packed weight is not touched. Linears that share a quantized input go on sharing it; the rows of
+`down` then lie linear by linear, because each GEMM reads one run of columns: [down_q, A_q, down_k, A_k]. The rank of a
+linear with adapters is filled up with zeros to a multiple of RANK_STEP.
+
+The same for svdq.gemv, where xd = linear(x, down), and for 1x1 convolutions. A strength is a number, a symbol or a
+tensor of one value. Between x and A there may be casts and dropout that does nothing.
+
+Left alone, as products beside the linear: adapters with a bias, with a weight that is computed, or on a result that
+something else reads too; and all adapters on linears that stayed 16-bit.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..lowering import ops
+from .linears import LINEAR, POINTWISE_CONV, argument, is_spatial_conv
+from .pipeline import log
+from .quantize_linears import emit
+from .scope import is_adapter, layer_name
+from .subgraphs import invocations
+
+RANK_STEP = 16  # of the kernels' low-rank products
+ADD = (operator.add, operator.iadd, torch.add)
+MULTIPLY = (operator.mul, operator.imul, torch.mul)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """linear(linear(x, a), b) * scales[0] * scales[1] ...; a and b are graph inputs."""
+
+    a: fx.Node
+    b: fx.Node
+    scales: tuple[Any, ...]
+
+    @property
+    def rank(self) -> int:
+        return _value(self.a).shape[0]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A quantized linear and the adapters that are added to it.
+
+    node       the svdq.gemm or svdq.gemv
+    first, rank   its rows of `down`
+    moves      what brings its result into the model's layout, for a convolution: movedim, contiguous
+    result     the sum of all, which goes on into the model
+    """
+
+    node: fx.Node
+    first: int
+    rank: int
+    moves: tuple[fx.Node, ...]
+    adapters: tuple[Adapter, ...]
+    result: fx.Node
+
+    @property
+    def padding(self) -> int:
+        return -(self.rank + sum(adapter.rank for adapter in self.adapters)) % RANK_STEP if self.adapters else 0
+
+    @property
+    def total_rank(self) -> int:
+        return self.rank + sum(adapter.rank for adapter in self.adapters) + self.padding
+
+
+def fold_adapters(gm: fx.GraphModule) -> int:
+    """Rewrite, in subgraphs too. Returns how many adapters were folded."""
+    graph, count = gm.graph, 0
+    for source, x, readers in _sources(graph):
+        if any(reader.adapters for reader in readers):
+            _fold(graph, source, x, readers)
+            count += sum(len(reader.adapters) for reader in readers)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (*LINEAR, *POINTWISE_CONV) and is_adapter(layer_name(node)):
+            log.debug("not folded: %s stays a product beside its layer", layer_name(node))
+    for name in {call.subgraph for call in invocations(gm)}:
+        count += fold_adapters(gm.get_submodule(name))  # type: ignore[arg-type]
+    return count
+
+
+def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader]]]:
+    """(what computes down x: a `quantize`, a `linear`, or None where the rank is 0; x; the quantized linears behind
+    it), the last in the order of their rows."""
+    found: dict[fx.Node, tuple[fx.Node | None, fx.Node, list[Reader]]] = {}
+    for node in graph.nodes:
+        if node.target not in (ops.gemm, ops.gemv):
+            continue
+        source, first = _low_rank_source(node.args[_low_rank_at(node)])  # type: ignore[arg-type]
+        x = node.args[0] if source is None else source.args[0]
+        readers = found.setdefault(source or node, (source, x, []))[2]
+        readers.append(_reader(node, first, x))
+    for _, _, readers in found.values():
+        readers.sort(key=lambda reader: reader.first)
+    return list(found.values())
+
+
+def _low_rank_source(xd: fx.Node | None) -> tuple[fx.Node | None, int]:
+    """quantize(...)[2][..., 16:32] -> (quantize, 16);  linear(x, down) -> (linear, 0)."""
+    first = 0
+    if xd is not None and xd.target is operator.getitem and isinstance(xd.args[1], tuple):
+        xd, first = xd.args[0], xd.args[1][1].start  # type: ignore[assignment, union-attr]
+    if xd is not None and xd.target is operator.getitem:
+        xd = xd.args[0]  # type: ignore[assignment]
+    return xd, first
+
+
+def _low_rank_at(node: fx.Node) -> int:
+    """Where xd stands among a quantized linear's arguments; `up` comes two places later."""
+    return 2 if node.target is ops.gemm else 1
+
+
+def _reader(node: fx.Node, first: int, x: fx.Node) -> Reader:
+    up: fx.Node | None = node.args[_low_rank_at(node) + 2]  # type: ignore[assignment]
+    y, moves = node, []
+    if x.target is torch.movedim:
+        x = x.args[0]  # type: ignore[assignment]
+        while (user := _only_user(y)) is not None and user.target in (torch.movedim, torch.Tensor.contiguous):
+            moves.append(user)
+            y = user
+    adapters: list[Adapter] = []
+    while (user := _only_user(y)) is not None and user.target in ADD and len(user.args) == 2 and not user.kwargs:
+        adapter = _adapter(user.args[1] if user.args[0] is y else user.args[0], x)
+        if adapter is None or (up is not None and _value(adapter.b).shape[0] != _value(up).shape[0]):
+            break
+        adapters.append(adapter)
+        y = user
+    rank = 0 if up is None else _value(up).shape[1]
+    return Reader(node, first, rank, tuple(moves), tuple(adapters), y)
+
+
+def _adapter(term: Any, x: fx.Node) -> Adapter | None:
+    """Read linear(linear(x, a), b) * scale; None if it is anything else."""
+    scales = []
+    while isinstance(term, fx.Node) and term.target in MULTIPLY and len(term.args) == 2:
+        left, right = term.args
+        scale, term = (left, right) if _is_scalar(left) else (right, left)
+        if not _is_scalar(scale):
+            return None
+        scales.append(scale)
+    b = _product(term)
+    a = _product(b[0]) if b is not None else None
+    if a is None or b is None or _behind_casts(a[0]) is not x:
+        return None
+    return Adapter(a[1], b[1], tuple(scales))
+
+
+def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """linear(x, weight) without a bias, or a 1x1 convolution, -> x and the weight, a graph input."""
+    if not isinstance(node, fx.Node) or node.target not in (*LINEAR, *POINTWISE_CONV) or is_spatial_conv(node):
+        return None
+    x, weight = node.args[0], argument(node, 1, "weight")
+    plain = isinstance(x, fx.Node) and isinstance(weight, fx.Node) and weight.op == "placeholder"
+    return (x, weight) if plain and argument(node, 2, "bias") is None else None
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        value = value.meta.get("example_value")
+        if isinstance(value, Tensor):
+            return value.dim() == 0
+    return isinstance(value, int | float | torch.SymFloat | torch.SymInt)
+
+
+def _behind_casts(x: fx.Node) -> fx.Node:
+    while (x.target == "to" and _casts_to(x) is not None) or (
+        x.target is F.dropout and argument(x, 2, "training") is False
+    ):
+        x = x.args[0]  # type: ignore[assignment]
+    return x
+
+
+def _casts_to(node: fx.Node) -> torch.dtype | None:
+    """The dtype in x.to(dtype)."""
+    dtype = argument(node, 1, "dtype")
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _value(node: fx.Node) -> Tensor:
+    return node.meta["example_value"]
+
+
+def _fold(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> None:
+    """Give the source the rows of all adapters, and each reader its columns."""
+    xd = _widen_down(graph, source, x, readers)
+    first, total = 0, sum(reader.total_rank for reader in readers)
+    for reader in readers:
+        columns = (Ellipsis, slice(first, first + reader.total_rank))
+        own = xd if reader.total_rank == total else emit(graph, reader.node, operator.getitem, xd, columns)
+        first += reader.total_rank
+        if reader.adapters:
+            _widen_up(graph, reader, own)
+        elif reader.rank:
+            at = _low_rank_at(reader.node)
+            unused = reader.node.args[at]
+            reader.node.update_arg(at, own)
+            _erase_unused(graph, unused)  # type: ignore[arg-type]
+
+
+def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> fx.Node:
+    """cat(down, A, ...) in the place of `down`; -> the node of its product with x."""
+    before = source or readers[0].node
+    down = None if source is None else source.args[2 if source.target is ops.quantize else 1]
+    dtype = readers[0].node.args[-1] if down is None else _value(down).dtype  # type: ignore[arg-type]
+    rows = []
+    for reader in readers:
+        if reader.rank:
+            covers = reader.rank == _value(down).shape[0]  # type: ignore[arg-type]
+            own = slice(reader.first, reader.first + reader.rank)
+            rows.append(down if covers else emit(graph, before, operator.getitem, down, own))
+        matrices = [_matrix(graph, before, adapter.a, dtype) for adapter in reader.adapters]
+        if reader.padding:
+            matrices[-1] = emit(graph, before, F.pad, matrices[-1], (0, 0, 0, reader.padding))
+        rows += matrices
+    wide = emit(graph, before, torch.cat, rows) if len(rows) > 1 else rows[0]
+    if source is None:
+        return emit(graph, before, F.linear, x, wide)
+    source.update_arg(2 if source.target is ops.quantize else 1, wide)
+    if source.target is ops.quantize:
+        return next(user for user in source.users if user.args[1] == 2)
+    return source
+
+
+def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> None:
+    """The linear once more where the last sum was, since strengths may be known only there."""
+    before, old = reader.result, reader.node
+    at = _low_rank_at(old)
+    up: fx.Node | None = old.args[at + 2]  # type: ignore[assignment]
+    dtype = old.args[-1] if up is None else _value(up).dtype
+    columns = [up] if up is not None and reader.rank else []
+    for adapter in reader.adapters:
+        scaled = adapter.b
+        for scale in adapter.scales:
+            scaled = emit(graph, before, torch.mul, scaled, scale)
+        columns.append(_matrix(graph, before, scaled, dtype, adapter.b))
+    if reader.padding:
+        columns[-1] = emit(graph, before, F.pad, columns[-1], (0, reader.padding))
+    wide = emit(graph, before, torch.cat, columns, 1) if len(columns) > 1 else columns[0]
+    arguments = list(old.args)
+    arguments[at], arguments[at + 2] = xd, wide
+    y = emit(graph, before, old.target, *arguments)  # type: ignore[arg-type]
+    y.meta = dict(old.meta)
+    for move in reader.moves:
+        y = emit(graph, before, move.target, y, *move.args[1:])  # type: ignore[arg-type]
+    if _value(before).dtype != old.args[-1]:
+        y = emit(graph, before, torch.Tensor.to, y, _value(before).dtype)
+    before.replace_all_uses_with(y)
+    _erase_unused(graph, before)
+
+
+def _matrix(
+    graph: fx.Graph, before: fx.Node, node: fx.Node, dtype: torch.dtype, like: fx.Node | None = None
+) -> fx.Node:
+    """An adapter's matrix [out, in] in the model's dtype; `like`: the graph input that `node` was computed from."""
+    value = _value(like or node)
+    if value.dim() > 2:
+        node = emit(graph, before, torch.flatten, node, 1)
+    return node if value.dtype == dtype else emit(graph, before, torch.Tensor.to, node, dtype)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nothing reads, and then what it alone has read."""
+    if node.users or node.op not in ("call_function", "call_method"):
+        return
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for other in read:
+        _erase_unused(graph, other)

@@ -1,0 +1,351 @@
+"""Norm and rotation of heads in one kernel: what is fused, what is not, and the kernel's numbers and code."""
+
+import re
+from collections import Counter
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F
+from fusion_testing import count, run, run_as_aten, zoo
+from kernel_testing import compile_for, compiled, error, interpreted, run_interpreted
+from torch import Tensor, fx, nn
+
+from conftest import WIDTH, relative_error
+from svdq_compile import config
+from svdq_compile.lowering import ops
+from svdq_compile.lowering.heads import parts
+from svdq_compile.passes import FUSING
+
+HEADS, CHANNELS = 4, WIDTH // 4
+BOUND = 4e-3  # bf16 rounds to 2^-9 at most; fused arithmetic does it in fewer places
+
+FLUX = """heads(x, a0: column, a1: token, a2: token)
+t0 = mul(x, x)
+t1 = row_mean(t0)
+t2 = add(t1, 9.999999974752427e-07)
+t3 = rsqrt(t2)
+t4 = mul(x, t3)
+t5 = mul(t4, a0)
+t6 = bf16(t5)
+t7 = even(t6)
+t8 = odd(t6)
+t9 = neg(t8)
+t10 = pair(t9, t7)
+t11 = mul(t6, a1)
+t12 = mul(t10, a2)
+t13 = add(t11, t12)
+t14 = bf16(t13)"""
+
+
+@pytest.fixture(autouse=True)
+def all_fusions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "FUSIONS", tuple(FUSING))
+
+
+def texts(graphs: list[fx.GraphModule]) -> list[str]:
+    """The regions of all graphs, each once, in order."""
+    return list(dict.fromkeys(n.args[1] for gm in graphs for n in gm.graph.nodes if n.target is ops.head_region))
+
+
+def own_buffers(model: nn.Module) -> nn.Module:
+    """SD3's position table is a view of an fp32 tensor after the cast, which Dynamo cannot take in."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
+    return model
+
+
+@compiled
+class Test(expecttest.TestCase):
+    """What becomes of FLUX: text and image tokens of a double block, and a single block."""
+
+    maxDiff = None
+
+    def test_flux(self) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch, torch.no_grad():
+            monkeypatch.setattr(config, "FUSIONS", tuple(FUSING))
+            graphs = run_as_aten(monkeypatch)
+            model, inputs, regional = zoo("flux")
+            run(model, inputs, regional)
+        double, single = texts(graphs)
+        self.assertEqual(double, f"{single}\n\n{single}")
+        self.assertExpectedInline(single, FLUX)
+
+
+# q and k of each attention that is compiled; what is left are other forms of rotation, and what has neither.
+@compiled
+@pytest.mark.parametrize(
+    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 2), ("wan", 0), ("ltx_video", 0)]
+)
+def test_a_model_fused_is_the_model_unfused(name: str, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = run_as_aten(monkeypatch)
+    outputs = []
+    for fuse in (("heads",), False):
+        model, inputs, regional = zoo(name)
+        outputs.append(run(own_buffers(model), inputs, regional, fuse=fuse))
+        if fuse:
+            assert count(graphs, ops.head_region) == fused
+    assert relative_error(*outputs) < 0.02  # codes that flip
+
+
+# ** near misses **
+
+
+class Attention(nn.Module):
+    """q, k and v of [B, T, H, D]; what is between q's linear and attention comes from a test."""
+
+    def __init__(self, around) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.around = around
+
+    def forward(self, x: Tensor, *tables: Tensor):
+        q, k, v = (f(x).unflatten(-1, (HEADS, CHANNELS)) for f in (self.q, self.k, self.v))
+        q, extra = self.around(q, *tables)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return torch.cat([out.flatten(), *(e.flatten().to(out.dtype) for e in extra)])
+
+
+def norm(q: Tensor) -> Tensor:
+    return F.rms_norm(q, (CHANNELS,))
+
+
+def interleaved(q: Tensor) -> Tensor:
+    even, odd = q.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-odd, even], -1).flatten(-2)
+
+
+def half_turned(q: Tensor) -> Tensor:
+    low, high = q.chunk(2, -1)
+    return torch.cat([-high, low], -1)
+
+
+def sliced(q: Tensor) -> Tensor:
+    return torch.stack([-q[..., 1::2], q[..., 0::2]], -1).flatten(-2)
+
+
+def triples(q: Tensor) -> Tensor:
+    a, b, c = F.pad(q, (0, 1)).unflatten(-1, (-1, 3)).unbind(-1)
+    return torch.stack([c, a, b], -1).flatten(-2)[..., :CHANNELS]
+
+
+def rotated(q: Tensor, cos: Tensor, sin: Tensor, turn=interleaved) -> Tensor:
+    return (q.float() * cos + turn(q).float() * sin).to(q.dtype)
+
+
+def other_order(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q = norm(q.transpose(1, 2))
+    return rotated(q, cos.transpose(0, 1), sin.transpose(0, 1)).transpose(1, 2)
+
+
+def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotated(torch.cat([norm(q[:, :5]), F.layer_norm(q[:, 5:], (CHANNELS,))], 1), cos, sin)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("around", "fused"),
+    [
+        (lambda q, c, s: (norm(q), ()), 1),
+        (lambda q, c, s: (F.layer_norm(q, (CHANNELS,)), ()), 1),
+        (lambda q, c, s: (F.layer_norm(q, (CHANNELS,), c[0, 0], s[0, 0]), ()), 1),
+        (lambda q, c, s: (rotated(q, c, s), ()), 1),
+        (lambda q, c, s: (rotated(norm(q), c, s), ()), 1),
+        (lambda q, c, s: (rotated(norm(q), c[None], s.bfloat16()), ()), 1),
+        (lambda q, c, s: (rotated(norm(q), c, s, sliced), ()), 1),
+        (lambda q, c, s: (rotated(norm(q), c, s, half_turned), ()), 1),
+        (lambda q, c, s: (other_order(q, c, s), ()), 1),
+        (lambda q, c, s: (joined(q, c, s), ()), 1),
+        (lambda q, c, s: (torch.cat([norm(q[:, :5]), q[:, 5:]], 1), ()), 1),
+        (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]) + q.mean(-1, True), ()), 1),
+        # The result is read by others too: it is stored anyway. A value on the way is not.
+        (lambda q, c, s: (y := norm(q), (y,)), 1),
+        (lambda q, c, s: (rotated(n := norm(q), c, s), (n,)), 0),
+        (lambda q, c, s: (rotated(n := norm(q), c, s), (n.mean(1),)), 0),
+        (lambda q, c, s: (norm(q), (q,)), 1),
+        # The joined tokens are read by others too: only what comes after.
+        (lambda q, c, s: (rotated(n := torch.cat([norm(q[:, :5]), q[:, 5:]], 1), c, s), (n,)), 1),
+        # Other rotations and means.
+        (lambda q, c, s: (rotated(norm(q), c, s, triples), ()), 0),
+        (lambda q, c, s: (rotated(norm(q), c, s, lambda v: v.roll(1, -1)), ()), 0),
+        (lambda q, c, s: (rotated(q, c, s, lambda v: interleaved(half_turned(v))), ()), 0),
+        (lambda q, c, s: (q * torch.rsqrt(q.float().pow(2).mean((-2, -1), True)).to(q.dtype), ()), 0),
+        (lambda q, c, s: (q - q.mean(1, True), ()), 0),
+        (lambda q, c, s: (q * torch.rsqrt(q.float().var(-1, keepdim=True)).to(q.dtype), ()), 0),
+        # Nothing but elementwise; elementwise before; two full tensors; a value for each head.
+        (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
+        (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
+        (lambda q, c, s: (norm(q) + q.flip(1), ()), 0),
+        (lambda q, c, s: (norm(q) * c[0].expand(HEADS, -1) * s[:HEADS, 0], ()), 0),
+    ],
+)  # fmt: skip
+def test_near_misses(around, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = run_as_aten(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    x, c, s = torch.randn(2, 24, WIDTH, generator=g).bfloat16(), *torch.randn(2, 24, 1, CHANNELS, generator=g)
+    outputs = []
+    for fuse in (("heads",), False):
+        model = Attention(around).bfloat16().eval().requires_grad_(False)
+        outputs.append(run(model, (x.clone(), c, s), fuse=fuse))
+        if fuse:
+            assert count(graphs, ops.head_region) == fused
+    assert error(*outputs) < BOUND if fused else torch.equal(*outputs)
+
+
+@compiled
+def test_dynamic_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = run_as_aten(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    calls = [(torch.randn(2, n, WIDTH, generator=g).bfloat16(), *torch.randn(2, n, 1, CHANNELS, generator=g))
+             for n in (24, 24, 7)]  # fmt: skip
+    outputs = []
+    for fuse in (("heads",), False):
+        torch._dynamo.reset()
+        model = Attention(lambda q, c, s: (rotated(norm(q), c, s), ())).bfloat16().eval().requires_grad_(False)
+        options = {
+            "progress": False,
+            "calibration_steps": 1,
+            "refine": 1,
+            "rank": 16,
+            "precision": "w4a8",
+            "fuse": fuse,
+        }
+        call = torch.compile(model, backend="svdquant", dynamic=True, options=options)
+        with torch._inductor.config.patch(force_disable_caches=True):
+            outputs.append([call(*inputs) for inputs in calls][1:])
+    assert count(graphs[:1], ops.head_region) == 1
+    assert all(error(a, b) < BOUND for a, b in zip(*outputs, strict=True))
+
+
+# ** the kernel **
+
+HALVES = FLUX.replace("even(", "low(").replace("odd(", "high(").replace("pair(", "halves(")
+NORM = """heads(x, a0: row, a1: scalar)
+t0 = row_mean(x)
+t1 = sub(x, t0)
+t2 = mul(t1, t1)
+t3 = row_mean(t2)
+t4 = add(t3, a1)
+t5 = rsqrt(t4)
+t6 = mul(t1, t5)
+t7 = add(t6, a0)
+t8 = tanh(t7)"""
+COMPLEX = """heads(x, a0: token)
+t0 = even(x)
+t1 = odd(x)
+t2 = even(a0)
+t3 = odd(a0)
+t4 = mul(t0, t2)
+t5 = mul(t1, t3)
+t6 = sub(t4, t5)
+t7 = mul(t0, t3)
+t8 = mul(t1, t2)
+t9 = add(t7, t8)
+t10 = pair(t6, t9)"""
+
+
+def operands(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype, is_wide: bool) -> list[Tensor]:
+    """Of one part; a wide x is a slice of a merged result."""
+    shapes = {"column": (d,), "token": (t, 1, d), "row": (b, 1, h, 1), "scalar": ()}
+    x = torch.randn(b, t, 3 * h * d)[..., h * d : 2 * h * d].unflatten(-1, (h, d)).to(dtype)
+    others = [torch.rand(shapes[cls]) + 0.5 for name, cls in parts(text)[0].operands if name != "x"]
+    return [x if is_wide else x.contiguous(), *others]
+
+
+@interpreted
+@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX])
+@pytest.mark.parametrize(
+    ("b", "t", "h", "d", "is_wide"), [(1, 5, 3, 64, True), (2, 17, 4, 32, False), (2, 1, 1, 8, True)]
+)
+def test_interpreted_kernel(text, b, t, h, d, is_wide, tmp_path, monkeypatch) -> None:
+    """The result is the middle of something longer, whose ends stay."""
+    from svdq_compile.kernels import triton_heads
+    from svdq_compile.lowering import generate_heads
+
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    (region,) = parts(text.replace("bf16(", "fp16("))
+    x, *others = operands(text, b, t, h, d, torch.half, is_wide)
+    values = dict(zip([name for name, _ in region.operands[1:]], others, strict=True))
+    y = torch.full((b, t + 2, h, d), torch.nan, dtype=torch.half)
+    generated = generate_heads.generated(region, values, x.shape)
+    triton_heads.run(x, y[:, 1:-1], generated, generate_heads.is_interleaved(region))
+    assert error(y[:, 1:-1], region.evaluate({"x": x, **values})) < 4e-4
+    assert y[:, 0].isnan().all()
+    assert y[:, -1].isnan().all()
+
+
+@compiled
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@compiled
+def test_without_kernels_the_text_is_evaluated() -> None:
+    parts_of_both = (
+        operands(FLUX, 2, 5, 3, 24, torch.bfloat16, True),
+        operands(NORM, 2, 4, 3, 24, torch.bfloat16, False),
+    )
+    y = ops.head_region([*parts_of_both[0], *parts_of_both[1]], f"{FLUX}\n\n{NORM}")
+    assert y.shape == (2, 9, 3, 24)
+    for text, (x, *others), some in zip((FLUX, NORM), parts_of_both, (y[:, :5], y[:, 5:]), strict=True):
+        values = dict(zip([name for name, _ in parts(text)[0].operands[1:]], others, strict=True))
+        assert torch.equal(some, parts(text)[0].evaluate({"x": x, **values}).bfloat16())
+
+
+def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
+    from triton.compiler import ASTSource
+
+    from svdq_compile.kernels import triton_heads
+    from svdq_compile.lowering import generate_heads
+
+    (region,) = parts(text)
+    module = generate_heads._module(region)
+    constants = {"D": d, "TOKENS": tile.tokens, "HEADS": tile.heads, "LOAD": module.load, "FUNCTION": module.fused,
+                 "INTERLEAVED": generate_heads.is_interleaved(region)}  # fmt: skip
+
+    def source(kernel, signature, constants, even):
+        at = kernel.arg_names.index("extra")
+        return ASTSource(
+            kernel, signature, constants, even | {(at, i): [["tt.divisibility", 16]] for i in range(len(extra))}
+        )
+
+    types = {"x": "*bf16", "y": "*bf16", "extra": extra}
+    return compile_for(triton_heads._kernel, 90, constants, tile.warps, types, source=source)
+
+
+@compiled
+@pytest.mark.parametrize("text", [FLUX, HALVES])
+@pytest.mark.parametrize(("heads", "d"), [(24, 128), (24, 64), (30, 256)])
+def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, monkeypatch) -> None:
+    """Tables and the norm's weight are loaded once for all heads of a program; nothing passes shared memory."""
+    from svdq_compile.kernels.triton_heads import choose
+
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    built = compiled_kernel(text, choose(4608, heads, d), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
+    assert built.spilled == 0
+    assert built.registers <= 80
+    if text == FLUX:
+        assert built.shared == 0
+    kinds = Counter(re.findall(r"(?:ld|st)\.global\.[\w.:]*", built.ptx))
+    assert set(kinds) == {"ld.global.v4.b32", "st.global.v4.b32"} if text == FLUX else {}, kinds
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("x", "y", "match"),
+    [
+        (torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), "16-bit"),
+        (torch.zeros(1, 2, 3, 32).half(), torch.zeros(1, 2, 3, 32).bfloat16(), "16-bit"),
+        (torch.zeros(1, 2, 3, 24).half(), torch.zeros(1, 2, 3, 24).half(), "power of two"),
+        (torch.zeros(1, 2, 3, 512).half(), torch.zeros(1, 2, 3, 512).half(), "power of two"),
+        (torch.zeros(1, 2, 96).half(), torch.zeros(1, 2, 96).half(), "B, T, H, D"),
+        (torch.zeros(1, 2, 3, 32).half(), torch.zeros(1, 2, 3, 64).half()[..., ::2], "neighbouring"),
+    ],
+)
+def test_bad_input(x: Tensor, y: Tensor, match: str) -> None:
+    from svdq_compile.kernels import triton_heads
+
+    with pytest.raises((TypeError, ValueError), match=match):
+        triton_heads.run(x, y, triton_heads.Region(None, None, ()))
