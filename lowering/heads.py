@@ -1,9 +1,9 @@
 """svdq::head_region: what makes q or k out of a linear's result, in one kernel or in torch.
 
-    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token)\\n...")      [B, T, H, D] -> [B, T, H, D], contiguous
+    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token)\\n...")      [B, T, H, D] -> [B, T, H, D]
 
 The text may have several parts; then the list holds the operands of all, and the results stand one after the other
-along T, as text and image tokens do in joint attention.
+along T, as text and image tokens do in joint attention. The result is contiguous, or lies as [B, H, T, D] in memory.
 """
 
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ def parts(text: str) -> list[Region]:
     return [parse(part) for part in text.split("\n\n")]
 
 
-def head_region(operands: list[Tensor], region: str) -> Tensor:
+def head_region(operands: list[Tensor], region: str, heads_first: bool = False) -> Tensor:
     """Run all parts of the text."""
-    y = empty_result(operands, region)
+    y = empty_result(operands, region, heads_first)
     start = 0
     for part, values in _with_values(operands, region):
         x = values.pop("x")
@@ -38,11 +38,14 @@ def head_region(operands: list[Tensor], region: str) -> Tensor:
     return y
 
 
-def empty_result(operands: list[Tensor], region: str) -> Tensor:
+def empty_result(operands: list[Tensor], region: str, heads_first: bool = False) -> Tensor:
     """A tensor for the result; also the operator's shape function."""
     blocks = [values["x"] for _, values in _with_values(operands, region)]
     samples, _, heads, channels = blocks[0].shape
-    return blocks[0].new_empty(samples, sum(x.shape[1] for x in blocks), heads, channels)
+    tokens = sum(x.shape[1] for x in blocks)
+    if heads_first:
+        return blocks[0].new_empty(samples, heads, tokens, channels).transpose(1, 2)
+    return blocks[0].new_empty(samples, tokens, heads, channels)
 
 
 def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, dict[str, Tensor]]]:

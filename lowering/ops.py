@@ -97,7 +97,11 @@ _define(
     launch.row_moments,
     _fake_row_moments,
 )
-_define("head_region(Tensor[] operands, str region) -> Tensor", heads.head_region, heads.empty_result)
+_define(
+    "head_region(Tensor[] operands, str region, bool heads_first=False) -> Tensor",
+    heads.head_region,
+    heads.empty_result,
+)
 
 quantize = torch.ops.svdq.quantize.default
 fused_quantize = torch.ops.svdq.fused_quantize.default

@@ -153,7 +153,7 @@ def _adapter(term: Any, x: fx.Node) -> Adapter | None:
         scales.append(scale)
     b = _product(term)
     a = _product(b[0]) if b is not None else None
-    if a is None or b is None or _behind_casts(a[0]) is not x:
+    if a is None or b is None or not _passes_on(x, a[0]):
         return None
     return Adapter(a[1], b[1], tuple(scales))
 
@@ -175,18 +175,15 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, int | float | torch.SymFloat | torch.SymInt)
 
 
-def _behind_casts(x: fx.Node) -> fx.Node:
-    while (x.target == "to" and _casts_to(x) is not None) or (
-        x.target is F.dropout and argument(x, 2, "training") is False
-    ):
-        x = x.args[0]  # type: ignore[assignment]
-    return x
-
-
-def _casts_to(node: fx.Node) -> torch.dtype | None:
-    """The dtype in x.to(dtype)."""
-    dtype = argument(node, 1, "dtype")
-    return dtype if isinstance(dtype, torch.dtype) else None
+def _passes_on(x: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is x, but for casts and dropout that does nothing."""
+    while node is not x:
+        inactive = node.target is F.dropout and argument(node, 2, "training") is False
+        cast = node.op == "call_method" and node.target == "to" and isinstance(argument(node, 1, "dtype"), torch.dtype)
+        if not inactive and not cast:
+            return False
+        node = node.args[0]  # type: ignore[assignment]
+    return True
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

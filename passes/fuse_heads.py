@@ -89,21 +89,28 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     turn = _turn(parts[0].x)
     if any(_turn(part.x) != turn for part in parts) or (joined and turn[_tokens(joined)] != 1):  # type: ignore[index]
         return False
-    if turn != UNTURNED and not all(_takes_any_stride(user) for user in end.users):
+    heads_first = _is_heads_first(block, turn)
+    if heads_first is None:
         return False
     writers = [_Writer(part, turn) for part in parts]
     if not all(writer.write(end, joined) for writer in writers):
         return False
     inner = {node for node, _, _ in lines} | ({joined} if joined else set())
-    _replace(graph, end, writers, turn)
+    _replace(graph, end, writers, turn, heads_first)
     for node in sorted(inner, key=place.__getitem__, reverse=True):
         if not node.users:
             graph.erase_node(node)
     return True
 
 
-def _takes_any_stride(user: fx.Node) -> bool:
-    return user.target in _PERMUTES or user.target is aten.cat.default or _is_attention(user)
+def _is_heads_first(block: Tensor, turn: tuple[int, ...]) -> bool | None:
+    """Whether a result lies in memory as [B, H, T, D]; False: as [B, T, H, D]; None: otherwise."""
+    _, t, h, d = (block.shape[turn.index(dim)] for dim in range(4))
+    for answer, strides in ((False, (t * h * d, h * d, d, 1)), (True, (t * h * d, d, t * d, 1))):
+        pairs = zip(block.shape, block.stride(), (strides[dim] for dim in turn), strict=True)
+        if all(statically_known_true(size == 1) or statically_known_true(m == n) for size, m, n in pairs):
+            return answer
+    return None
 
 
 def _parts(end: fx.Node, place: dict[fx.Node, int]) -> tuple[list[_Part], fx.Node | None]:
@@ -223,6 +230,8 @@ def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | 
         return "", args[:1]
     if target is aten.mul.Tensor and value.dtype == torch.complex64 and _equal(source.shape, half):  # type: ignore[union-attr]
         return ("complex_mul", args) if _table_class(args[1], block) in (TOKEN, COLUMN) else None
+    if target is aten.clone.default and _equal(source.shape, whole) and source.dtype in FLOATS:
+        return "", args[:1]
     if target in _VIEWS and value is not None:
         there = _equal(source.shape, whole) and _equal(value.shape, pairs)
         back = _equal(source.shape, pairs) and _equal(value.shape, whole)
@@ -423,7 +432,7 @@ class _Writer:
         return node
 
 
-def _replace(graph: fx.Graph, end: fx.Node, writers: list[_Writer], turn: tuple[int, ...]) -> None:
+def _replace(graph: fx.Graph, end: fx.Node, writers: list[_Writer], turn: tuple[int, ...], heads_first: bool) -> None:
     def insert(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
         describe(node, end)
@@ -431,7 +440,8 @@ def _replace(graph: fx.Graph, end: fx.Node, writers: list[_Writer], turn: tuple[
 
     with graph.inserting_before(end):
         operands = [node for writer in writers for node in writer.nodes(insert)]
-        result = insert(ops.head_region, operands, "\n\n".join(writer.text() for writer in writers))
+        text = "\n\n".join(writer.text() for writer in writers)
+        result = insert(ops.head_region, operands, text, heads_first)
         if turn != UNTURNED:
             result = insert(aten.permute.default, result, list(turn))
     end.replace_all_uses_with(result)

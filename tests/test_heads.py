@@ -1,7 +1,6 @@
 """Norm and rotation of heads in one kernel: what is fused, what is not, and the kernel's numbers and code."""
 
 import re
-from collections import Counter
 
 import expecttest
 import pytest
@@ -73,10 +72,11 @@ class Test(expecttest.TestCase):
         self.assertExpectedInline(single, FLUX)
 
 
-# q and k of each attention that is compiled; what is left are other forms of rotation, and what has neither.
+# q and k of each attention that is compiled. Not those of Wan and of HunyuanVideo's single blocks, which begin with a
+# norm over all heads, and with tokens cut out of something normed.
 @compiled
 @pytest.mark.parametrize(
-    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 2), ("wan", 0), ("ltx_video", 0)]
+    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 2), ("qwen_image", 2), ("wan", 0)]
 )
 def test_a_model_fused_is_the_model_unfused(name: str, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
@@ -159,7 +159,7 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (other_order(q, c, s), ()), 1),
         (lambda q, c, s: (joined(q, c, s), ()), 1),
         (lambda q, c, s: (torch.cat([norm(q[:, :5]), q[:, 5:]], 1), ()), 1),
-        (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]) + q.mean(-1, True), ()), 1),
+        (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]).to(q.dtype) + q.mean(-1, True), ()), 1),
         # The result is read by others too: it is stored anyway. A value on the way is not.
         (lambda q, c, s: (y := norm(q), (y,)), 1),
         (lambda q, c, s: (rotated(n := norm(q), c, s), (n,)), 0),
@@ -178,7 +178,7 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
         (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
         (lambda q, c, s: (norm(q) + q.flip(1), ()), 0),
-        (lambda q, c, s: (norm(q) * c[0].expand(HEADS, -1) * s[:HEADS, 0], ()), 0),
+        (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 0),
     ],
 )  # fmt: skip
 def test_near_misses(around, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +328,8 @@ def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, 
     assert built.registers <= 80
     if text == FLUX:
         assert built.shared == 0
-    kinds = Counter(re.findall(r"(?:ld|st)\.global\.[\w.:]*", built.ptx))
-    assert set(kinds) == {"ld.global.v4.b32", "st.global.v4.b32"} if text == FLUX else {}, kinds
+    widths = set(re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx))
+    assert widths <= ({"v4.b32"} if text == FLUX else {"v4.b32", "v2.b32"})  # halves: 4 neighbours a thread
 
 
 @compiled
