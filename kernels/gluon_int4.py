@@ -22,6 +22,7 @@ is read while a product is in flight must be in registers of its own until nothi
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -220,10 +221,15 @@ def candidates(m: int) -> tuple[Tile, ...]:
     return Tile(128, 128, 6), Tile(128, 64, 4, 4, 2)
 
 
+@cache  # one object each: `launch` knows a layout by its identity
+def _plain(bits: int) -> gl.NVMMASharedLayout:
+    """No swizzle: read back as plain rows."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+
+
 def _describe_scales(tensor: Tensor, columns: int) -> Descriptor:
-    """Two groups' scales: read back as plain rows, no swizzle."""
-    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * tensor.element_size(), rank=2)
-    return Descriptor(tensor, tensor.shape, tensor.stride(), (2, columns), plain)
+    """Two groups' scales."""
+    return Descriptor(tensor, tensor.shape, tensor.stride(), (2, columns), _plain(8 * tensor.element_size()))
 
 
 def _by_group(ascales: Tensor) -> Tensor:

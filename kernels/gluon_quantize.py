@@ -259,9 +259,12 @@ def constants(m: int, k: int, r: int, precision: str, shift: float, joined: bool
             bool(shift), exact, joined, None if hook is None else hook.function)  # fmt: skip
 
 
+# One object: `launch` knows a layout by its identity.
+_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
 def describe_down(down: Tensor, r: int) -> Descriptor:
-    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return Descriptor(down, down.shape, down.stride(), (triton.next_power_of_2(r), 64), swizzled)
+    return Descriptor(down, down.shape, down.stride(), (triton.next_power_of_2(r), 64), _SWIZZLED)
 
 
 def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,

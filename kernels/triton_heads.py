@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from .triton_launch import launch
+from .triton_launch import launch, processors
 
 MAX_CHANNELS = 256
 
@@ -89,10 +89,16 @@ def _kernel(
         store_parts(y + head * y_head, a, b, D, INTERLEAVED)
 
 
-def choose(tokens: int, heads: int, channels: int) -> Tile:
-    """The heads of a program must divide all heads: no lane is idle."""
-    mine = min(heads & -heads, 8)
-    return Tile(max(1, 1024 // channels), mine, 4)
+def choose(rows: int, heads: int, channels: int, multiprocessors: int) -> Tile:
+    """Many heads read the tables once, but eight programs a multiprocessor keep its memory busy.
+
+    4608 x 24 x 128 on an H100, which copies it in 24.3 us: 28.0 with 12 heads a program, 28.7 with 2, 32.1 with 24.
+    """
+    tokens = max(1, 1024 // channels)
+    blocks = triton.cdiv(rows, tokens)
+    divisors = [n for n in range(1, min(heads, 12) + 1) if heads % n == 0]
+    enough = [n for n in divisors if blocks * (heads // n) >= 8 * multiprocessors]
+    return Tile(tokens, max(enough, default=1), 4)
 
 
 def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Tile | None = None) -> None:
@@ -110,7 +116,7 @@ def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Ti
         x = x.contiguous()
     samples, tokens, heads, channels = x.shape
     rows = samples * tokens
-    tile = tile or choose(rows, heads, channels)
+    tile = tile or choose(rows, heads, channels, processors(x.device))
     arguments = (x, y, rows, tokens, *x.stride()[:3], *y.stride()[:3], region.operands)
     constants = (channels, tile.tokens, tile.heads, interleaved, region.load, region.function)
     launch(_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,

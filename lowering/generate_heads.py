@@ -82,7 +82,8 @@ class _Writer:
         self.lines.append(f"return {', '.join(result)}")
 
     def _load(self, operands: list[tuple[str, str]]) -> None:
-        at, held = 0, []
+        at = 0
+        held: list[str] = []
         for name, cls in operands:
             if cls == ROW:
                 where = f"extra[{at}] + (sample * extra[{at + 1}] + token * extra[{at + 2}]) + head * extra[{at + 3}]"

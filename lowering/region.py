@@ -67,7 +67,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "fp16": lambda a: a.to(torch.float16).float(),
 }
 
-ALONG_HEADS = {
+ALONG_HEADS: dict[str, Callable[..., Tensor]] = {
     "row_mean": lambda a: a.mean(-1, keepdim=True),
     "even": lambda a: a[..., 0::2],
     "odd": lambda a: a[..., 1::2],
@@ -144,9 +144,9 @@ def parse(text: str) -> Region:
         name, _, cls = item.partition(": ")
         if name != "y":
             operands.append((name, cls or FULL))
-    operations, classes = OPERATIONS.keys(), CLASSES
+    operations, classes = set(OPERATIONS), CLASSES
     if kind == "heads":
-        operations, classes = operations | ALONG_HEADS.keys(), (FULL, TOKEN, ROW, COLUMN, SCALAR)
+        operations, classes = operations | set(ALONG_HEADS), (FULL, TOKEN, ROW, COLUMN, SCALAR)
     known = {"y", *(name for name, _ in operands)}
     steps = []
     for line in lines:

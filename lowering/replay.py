@@ -11,6 +11,7 @@ as ever. Not noticed are numbers read from elsewhere, so a launcher must depend 
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ from .launch import has_kernels
 
 if TYPE_CHECKING:
     from ..kernels.triton_launch import Direct
+
+log = logging.getLogger("svdq_compile.lowering")
 
 MAX_PLANS = 4096  # for each operator
 MAX_ADDRESSES = 2048  # whose descriptors a plan keeps, for each of its parameters
@@ -201,7 +204,8 @@ def record(function: Callable[..., Any], operands: tuple) -> tuple[Any, Plan | N
         recording.calls = outer
     try:
         return result, _plan(watch, calls, result)
-    except NotReplayable:
+    except NotReplayable as reason:
+        log.debug("%s runs its Python at every call: %s", getattr(function, "__name__", function), reason)
         return result, None
 
 

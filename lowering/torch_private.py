@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,17 @@ def check_weights_at_every_call() -> None:
     for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, False)
+
+
+@cache
+def allow_many_graphs() -> None:
+    """Raise Dynamo's limits on how many graphs one function may have, once: what is set later counts.
+
+    Each set of active adapters is a graph of its own, and so is each size of picture. At the default limit of 8 torch
+    would go on eagerly without a word, which a model without 16-bit weights cannot do.
+    """
+    for name, least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
+        setattr(torch._dynamo.config, name, max(least, getattr(torch._dynamo.config, name)))
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

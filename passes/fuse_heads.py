@@ -43,7 +43,8 @@ _RESTRIDES = (*_PERMUTES, *_VIEWS, *_SPLITS, aten.slice.Tensor, aten.unsqueeze.d
               aten.unbind.int, operator.getitem)  # fmt: skip
 _TELLING = {"row_mean", "moments", "pair", "halves", "complex_mul"}
 
-Line = tuple[fx.Node, str, tuple[Any, ...]]  # a node, the operation it stands for and what that reads
+Meaning = tuple[str, tuple[Any, ...]]  # an operation and what it reads: nodes and numbers
+Line = tuple[fx.Node, str, tuple[Any, ...]]
 
 
 def fuse_heads(gm: fx.GraphModule) -> int:
@@ -57,21 +58,33 @@ def _is_attention(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and "::_scaled_dot_product" in node.target.name()
 
 
-def _before_permutes(node: fx.Node) -> fx.Node:
+def _before_permutes(node: Any) -> fx.Node:
     while node.target in _PERMUTES:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
 @dataclass
+class _Piece:
+    """Lines on some of a block's tokens. seen_as: what the next piece reads `last` as, a `cat` or a slice."""
+
+    lines: list[Line]
+    last: fx.Node
+    start: int | None = None  # of the part's tokens in the block; None: they are all of them
+    seen_as: fx.Node | None = None
+
+
+@dataclass
 class _Part:
-    """What makes some of the tokens: the block that it begins with, and the lines before and after a `cat`."""
+    """What makes some of the tokens, from the block that it begins with; end: all of these tokens and nothing else."""
 
     x: fx.Node
-    end: fx.Node  # the last of `above`, or x
-    above: list[Line]
-    below: list[Line]
-    start: int = 0  # of its tokens among those of the result
+    pieces: list[_Piece]
+    end: fx.Node
+
+    def start(self) -> int | None:
+        """Of its tokens in x."""
+        return self.pieces[0].start if self.pieces[0].last is not self.end else None
 
 
 def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
@@ -79,7 +92,8 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or not heads.takes(block.shape[3]):
         return False
     parts, joined = _parts(end, place)
-    lines = [line for part in parts for line in (*part.above, *part.below)]
+    pieces = [piece for part in parts for piece in part.pieces]
+    lines = [line for piece in pieces for line in piece.lines]
     names = {name for _, name, _ in lines}
     if names.isdisjoint(_TELLING) or any(_is_elementwise(_origin(part.x)) for part in parts):
         log.debug("not fused before attention: %s", end.name)
@@ -93,9 +107,9 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     if heads_first is None:
         return False
     writers = [_Writer(part, turn) for part in parts]
-    if not all(writer.write(end, joined) for writer in writers):
+    if not all(writer.write() for writer in writers):
         return False
-    inner = {node for node, _, _ in lines} | ({joined} if joined else set())
+    inner = {node for node, _, _ in lines} | {piece.seen_as for piece in pieces if piece.seen_as is not None}
     _replace(graph, end, writers, turn, heads_first)
     for node in sorted(inner, key=place.__getitem__, reverse=True):
         if not node.users:
@@ -122,16 +136,41 @@ def _parts(end: fx.Node, place: dict[fx.Node, int]) -> tuple[list[_Part], fx.Nod
     inside = {node for node, _, _ in below}
     dim = _tokens(x)
     if dim is None or not (x is end or inside.issuperset(x.users)):
-        return [_Part(x, x, [], below)], None
+        return [_Part(x, [_Piece(below, end)], end)], None
     parts, start = [], 0
-    for operand in x.args[0]:  # type: ignore[union-attr]
+    for operand in _cat(x)[0]:
         above = _grow(operand, {x}, place)
         first = _beginning(above, operand)
         if first is None:
             return [], None
-        parts.append(_Part(first, operand, above, below, start))
-        start += value_of(operand).shape[dim]  # type: ignore[union-attr]
+        parts.append(_Part(first, [_Piece(above, operand, seen_as=x), _Piece(below, end, start)], operand))
+        start += _shape(operand)[dim]
+    _go_on_before_slices(parts, dim, place)
     return parts, x
+
+
+def _go_on_before_slices(parts: list[_Part], dim: int, place: dict[fx.Node, int]) -> None:
+    """Where tokens are cut out of something that only the parts read, each part makes its own."""
+    slices = {part.x for part in parts}
+    for part in parts:
+        source, start = _window(part.x, dim)
+        used = {node for piece in part.pieces for node, _, _ in piece.lines} | {piece.seen_as for piece in part.pieces}
+        if source is None or not (slices.issuperset(source.users) and used.issuperset(part.x.users)):
+            continue
+        lines = _grow(source, slices, place)
+        first = _beginning(lines, source)
+        if lines and first is not None:
+            part.pieces.insert(0, _Piece(lines, source, start, seen_as=part.x))
+            part.x = first
+
+
+def _window(node: fx.Node, dim: int) -> tuple[fx.Node | None, int]:
+    """What a slice along `dim` cuts neighbours out of, and where they begin."""
+    args: Any = node.args
+    if node.target is not aten.slice.Tensor or args[1] % 4 != dim or type(_shape(args[0])[dim]) is not int:
+        return None, 0
+    kept = _kept(args, _shape(args[0])[dim])
+    return (None, 0) if kept is None or kept.step != 1 else (args[0], kept.start)
 
 
 def _tokens(node: fx.Node) -> int | None:
@@ -139,22 +178,30 @@ def _tokens(node: fx.Node) -> int | None:
     value = value_of(node)
     if node.target is not aten.cat.default or value is None:
         return None
-    dim = (node.args[1] if len(node.args) > 1 else 0) % value.dim()  # type: ignore[operator]
-    values = [value_of(part) for part in node.args[0]]  # type: ignore[union-attr]
+    operands, dim = _cat(node)
+    values = [value_of(operand) for operand in operands]
     fit = all(v is not None and v.dim() == 4 and v.dtype == value.dtype and type(v.shape[dim]) is int for v in values)
     return dim if fit and dim < 3 else None
+
+
+def _cat(node: fx.Node) -> tuple[tuple[fx.Node, ...], int]:
+    """What a `cat` puts side by side, and along which dimension."""
+    args: Any = node.args
+    return tuple(args[0]), (args[1] if len(args) > 1 else 0) % len(_shape(node))
 
 
 def _grow(end: fx.Node, readers: set[fx.Node], place: dict[fx.Node, int]) -> list[Line]:
     """The lines that make `end`, in the graph's order; others may read `end` itself only where there are no readers."""
     block = value_of(end)
-    inside, lines, waiting = set(readers), [], {end}
+    assert block is not None
+    inside, waiting = set(readers), {end}
+    lines: list[Line] = []
     while waiting and len(lines) < MAX_LINES:
-        node = max(waiting, key=place.__getitem__)
+        node = max(waiting, key=lambda node: place.get(node, -1))  # -1: an operator that this pass made
         waiting.remove(node)
         if not inside.issuperset(node.users) and not is_widening(node) and (node is not end or readers):
             continue
-        found = _meaning(node, block)  # type: ignore[arg-type]
+        found = _meaning(node, block)
         if found is not None:
             inside.add(node)
             lines.append((node, *found))
@@ -167,17 +214,18 @@ def _beginning(lines: list[Line], end: fx.Node) -> fx.Node | None:
     if not lines:
         return end
     block, inside = value_of(end), {node for node, _, _ in lines}
+    assert block is not None
     outside = dict.fromkeys(a for _, _, read in lines for a in read if isinstance(a, fx.Node) and a not in inside)
-    full = [a for a in outside if _class_of(a, block) == FULL]  # type: ignore[arg-type]
-    if len(full) != 1 or value_of(full[0]).dtype != block.dtype:  # type: ignore[union-attr]
+    full = [(a, value_of(a)) for a in outside if _class_of(a, block) == FULL]
+    if len(full) != 1 or full[0][1] is None or full[0][1].dtype != block.dtype:
         return None
-    return full[0]
+    return full[0][0]
 
 
 # ** what a node means **
 
 
-def _meaning(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
+def _meaning(node: fx.Node, block: Tensor) -> Meaning | None:
     """(operation, what it reads) of a node, None if a region cannot hold it. "": the same values in another shape."""
     if node.op != "call_function":
         return None
@@ -187,40 +235,41 @@ def _meaning(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None
     found = operation(node)
     if found is None:
         return None
-    shape, half = value_of(node).shape, _half(block)  # type: ignore[union-attr]
-    read = [a for a in found[1] if isinstance(a, fx.Node)]
-    if _equal(shape, half):
-        fit = all(_equal(value_of(a).shape, half) or _class_of(a, block) in (ROW, SCALAR) for a in read)  # type: ignore[union-attr]
+    half, read = _half(block), [a for a in found[1] if isinstance(a, fx.Node)]
+    if _equal(_shape(node), half):
+        fit = all(_equal(_shape(a), half) or _class_of(a, block) in (ROW, SCALAR) for a in read)
         return found if fit else None
     if _class_of(node, block) == TOKEN and found[0] != "":
         return None  # better computed once than for each head
     return found if all(_class_of(a, block) for a in [node, *read]) else None
 
 
-def _mean(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
-    target, args = node.target, node.args
-    if target is operator.getitem and args[0].target is aten.var_mean.correction:  # type: ignore[union-attr]
-        return ("variance", "mean")[args[1]], args[:1]  # type: ignore[index]
-    if target not in (aten.mean.dim, aten.var_mean.correction) or _class_of(args[0], block) != FULL:
+def _mean(node: fx.Node, block: Tensor) -> Meaning | None:
+    """Means and variances over D."""
+    args: Any = node.args
+    if node.target is operator.getitem and args[0].target is aten.var_mean.correction:
+        return ("variance", "mean")[args[1]], args[:1]
+    if node.target not in (aten.mean.dim, aten.var_mean.correction) or _class_of(args[0], block) != FULL:
         return None
-    if target is aten.mean.dim:
-        is_kept = len(args) > 2 and args[2] and not node.kwargs
-        return ("row_mean", args[:1]) if is_kept and tuple(args[1]) in ((-1,), (3,)) else None  # type: ignore[arg-type]
+    if args[1:2] not in (([-1],), ([3],)):
+        return None
+    if node.target is aten.mean.dim:
+        return ("row_mean", args[:1]) if args[2:] == (True,) and not node.kwargs else None
     plain = node.kwargs.get("correction") == 0 and node.kwargs.get("keepdim") is True
-    return ("moments", args[:1]) if plain and tuple(args[1]) in ((-1,), (3,)) else None  # type: ignore[arg-type]
+    return ("moments", args[:1]) if plain else None
 
 
-def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | None:
+def _taken_apart(node: fx.Node, block: Tensor) -> Meaning | None:
     """Views of D as pairs, neighbours and halves taken out of it and joined to it again."""
-    target, args = node.target, node.args
-    whole, half, d = block.shape, _half(block), block.shape[3]
-    pairs, single = (*half, 2), (*half, 1)
+    target: Any = node.target
+    args: Any = node.args
+    whole, half, pairs = block.shape, _half(block), (*_half(block), 2)
     if target is aten.cat.default:
-        return _join(node, half, single)
+        return _join(node, half)
     if target is operator.getitem and args[1] in (0, 1):
         if _is_unbound(args[0], pairs):
-            return ("even", "odd")[args[1]], args[:1]  # type: ignore[index]
-        return (("low", "high")[args[1]], args[:1]) if _is_halved(args[0], whole) else None  # type: ignore[index]
+            return ("even", "odd")[args[1]], args[:1]
+        return (("low", "high")[args[1]], args[:1]) if _is_halved(args[0], whole) else None
     source, value = value_of(args[0]) if args else None, value_of(node)
     if source is None:
         return None
@@ -228,7 +277,7 @@ def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | 
         return "", args[:1]
     if target is aten.view_as_real.default and _equal(source.shape, half):
         return "", args[:1]
-    if target is aten.mul.Tensor and value.dtype == torch.complex64 and _equal(source.shape, half):  # type: ignore[union-attr]
+    if target is aten.mul.Tensor and source.is_complex() and _equal(source.shape, half):
         return ("complex_mul", args) if _table_class(args[1], block) in (TOKEN, COLUMN) else None
     if target is aten.clone.default and _equal(source.shape, whole) and source.dtype in FLOATS:
         return "", args[:1]
@@ -239,43 +288,51 @@ def _taken_apart(node: fx.Node, block: Tensor) -> tuple[str, tuple[Any, ...]] | 
     if _is_unbound(node, pairs) or _is_halved(node, whole):
         return "", args[:1]
     if target is aten.select.int and _equal(source.shape, pairs) and args[1] in (-1, 4):
-        return ("even", "odd")[args[2]], args[:1]  # type: ignore[index]
+        return ("even", "odd")[args[2]], args[:1]
     if target is aten.unsqueeze.default and _equal(source.shape, half) and args[1] in (-1, 4):
         return "", args[:1]
     if target is aten.slice.Tensor and _equal(source.shape, whole) and args[1] in (-1, 3):
-        return _slice(args, d)
+        return _slice(args, block.shape[3])
     return None
 
 
-def _slice(args: tuple[Any, ...], d: int) -> tuple[str, tuple[Any, ...]] | None:
-    start, stop, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
-    if not all(isinstance(i, int | None) for i in (start, stop, step)):
-        return None
-    window = range(d)[start:stop:step]
+def _slice(args: tuple[Any, ...], d: int) -> Meaning | None:
     names = {range(0, d, 2): "even", range(1, d, 2): "odd", range(d // 2): "low", range(d // 2, d): "high"}
-    return (names[window], args[:1]) if window in names else None
+    kept = _kept(args, d)
+    return (names[kept], args[:1]) if kept in names else None
 
 
-def _join(node: fx.Node, half: tuple, single: tuple) -> tuple[str, tuple[Any, ...]] | None:
-    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    shapes = [value_of(part).shape for part in parts]  # type: ignore[union-attr]
-    if len(shapes) == 2 and dim in (-1, 4) and all(_equal(shape, single) for shape in shapes):
-        return "pair", tuple(parts)  # type: ignore[arg-type]
-    if len(shapes) == 2 and dim in (-1, 3) and all(_equal(shape, half) for shape in shapes):
-        return "halves", tuple(parts)  # type: ignore[arg-type]
+def _kept(args: tuple[Any, ...], size: int) -> range | None:
+    """The indices that a slice keeps."""
+    bounds = [*args[2:], *[None, None, 1][len(args) - 2 :]]
+    return range(size)[slice(*bounds)] if all(isinstance(bound, int | None) for bound in bounds) else None
+
+
+def _join(node: fx.Node, half: tuple) -> Meaning | None:
+    operands, dim = _cat(node)
+    shapes = [_shape(operand) for operand in operands]
+    if len(shapes) == 2 and dim == 4 and all(_equal(shape, (*half, 1)) for shape in shapes):
+        return "pair", operands
+    if len(shapes) == 2 and dim == 3 and all(_equal(shape, half) for shape in shapes):
+        return "halves", operands
     return None
 
 
 def _is_unbound(node: Any, pairs: tuple) -> bool:
-    return node.target is aten.unbind.int and _equal(value_of(node.args[0]).shape, pairs) and node.args[1] in (-1, 4)
+    return node.target is aten.unbind.int and node.args[1:] in ((-1,), (4,)) and _equal(_shape(node.args[0]), pairs)
 
 
 def _is_halved(node: Any, whole: tuple) -> bool:
-    if node.target not in _SPLITS or not _equal(value_of(node.args[0]).shape, whole):  # type: ignore[union-attr]
+    if node.target not in _SPLITS or not _equal(_shape(node.args[0]), whole):
         return False
-    _, sizes, dim = (*node.args, 0)[:3]
+    sizes, dim = [*node.args[1:], 0][:2]
     half = whole[3] // 2
     return dim in (-1, 3) and sizes in (half, [half, half])
+
+
+def _shape(node: fx.Node) -> Any:
+    value = value_of(node)
+    return () if value is None else value.shape
 
 
 def _half(block: Tensor) -> tuple:
@@ -297,9 +354,11 @@ def _class_of(node: Any, block: Tensor) -> str | None:
 def _table_class(node: Any, block: Tensor) -> str | None:
     """How a complex tensor lies against a block whose neighbouring channels are complex numbers."""
     value = value_of(node)
-    if value is None or value.dtype != torch.complex64 or value.device != block.device or value.stride(-1) != 1:
+    if value is None or value.dtype != torch.complex64 or value.device != block.device:
         return None
-    return _lies(value.shape, _half(block)) if sum(type(size) is not int for size in value.shape) < 2 else None
+    if value.dim() == 0 or value.stride(-1) != 1 or sum(type(size) is not int for size in value.shape) > 1:
+        return None
+    return _lies(value.shape, _half(block))
 
 
 def _lies(shape: Sequence, whole: Sequence) -> str | None:
@@ -319,18 +378,19 @@ def _lies(shape: Sequence, whole: Sequence) -> str | None:
 
 def _turn(x: fx.Node) -> tuple[int, ...]:
     """Which dimensions of [B, T, H, D] the dimensions of x are."""
+    args: Any = x.args
     turn = [0, 1, 2, 3]
     if x.target is aten.permute.default:
-        turn = [dim % 4 for dim in x.args[1]]  # type: ignore[union-attr,operator]
+        turn = [dim % 4 for dim in args[1]]
     elif x.target is aten.transpose.int:
-        a, b = x.args[1:]
-        turn[a], turn[b] = turn[b], turn[a]  # type: ignore[index]
+        a, b = args[1:]
+        turn[a], turn[b] = turn[b], turn[a]
     return tuple(turn) if turn[3] == 3 and len(turn) == 4 else UNTURNED
 
 
-def _origin(node: fx.Node) -> fx.Node:
+def _origin(node: Any) -> fx.Node:
     while node.target in _RESTRIDES:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -345,41 +405,41 @@ def _is_elementwise(node: fx.Node) -> bool:
 class _Writer:
     """One part's steps and operands while they are put together.
 
-    operands: (name, class, node, whether it holds the tokens of all parts)
+    operands: (name, class, node, where the part's tokens begin in it, if it holds others too)
     """
 
     def __init__(self, part: _Part, turn: tuple[int, ...]) -> None:
         self.part, self.turn = part, turn
         self.names: dict[fx.Node, str] = {part.x: "x"}
         self.moments: dict[fx.Node, dict[str, str]] = {}
-        self.operands: list[tuple[str, str, fx.Node, bool]] = [("x", FULL, part.x, False)]
+        self.operands: list[tuple[str, str, fx.Node, int | None]] = [("x", FULL, part.x, part.start())]
         self.steps: list[Step] = []
 
-    def write(self, end: fx.Node, joined: fx.Node | None) -> bool:
+    def write(self) -> bool:
         """Whether all that the part reads can be an operand."""
-        for lines, last in ((self.part.above, self.part.end), (self.part.below, end)):
-            block = value_of(last)
-            for node, name, read in lines:
-                for argument in read:
-                    if not self._take_in(argument, block, last is end and joined is not None):  # type: ignore[arg-type]
-                        return False
+        for piece in self.part.pieces:
+            block = value_of(piece.last)
+            assert block is not None
+            for node, name, read in piece.lines:
+                if not all(self._take_in(argument, block, piece.start) for argument in read):
+                    return False
                 self._line(node, name, read)
-            if joined is not None and last is not end:
-                self.names[joined] = self.names[last]
+            if piece.seen_as is not None:
+                self.names[piece.seen_as] = self.names[piece.last]
         return True
 
-    def _take_in(self, node: Any, block: Tensor, is_joined: bool) -> bool:
+    def _take_in(self, node: Any, block: Tensor, start: int | None) -> bool:
         if not isinstance(node, fx.Node) or node in self.names or node in self.moments:
             return True
         cls = _class_of(node, block) or _table_class(node, block)
         if cls not in (TOKEN, ROW, COLUMN, SCALAR):
             return False
         head = self.turn.index(2) - 4
-        shape = value_of(node).shape  # type: ignore[union-attr]
+        shape = _shape(node)
         if cls == TOKEN and len(shape) >= -head and not statically_known_true(shape[head] == 1):
             return False
         self.names[node] = f"a{len(self.operands) - 1}"
-        self.operands.append((self.names[node], cls, node, is_joined))
+        self.operands.append((self.names[node], cls, node, start))
         return True
 
     def _line(self, node: fx.Node, name: str, read: tuple[Any, ...]) -> None:
@@ -396,7 +456,7 @@ class _Writer:
             self.names[node] = self._step("pair", real, imaginary)
         else:
             arguments = [self.names[a] if isinstance(a, fx.Node) else float(a) for a in read]
-            self.names[node] = self._step(name, *arguments) if name else arguments[0]  # type: ignore[assignment]
+            self.names[node] = self._step(name, *arguments) if name else self.names[read[0]]
 
     def _step(self, name: str, *arguments: str | float) -> str:
         self.steps.append(Step(f"t{len(self.steps)}", name, arguments))
@@ -408,27 +468,28 @@ class _Writer:
     def nodes(self, insert: Callable[..., fx.Node]) -> list[fx.Node]:
         """The operands as the operator takes them: in the order B, T, H, D, and only this part's tokens."""
         result = []
-        for _, cls, node, is_joined in self.operands:
-            if cls == FULL and node.target in _PERMUTES and self.turn != UNTURNED:
-                node = node.args[0]  # type: ignore[assignment]
-            if value_of(node).is_complex():  # type: ignore[union-attr]
-                sizes = [size if type(size) is int else -1 for size in value_of(node).shape]  # type: ignore[union-attr]
+        for _, cls, operand, start in self.operands:
+            node: Any = operand
+            if node.meta["val"].is_complex():
+                sizes: list[Any] = [size if type(size) is int else -1 for size in _shape(node)]
                 node = insert(aten.view_as_real.default, node)
                 node = insert(aten.view.default, node, [*sizes[:-1], 2 * sizes[-1]])
-            if cls in (TOKEN, ROW):
-                node = self._laid_out(node, is_joined, insert)
+            if cls in (FULL, TOKEN, ROW):
+                node = self._laid_out(node, start, insert)
             result.append(node)
         return result
 
-    def _laid_out(self, node: fx.Node, is_joined: bool, insert: Callable[..., fx.Node]) -> fx.Node:
+    def _laid_out(self, node: Any, start: int | None, insert: Callable[..., fx.Node]) -> fx.Node:
         if self.turn != UNTURNED:
-            for _ in range(4 - value_of(node).dim()):  # type: ignore[union-attr]
-                node = insert(aten.unsqueeze.default, node, 0)
-            node = insert(aten.permute.default, node, [self.turn.index(dim) for dim in range(4)])
-        shape = value_of(node).shape  # type: ignore[union-attr]
-        if is_joined and len(shape) >= 3 and not statically_known_true(shape[-3] == 1):
-            tokens = value_of(self.part.end).shape[self.turn.index(1)]  # type: ignore[union-attr]
-            node = insert(aten.slice.Tensor, node, len(shape) - 3, self.part.start, self.part.start + tokens)
+            if node is self.part.x:
+                node = node.args[0]
+            else:
+                for _ in range(4 - len(_shape(node))):
+                    node = insert(aten.unsqueeze.default, node, 0)
+                node = insert(aten.permute.default, node, [self.turn.index(dim) for dim in range(4)])
+        dim, tokens = len(_shape(node)) - 3, _shape(self.part.end)[self.turn.index(1)]
+        if start is not None and dim >= 0 and not statically_known_true(_shape(node)[dim] == 1):
+            node = insert(aten.slice.Tensor, node, dim, start, start + tokens)
         return node
 
 

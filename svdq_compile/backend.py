@@ -14,7 +14,7 @@ from . import store
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.torch_private import check_weights_at_every_call, compile_with_inductor
+from .lowering.torch_private import allow_many_graphs, check_weights_at_every_call, compile_with_inductor
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import weight_inputs
@@ -30,6 +30,7 @@ def svdquant(
     GradientsNeeded where the call would record gradients.
     """
     check_weights_at_every_call()
+    allow_many_graphs()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
     inputs = weight_inputs(gm)

@@ -46,8 +46,9 @@ class WeightsReleased(SvdqError):
         super().__init__(
             f"{use} needs the 16-bit weight of {layer}, which was released when the layer was quantized to 4 bits. "
             "If a compiled model got here, torch.compile has fallen back to eager execution: see "
-            "torch._dynamo.config.recompile_limit and TORCH_LOGS=recompiles. Otherwise: save the 4-bit model with "
-            "svdq_compile.save(model, path); get 16-bit weights back with svdq_compile.restore(model, ...); "
+            "torch._dynamo.config.recompile_limit and TORCH_LOGS=recompiles. A LoRA need not be fused: left beside the "
+            "weight it runs in the same kernel, and set_adapters changes its strength. Otherwise: save the 4-bit model "
+            "with svdq_compile.save(model, path); get 16-bit weights back with svdq_compile.restore(model, ...); "
             'or compile with options={"weights": "offload"} (a CPU copy) or {"weights": "keep"}.'
         )
 

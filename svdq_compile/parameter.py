@@ -5,7 +5,9 @@ state dicts being built, optimizers, adapters) goes on referring to the same obj
 and traces again, and every use of the missing 16-bit values passes through `__torch_function__` below, which does one
 of four things:
 
-    describe   shape, dtype, device and the like are what they were
+    describe   shape, dtype, device and the like are what they were; so is detach(), which gives the weight itself: a
+               state dict can be taken, as those who load adapters do to see names and shapes, and reading from it
+               comes here again
     move       .to(device), .cuda(), .cpu() move the packed tensors
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
                when the originals are still there (weights="keep", "offload")
@@ -97,9 +99,9 @@ class QuantizedWeight(nn.Parameter):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if is_kept(self):
+        if is_kept(self) or self._svdq_original is not None:
             with torch._C.DisableTorchFunctionSubclass():
-                return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+                return nn.Parameter(originals(self), self.requires_grad).__reduce_ex__(protocol)
         raise WeightsReleased(self._svdq_name, "pickling (torch.save, multiprocessing)")
 
 
@@ -166,8 +168,8 @@ def thaw(weight: QuantizedWeight, values: Tensor | None = None) -> nn.Parameter:
 
     values  the 16-bit values to take; by default `originals`
     """
-    if values is None:
-        values = originals(weight)
+    if values is None or isinstance(values, QuantizedWeight):
+        values = originals(weight if values is None else values)
     device, dtype = weight._svdq.device, weight.dtype
     for name in ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version"):
         delattr(weight, name)
@@ -195,9 +197,10 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
                 return func(*args, **kwargs)
             if not is_kept(first) and name in _MOVES:
                 return _moved(func, args, kwargs)
+            if name == "detach" and not is_kept(first):
+                return first
             if func == _DATA_SET or name == "copy_":
-                _thaw_to_overwrite(first, args[1] if len(args) > 1 else kwargs.get("src"))
-                return func(*args, **kwargs)
+                return _overwrite(first, func, args, kwargs)
         for weight in _quantized(args, kwargs):
             if not is_kept(weight):
                 if weight._svdq_original is None:
@@ -255,10 +258,16 @@ def _take_over(weight: QuantizedWeight, other: QuantizedWeight) -> None:
     weight._svdq_original, weight._svdq_version = other._svdq_original, other._svdq_version
 
 
-def _thaw_to_overwrite(weight: QuantizedWeight, source: Any) -> None:
-    """Every value is about to be written: give the memory back and drop the 4-bit form."""
+def _overwrite(weight: QuantizedWeight, func: Callable, args: tuple, kwargs: dict) -> Any:
+    """copy_, weight.data = values: every value is written, so give the memory back and drop the 4-bit form first."""
+    source = args[1] if len(args) > 1 else kwargs.pop("src", None)
+    if source is weight:  # load_state_dict(state_dict())
+        return weight
     if not isinstance(source, Tensor) or source.shape != weight.shape:
         expected = tuple(weight.shape)
         got = tuple(source.shape) if isinstance(source, Tensor) else source
         raise ValueError(f"{weight._svdq_name}: cannot copy {got} into a weight of shape {expected}")
+    if isinstance(source, QuantizedWeight):
+        source = originals(source)
     thaw(weight, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+    return func(weight, source, *args[2:], **kwargs)

@@ -11,10 +11,8 @@ from kernel_testing import compile_for, compiled, error, interpreted, run_interp
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
-from svdq_compile import config
 from svdq_compile.lowering import ops
 from svdq_compile.lowering.heads import parts
-from svdq_compile.passes import FUSING
 
 HEADS, CHANNELS = 4, WIDTH // 4
 BOUND = 4e-3  # bf16 rounds to 2^-9 at most; fused arithmetic does it in fewer places
@@ -35,11 +33,6 @@ t11 = mul(t6, a1)
 t12 = mul(t10, a2)
 t13 = add(t11, t12)
 t14 = bf16(t13)"""
-
-
-@pytest.fixture(autouse=True)
-def all_fusions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "FUSIONS", tuple(FUSING))
 
 
 def texts(graphs: list[fx.GraphModule]) -> list[str]:
@@ -63,7 +56,6 @@ class Test(expecttest.TestCase):
 
     def test_flux(self) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch, torch.no_grad():
-            monkeypatch.setattr(config, "FUSIONS", tuple(FUSING))
             graphs = run_as_aten(monkeypatch)
             model, inputs, regional = zoo("flux")
             run(model, inputs, regional)
@@ -72,11 +64,10 @@ class Test(expecttest.TestCase):
         self.assertExpectedInline(single, FLUX)
 
 
-# q and k of each attention that is compiled. Not those of Wan and of HunyuanVideo's single blocks, which begin with a
-# norm over all heads, and with tokens cut out of something normed.
+# q and k of each attention that is compiled; not Wan's, which begin with a norm over all heads.
 @compiled
 @pytest.mark.parametrize(
-    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 2), ("qwen_image", 2), ("wan", 0)]
+    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 6), ("qwen_image", 2), ("wan", 0)]
 )
 def test_a_model_fused_is_the_model_unfused(name: str, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
@@ -144,6 +135,10 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated(torch.cat([norm(q[:, :5]), F.layer_norm(q[:, 5:], (CHANNELS,))], 1), cos, sin)
 
 
+def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat([rotated(q[:, :-5], cos[:-5], sin[:-5]), q[:, -5:]], 1)
+
+
 @compiled
 @pytest.mark.parametrize(
     ("around", "fused"),
@@ -159,6 +154,7 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (other_order(q, c, s), ()), 1),
         (lambda q, c, s: (joined(q, c, s), ()), 1),
         (lambda q, c, s: (torch.cat([norm(q[:, :5]), q[:, 5:]], 1), ()), 1),
+        (lambda q, c, s: (cut(norm(q), c, s), ()), 1),
         (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]).to(q.dtype) + q.mean(-1, True), ()), 1),
         # The result is read by others too: it is stored anyway. A value on the way is not.
         (lambda q, c, s: (y := norm(q), (y,)), 1),
@@ -167,6 +163,7 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (norm(q), (q,)), 1),
         # The joined tokens are read by others too: only what comes after.
         (lambda q, c, s: (rotated(n := torch.cat([norm(q[:, :5]), q[:, 5:]], 1), c, s), (n,)), 1),
+        (lambda q, c, s: (cut(n := norm(q), c, s), (n,)), 0),
         # Other rotations and means.
         (lambda q, c, s: (rotated(norm(q), c, s, triples), ()), 0),
         (lambda q, c, s: (rotated(norm(q), c, s, lambda v: v.roll(1, -1)), ()), 0),
@@ -289,6 +286,9 @@ def test_without_kernels_the_text_is_evaluated() -> None:
     )
     y = ops.head_region([*parts_of_both[0], *parts_of_both[1]], f"{FLUX}\n\n{NORM}")
     assert y.shape == (2, 9, 3, 24)
+    other = ops.head_region([*parts_of_both[0], *parts_of_both[1]], f"{FLUX}\n\n{NORM}", True)
+    assert torch.equal(other, y)
+    assert other.transpose(1, 2).is_contiguous()
     for text, (x, *others), some in zip((FLUX, NORM), parts_of_both, (y[:, :5], y[:, 5:]), strict=True):
         values = dict(zip([name for name, _ in parts(text)[0].operands[1:]], others, strict=True))
         assert torch.equal(some, parts(text)[0].evaluate({"x": x, **values}).bfloat16())
@@ -323,7 +323,7 @@ def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, 
     from svdq_compile.kernels.triton_heads import choose
 
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    built = compiled_kernel(text, choose(4608, heads, d), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
+    built = compiled_kernel(text, choose(4608, heads, d, 132), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
     assert built.spilled == 0
     assert built.registers <= 80
     if text == FLUX:

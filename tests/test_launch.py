@@ -260,3 +260,16 @@ def test_a_profiler_sees_the_launch(driver, monkeypatch):
     monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
     launch(kernel, GRID, given, (True,), num_warps=4)
     assert kernel.compiled.ordinary == 1
+
+
+def test_kernels_make_each_layout_once():
+    """`launch` knows a layout by its identity: one made anew in each call would be compiled for in each call."""
+    from svdq_compile.kernels import gluon_gemm, gluon_int4, gluon_quantize
+
+    down = torch.zeros(96, 64, dtype=torch.bfloat16)
+    for describe in (
+        lambda: gluon_quantize.describe_down(down, 96),
+        lambda: gluon_int4._describe_scales(down, 64),
+        lambda: gluon_gemm._describe(down, 64, 64),
+    ):
+        assert describe().layout is describe().layout

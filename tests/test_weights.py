@@ -26,13 +26,15 @@ def quantized(**options) -> tuple[Net, nn.Module]:
 
 
 REFUSED = {
-    "state_dict": lambda m, w: m.state_dict(),
     "save state_dict": lambda m, w: torch.save(m.state_dict(), io.BytesIO()),
     "torch.save": lambda m, w: torch.save(m, io.BytesIO()),
     "pickle": lambda m, w: pickle.dumps(w),
     "safetensors": lambda m, w: safetensors.torch.save({"w": w}),
     "clone": lambda m, w: w.clone(),
-    "detach": lambda m, w: w.detach(),
+    "clone of a detached": lambda m, w: w.detach().clone(),
+    "copy into a plain weight": lambda m, w: net().blocks[0].to_q.weight.copy_(w),
+    "copy between quantized": lambda m, w: m.blocks[1].to_q.weight.copy_(w),
+    "other model's state_dict": lambda m, w: svdq.restore(quantized()[0], m.state_dict()),
     "data": lambda m, w: w.data,
     "transpose": lambda m, w: w.T,
     "read an element": lambda m, w: w[0, 0],
@@ -90,6 +92,17 @@ def test_load_state_dict_brings_new_weights_which_are_quantized_again() -> None:
     expected = other(*inputs())
     assert torch.equal(run(*inputs()), expected), "observed again, exactly"
     assert 0 < relative_error(run(*inputs()), expected) < 0.06
+
+
+def test_state_dict_holds_the_weights_themselves() -> None:
+    model, run = quantized()
+    before = run(*inputs())
+    state = model.state_dict()
+    assert {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in net().state_dict().items()}
+    assert state["blocks.0.to_q.weight"] is model.blocks[0].to_q.weight
+    model.load_state_dict(state)
+    assert isinstance(model.blocks[0].to_q.weight, QuantizedWeight)
+    assert torch.equal(run(*inputs()), before)
 
 
 def test_load_state_dict_assign_and_replacing_a_parameter() -> None:
@@ -188,8 +201,9 @@ def test_writing_to_originals_is_seen(weights: str, through: str) -> None:
     assert 0 < relative_error(output, reference), "quantized again"
 
 
-def test_kept_models_can_be_pickled() -> None:
-    model, _ = quantized(weights="keep")
+@pytest.mark.parametrize("weights", ["offload", "keep"])
+def test_originals_that_are_still_there_can_be_pickled(weights: str) -> None:
+    model, _ = quantized(weights=weights)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again(*inputs()), net()(*inputs()))
 
