@@ -68,7 +68,7 @@ def store_parts(at, a, b, D: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _heads_kernel(
     x, y, rows, T, x_sample, x_token, x_head, y_sample, y_token, y_head, extra,
     D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,
     LOAD: tl.constexpr, FUNCTION: tl.constexpr,
@@ -119,5 +119,5 @@ def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Ti
     tile = tile or choose(rows, heads, channels, processors(x.device))
     arguments = (x, y, rows, tokens, *x.stride()[:3], *y.stride()[:3], region.operands)
     constants = (channels, tile.tokens, tile.heads, interleaved, region.load, region.function)
-    launch(_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,
+    launch(_heads_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,
            num_warps=tile.warps)  # fmt: skip

@@ -312,7 +312,7 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
         )
 
     types = {"x": "*bf16", "y": "*bf16", "extra": extra}
-    return compile_for(triton_heads._kernel, 90, constants, tile.warps, types, source=source)
+    return compile_for(triton_heads._heads_kernel, 90, constants, tile.warps, types, source=source)
 
 
 @compiled
