@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .launch import has_kernels
+from .torch_private import allocator
 
 if TYPE_CHECKING:
     from ..kernels.triton_launch import Direct
@@ -118,6 +119,7 @@ class Plan:
     """A recorded call. Sources are addresses: of the operands, then of what is allocated, then of the counters."""
 
     device: torch.device
+    allocate: Callable[..., Tensor]
     allocated: list[tuple]  # shape, strides, dtype
     results: list[int] | int  # which of these are returned
     launches: list[_Launch]
@@ -125,7 +127,7 @@ class Plan:
 
     def __call__(self, addresses: list[int]) -> Any:
         device, launching = self.device, _triton_launch()
-        fresh = [torch.empty_strided(*size, dtype=dtype, device=device) for *size, dtype in self.allocated]
+        fresh = [self.allocate(*size) for size in self.allocated]
         sources = addresses + [t.data_ptr() for t in fresh]
         if self.counts:
             counters = launching.zeroed_counters(device)
@@ -228,16 +230,17 @@ def _plan(watch: _Watch, calls: list, result: Any) -> Plan:
 
     launches = [_launch(locate, *call) for call in calls]
     counts = id(counters) in located
-    allocated = [(t.shape, t.stride(), t.dtype) for t in watch.allocated]
+    allocated = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
     results = []
     for t in [result] if isinstance(result, Tensor) else result:
         source, offset = locate(t)
         index = source - len(watch.operands)
         if index < 0 or index in results or offset or t.nbytes != watch.allocated[index].nbytes:
             raise NotReplayable("a result that is not the whole of an allocation")
-        allocated[index] = t.shape, t.stride(), t.dtype
+        allocated[index] = tuple(t.shape), t.stride(), t.dtype
         results.append(index)
-    return Plan(device, allocated, results[0] if isinstance(result, Tensor) else results, launches, counts)
+    returned = results[0] if isinstance(result, Tensor) else results
+    return Plan(device, allocator(device), allocated, returned, launches, counts)
 
 
 def _launch(locate: Callable[[Any], tuple[int, int]], direct: "Direct | None", grid: tuple,

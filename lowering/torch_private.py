@@ -25,6 +25,15 @@ def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
 
 
+def allocator(device: torch.device) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
+    """(shape, strides, dtype), the first two tuples -> a tensor on this device: for CUDA, on the current one.
+
+    It is what Inductor's code calls, and takes a quarter of `empty_strided`'s time.
+    """
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    return quick or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo found this graph input, as Python ("L['self'].proj.weight"), or ''."""
     source = getattr(node, "_dynamo_source", None)

@@ -33,10 +33,10 @@ def test_flux_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         flux_step.main([*common, "--methods", method, "--child", str(row)])
         return json.loads(row.read_text())
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)  # put back
     monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
     monkeypatch.setattr(flux_step, "run_child", here)
-    flux_step.main([*common, "--methods", "ours"])
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # put back what it sets
+        flux_step.main([*common, "--methods", "ours"])
 
     rows = json.loads(out.read_text())["rows"]
     assert [r["method"] for r in rows] == ["eager", "ours"]
