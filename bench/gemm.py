@@ -123,7 +123,16 @@ class Problem:
 
     def plain_triton(self, config: tuple | None = None) -> Tensor:
         return triton_gemm.gemm(
-            self.precision, self.qx, self.ascales, self.xd, self.weight, self.up, self.bias, None, self.dtype, config=config
+            self.precision,
+            self.qx,
+            self.ascales,
+            self.xd,
+            self.weight,
+            self.up,
+            self.bias,
+            None,
+            self.dtype,
+            config=config,
         )
 
 

@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hooks import Hook
+from .triton_codes import int4_codes, int8_codes, int8_scale, prologue, quotient
 from .triton_launch import Descriptor, launch, processors, zeroed_counters
-from .triton_quantize import int4_codes, int8_codes, int8_scale, prologue, quotient
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)

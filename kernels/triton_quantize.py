@@ -42,91 +42,12 @@ from torch import Tensor
 
 from .groups import padded
 from .hooks import Hook
+from .triton_codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
 from .triton_launch import check_tensor, launch, processors, zeroed_counters
 
 MAX_RANK = 256
 MAX_BLOCKS = 1024  # counters there are
 GROUP_SIZE = {"w4a8": 64, "int4": 64, "nvfp4": 16}
-# Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits: no slow float-to-int.
-ROUND = tl.constexpr(12582912.0)
-LARGEST = tl.constexpr(3.0e38)  # for reciprocals of scales so small that they would overflow
-
-
-@triton.jit
-def prologue(v, rows, columns, live, extra, HOOK: tl.constexpr):
-    """A block of the input -> what the linear reads, in the same dtype; zero where nothing lives."""
-    if HOOK is not None:
-        v = tl.where(live, HOOK(v.to(tl.float32), rows, columns, live, extra), 0.0).to(v.dtype)
-    return v
-
-
-@triton.jit
-def int8_scale(most):
-    """The largest magnitude of a row -> its scale and the reciprocal."""
-    scale = tl.where(most > 0, tl.div_rn(most, 127.0), 1.0)
-    return scale, tl.minimum(1.0 / scale, LARGEST)
-
-
-@triton.jit
-def int8_codes(v, inverse, reciprocal):
-    """v, with one over its smoothing factors and one over its scale -> int8."""
-    return (v.to(tl.float32) * inverse * reciprocal + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def quotient(a, b, inverse):
-    """a / b as a division rounds it, signed zeros too, in three operations; inverse is 1 / b rounded."""
-    q = a * inverse
-    return tl.fma(-tl.fma(q, b, -a), inverse, q)
-
-
-@triton.jit
-def int4_codes(v, UNSIGNED: tl.constexpr, FP8: tl.constexpr):
-    """v [TM, 64] -> codes [TM, 64] int8 or e4m3, scales [TM]."""
-    most = tl.max(tl.abs(v), 1)
-    scale = tl.where(most > 0, tl.div_rn(most, 15.0 if UNSIGNED else 7.0), 1.0)
-    q = quotient(v, scale[:, None], tl.minimum(tl.div_rn(1.0, scale), LARGEST)[:, None])
-    if UNSIGNED:
-        q = tl.maximum(q, 0.0)
-    q += ROUND
-    return (q - ROUND).to(tl.float8e4nv) if FP8 else q.to(tl.int32, bitcast=True).to(tl.int8), scale
-
-
-@triton.jit
-def e4m3(v):
-    """v >= 0 -> the nearest e4m3 code, as int32, at most 448; zero becomes 1. Plain integers: for any GPU."""
-    v = tl.minimum(v, 448.0)
-    bits = v.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # three bits of mantissa; exponent bias 7, not 127
-    small = (v * 512.0 + ROUND).to(tl.int32, bitcast=True) & 15
-    code = tl.where(v < 0.015625, small, normal)
-    return tl.where(code > 0, code, 0x38)
-
-
-@triton.jit
-def e4m3_value(code):
-    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, ((code + 960) << 20).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def e2m1(v):
-    """The nearest e2m1 code, as int32; ties to the even code, saturating at 6."""
-    m = tl.minimum(tl.abs(v), 6.0)
-    # Codes count halves below 2 (from 0), ones below 4 (from 4), twos above (from 6).
-    steps = tl.where(m < 2.0, 2.0, tl.where(m < 4.0, 1.0, 0.5))
-    first = tl.where(m < 2.0, ROUND, tl.where(m < 4.0, ROUND + 2.0, ROUND + 4.0))
-    return ((m * steps + first).to(tl.int32, bitcast=True) & 7) | ((v.to(tl.int32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def nvfp4_codes(v, TM: tl.constexpr):
-    """v [TM, 64] -> two codes a byte [TM, 32] uint8, scales [TM, 4] uint8."""
-    g = tl.reshape(v, (TM, 4, 16))
-    code = e4m3(tl.div_rn(tl.max(tl.abs(g), 2), 6.0))
-    scale = e4m3_value(code)
-    q = e2m1(quotient(g, scale[:, :, None], tl.div_rn(1.0, scale)[:, :, None]))
-    low, high = tl.split(tl.reshape(q, (TM, 32, 2)))
-    return (low | (high << 4)).to(tl.uint8), code.to(tl.uint8)
 
 
 @triton.jit

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..kernels import triton_heads
 from .generate import IMPORT_TANH, expression, load
-from .heads import IN_THE_MIDDLE
-from .region import COLUMN, ROW, SCALAR, TOKEN, Region
+from .region import COLUMN, IN_THE_MIDDLE, ROW, SCALAR, TOKEN, Region
 
 
 def is_interleaved(region: Region) -> bool:

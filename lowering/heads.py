@@ -13,9 +13,6 @@ from torch import Tensor
 from . import launch
 from .region import Region, parse
 
-IN_THE_MIDDLE = {"low", "high", "halves"}
-NEIGHBOURS = {"even", "odd", "pair"}  # a region takes D apart in one of the two ways
-
 
 def takes(channels: object) -> bool:
     """Whether the kernel can have so many channels a head."""

@@ -78,6 +78,11 @@ ALONG_HEADS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# A region over heads takes their channels apart in one of these ways.
+IN_THE_MIDDLE = {"low", "high", "halves"}
+NEIGHBOURS = {"even", "odd", "pair"}
+
+
 def _tensors(*values: Tensor | float) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(v, dtype=torch.float32) for v in values)
 

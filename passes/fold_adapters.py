@@ -20,7 +20,7 @@ something else reads too; and all adapters on linears that stayed 16-bit.
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,13 +94,14 @@ def fold_adapters(gm: fx.GraphModule) -> int:
 
 def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader]]]:
     """(what computes down x: a `quantize`, a `linear`, or None where the rank is 0; x; the quantized linears behind
-    it), the last in the order of their rows."""
+    it), the last in the order of their rows.
+    """
     found: dict[fx.Node, tuple[fx.Node | None, fx.Node, list[Reader]]] = {}
     for node in graph.nodes:
         if node.target not in (ops.gemm, ops.gemv):
             continue
-        source, first = _low_rank_source(node.args[_low_rank_at(node)])  # type: ignore[arg-type]
-        x = node.args[0] if source is None else source.args[0]
+        source, first = _low_rank_source(node.args[_low_rank_at(node)])
+        x = cast(fx.Node, (source or node).args[0])
         readers = found.setdefault(source or node, (source, x, []))[2]
         readers.append(_reader(node, first, x))
     for _, _, readers in found.values():
@@ -108,13 +109,13 @@ def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader
     return list(found.values())
 
 
-def _low_rank_source(xd: fx.Node | None) -> tuple[fx.Node | None, int]:
+def _low_rank_source(xd: Any) -> tuple[fx.Node | None, int]:
     """quantize(...)[2][..., 16:32] -> (quantize, 16);  linear(x, down) -> (linear, 0)."""
     first = 0
     if xd is not None and xd.target is operator.getitem and isinstance(xd.args[1], tuple):
-        xd, first = xd.args[0], xd.args[1][1].start  # type: ignore[assignment, union-attr]
+        xd, first = xd.args[0], xd.args[1][1].start
     if xd is not None and xd.target is operator.getitem:
-        xd = xd.args[0]  # type: ignore[assignment]
+        xd = xd.args[0]
     return xd, first
 
 
@@ -163,8 +164,9 @@ def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
     if not isinstance(node, fx.Node) or node.target not in (*LINEAR, *POINTWISE_CONV) or is_spatial_conv(node):
         return None
     x, weight = node.args[0], argument(node, 1, "weight")
-    plain = isinstance(x, fx.Node) and isinstance(weight, fx.Node) and weight.op == "placeholder"
-    return (x, weight) if plain and argument(node, 2, "bias") is None else None
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+        return None
+    return (x, weight) if argument(node, 2, "bias") is None else None
 
 
 def _is_scalar(value: Any) -> bool:
@@ -215,7 +217,7 @@ def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: li
     """cat(down, A, ...) in the place of `down`; -> the node of its product with x."""
     before = source or readers[0].node
     down = None if source is None else source.args[2 if source.target is ops.quantize else 1]
-    dtype = readers[0].node.args[-1] if down is None else _value(down).dtype  # type: ignore[arg-type]
+    dtype = cast(torch.dtype, readers[0].node.args[-1]) if down is None else _value(cast(fx.Node, down)).dtype
     rows = []
     for reader in readers:
         if reader.rank:
@@ -240,7 +242,7 @@ def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> None:
     before, old = reader.result, reader.node
     at = _low_rank_at(old)
     up: fx.Node | None = old.args[at + 2]  # type: ignore[assignment]
-    dtype = old.args[-1] if up is None else _value(up).dtype
+    dtype = cast(torch.dtype, old.args[-1]) if up is None else _value(up).dtype
     columns = [up] if up is not None and reader.rank else []
     for adapter in reader.adapters:
         scaled = adapter.b

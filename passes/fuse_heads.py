@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..lowering import heads, ops
-from ..lowering.region import COLUMN, FULL, ROW, SCALAR, TOKEN, Region, Step
+from ..lowering.region import COLUMN, FULL, IN_THE_MIDDLE, NEIGHBOURS, ROW, SCALAR, TOKEN, Region, Step
 from ..lowering.torch_private import describe
 from .pipeline import log
 from .pointwise import FLOATS, SIXTEEN_BIT, is_widening, operation, value_of
@@ -98,7 +98,7 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     if names.isdisjoint(_TELLING) or any(_is_elementwise(_origin(part.x)) for part in parts):
         log.debug("not fused before attention: %s", end.name)
         return False
-    if not (names.isdisjoint(heads.IN_THE_MIDDLE) or names.isdisjoint(heads.NEIGHBOURS | {"complex_mul"})):
+    if not (names.isdisjoint(IN_THE_MIDDLE) or names.isdisjoint(NEIGHBOURS | {"complex_mul"})):
         return False
     turn = _turn(parts[0].x)
     if any(_turn(part.x) != turn for part in parts) or (joined and turn[_tokens(joined)] != 1):  # type: ignore[index]

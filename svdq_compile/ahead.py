@@ -152,8 +152,8 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
     values: dict[str, Tensor | None] = {}
     for name, weight in named.items():
         if state_dict is not None and name in state_dict:
-            value = state_dict[name]
-            values[name] = originals(value) if isinstance(value, QuantizedWeight) else value
+            given = state_dict[name]
+            values[name] = originals(given) if isinstance(given, QuantizedWeight) else given
             if values[name].shape != weight.shape:  # type: ignore[union-attr]
                 raise ValueError(
                     f"{name}: state_dict has shape {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}"

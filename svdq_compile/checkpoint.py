@@ -28,11 +28,12 @@ from . import store
 from .config import Config
 from .errors import FileRefused, NothingToQuantize
 from .kernels import FORMATS
-from .layers import layers
+from .layers import layers, without_adapters
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
+from .passes.scope import is_adapter
 
 FORMAT = "svdq-compile"
 VERSION = 1
@@ -110,7 +111,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     entries: list[LayerEntry] = []
     owner: dict[int, str] = {}  # of a shared input
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in without_adapters(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in names:
             tied[name] = names[id(parameter)]
             continue
@@ -129,9 +130,9 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
             f"no weight of this {type(model).__name__} is quantized: "
             "run the compiled model, or svdq_compile.quantize it"
         )
-    for name, buffer in model.named_buffers():
-        tensors[name] = buffer
-    others = {layer.name: store.reason_of(layer.weight) or layer.reason or "" for layer in layers(model)}
+    tensors |= dict(without_adapters(model.named_buffers()))
+    kept = (layer for layer in layers(model) if not is_adapter(layer.name))
+    others = {layer.name: store.reason_of(layer.weight) or layer.reason or "" for layer in kept}
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -255,10 +256,11 @@ def load(
             _put_quantized(model, entry, packed)
         for name in header.checksums.keys() - _quantized_names(header):
             _put_plain(model, name, file.get_tensor(name).to(target))
-    for name, buffer in list(model.named_buffers()):
+    for name, buffer in list(without_adapters(model.named_buffers())):
         _put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
-        _assign(model, alias, model.get_parameter(name))
+        module, _, leaf = name.rpartition(".")
+        _assign(model, alias, _owner(model, module).get_parameter(leaf))
     for layer in layers(model):
         if layer.name in header.others:
             store.leave_alone(layer.weight, header.others[layer.name])
@@ -276,7 +278,8 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
     """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
-    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    state: dict[str, Tensor] = dict(without_adapters(named))
     hint = f"the file is of a {header.model_class}, the model a {type(model).__name__}"
     entries = {entry.weight: entry for entry in header.layers}
     for name, entry in entries.items():
@@ -303,7 +306,8 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
 
 
 def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear) -> None:
-    old = model.get_parameter(entry.weight)
+    module, _, leaf = entry.weight.rpartition(".")
+    old = _owner(model, module).get_parameter(leaf)
     empty = shell(old.shape, old.stride(), getattr(torch, entry.dtype), packed.device)
     parameter = nn.Parameter(empty, old.requires_grad)
     _assign(model, entry.weight, become_quantized(parameter, packed, entry.name, entry.error))
@@ -311,13 +315,19 @@ def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear) ->
 
 def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(module)
+    owner = _owner(model, module)
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor
     else:
-        _assign(model, name, nn.Parameter(tensor, model.get_parameter(name).requires_grad))
+        _assign(model, name, nn.Parameter(tensor, owner.get_parameter(leaf).requires_grad))
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or the one that PEFT's stands around."""
+    module = model.get_submodule(name)
+    return getattr(module, "base_layer", module)
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, parameter)
+    setattr(_owner(model, module), leaf, parameter)

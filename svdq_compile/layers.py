@@ -1,7 +1,9 @@
 """The linears of a module tree, seen without running it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +35,17 @@ def layers(model: nn.Module) -> Iterator[Layer]:
         if isinstance(weight, nn.Parameter) and id(weight) not in seen:
             seen.add(id(weight))
             yield Layer(name, module, weight, _why_not(weight, name in outside, name))
+
+
+def without_adapters(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Of a model's named parameters or buffers, those it would have without PEFT, by the names they would have."""
+    named = list(named)
+    wrapped = {name.partition(".base_layer.")[0] for name, _ in named if ".base_layer." in name}
+    for name, value in named:
+        if ".base_layer." in name:
+            yield name.replace(".base_layer.", "."), value
+        elif wrapped.isdisjoint(accumulate(name.split("."), "{}.{}".format)):
+            yield name, value
 
 
 def _is_linear(module: nn.Module) -> bool:
