@@ -69,5 +69,6 @@ INT4 = Format(
     matmul,
     GROUP_SIZE,
     quantize_activation,
+    dequantize_activation,
     unsigned=True,
 )

@@ -64,10 +64,11 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
 
 def dequantize_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
     """[N, Kp] fp32."""
-    return _decode(qweight, wscales) * wtscale
+    return dequantize_activation(qweight, wscales) * wtscale
 
 
-def _decode(packed: Tensor, scales: Tensor) -> Tensor:
+def dequantize_activation(packed: Tensor, scales: Tensor) -> Tensor:
+    """[..., Kp] fp32."""
     values = decode_e2m1(nibbles.unpack(packed)).unflatten(-1, (-1, GROUP_SIZE))
     return (values * scales.float().unsqueeze(-1)).flatten(-2)
 
@@ -81,7 +82,7 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
     """[..., N] fp32."""
-    return _decode(qx, ascales) @ dequantize_weight(qweight, wscales, wtscale).t()
+    return dequantize_activation(qx, ascales) @ dequantize_weight(qweight, wscales, wtscale).t()
 
 
 NVFP4 = Format(
@@ -92,4 +93,5 @@ NVFP4 = Format(
     matmul,
     GROUP_SIZE,
     quantize_activation,
+    dequantize_activation,
 )

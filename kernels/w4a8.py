@@ -30,13 +30,19 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     """w [N, K] fp32 -> (qweight, subscales, wscales). importance: [K], see `groups.best_of`."""
     g = groups.split(w, GROUP_SIZE)
     ideal = groups.span(g) / 7
-    wscales = (ideal.amax(1, keepdim=True) / MAX_SUBSCALE).clamp_min(torch.finfo(torch.float32).tiny)
+    wscales = row_scales(w)[:, None, None]
     cover = (ideal / wscales - 1e-4).ceil().clamp(1, MAX_SUBSCALE)
     candidates = ((cover - step).clamp_min(1) for step in range(CLIP_STEPS + 1))
     weights = None if importance is None else groups.split(importance, GROUP_SIZE)
     s = groups.best_of(g, candidates, lambda v, c: _round(v, c * wscales) * (c * wscales), weights)
     q = _round(g, s * wscales)
     return nibbles.pack((q + 8).flatten(1)), s.squeeze(-1).to(torch.int8), wscales.flatten()
+
+
+def row_scales(w: Tensor) -> Tensor:
+    """[N]: the scale with which the largest sub-scale just covers each row of w [N, K]."""
+    span = torch.linalg.vector_norm(w, torch.inf, dim=1)
+    return (span / 7 / MAX_SUBSCALE).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _round(v: Tensor, scale: Tensor) -> Tensor:
@@ -62,6 +68,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / ascales).round_().to(torch.int8), ascales
 
 
+def dequantize_activation(qx: Tensor, ascales: Tensor) -> Tensor:
+    """[..., Kp] fp32."""
+    return qx.float() * ascales
+
+
 def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, subscales: Tensor, wscales: Tensor) -> Tensor:
     """[..., N] fp32: the exact integer product, scaled."""
     rows = qx.reshape(-1, qx.shape[-1])
@@ -77,4 +88,5 @@ W4A8 = Format(
     matmul,
     GROUP_SIZE,
     quantize_activation,
+    dequantize_activation,
 )

@@ -69,6 +69,18 @@ def _gluon_works(device: torch.device) -> bool:
     return True
 
 
+def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A weight [N, K] fp32 in the format's tensors, in the plain order, and [N, K] fp32 that they stand for."""
+    if has_kernels(w.device):
+        from ..kernels import triton_round
+
+        if precision in triton_round.PRECISIONS:
+            with torch.cuda.device(w.device):
+                return triton_round.round_weight(precision, w, importance)
+    tensors = FORMATS[precision].quantize_weight(w, importance)
+    return tensors, FORMATS[precision].dequantize_weight(*tensors)[:, : w.shape[1]]
+
+
 def _rows(t: Tensor) -> Tensor:
     """[..., C] -> [rows, C], a view wherever the leading dimensions are evenly spaced."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])

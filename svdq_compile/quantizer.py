@@ -18,7 +18,7 @@ from .config import Config
 from .errors import NonFiniteWeight
 from .kernels import FORMATS
 from .lowering import reference
-from .lowering.launch import in_device_order
+from .lowering.launch import in_device_order, round_weight
 from .lowering.packed import PackedLinear, SharedInput
 from .lowrank import factorize
 from .statistics import InputStatistics
@@ -61,17 +61,17 @@ def quantize_group(
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise NonFiniteWeight(name, bad)
-    rows = None if statistics.span is None else statistics.rows.to(weights[0].device, torch.float32)
     smooth = _smoothing(weights, statistics, precision, config)
     shift = shift if FORMATS[precision].unsigned else 0.0
-    fits = [_fit(weight.float(), smooth, precision, config, rows, shift, weight.dtype) for weight in weights]
+    seen = None if statistics.span is None else _see(statistics.rows.to(smooth), smooth, precision, shift)
+    fits = [_fit(weight, smooth, precision, config, seen, shift) for weight in weights]
 
-    down = torch.cat([fit.down for fit in fits])
+    down = torch.cat([fit.down for fit, _ in fits])
     shared = SharedInput(precision, smooth, down, shift)
     quantized, start = [], 0
-    for fit in fits:
+    for fit, error in fits:
         packed = PackedLinear(shared, in_device_order(precision, fit.weight), fit.up, start, fit.offset)
-        quantized.append(Quantized(packed, fit.error))
+        quantized.append(Quantized(packed, error))
         start += fit.up.shape[1]
     return quantized
 
@@ -90,71 +90,77 @@ def _smoothing(weights: Sequence[Tensor], statistics: InputStatistics, precision
     return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of an input that linears share.
+
+    rows        [S, K]  fp32
+    rounded     [S, K]  what the quantized product reads of them, smoothed
+    importance  [K]     the second moment of each channel, smoothed, about 1; no channel counts for nothing
+    """
+
+    rows: Tensor
+    rounded: Tensor
+    importance: Tensor
+    whitening: Whitening
+
+
+def _see(rows: Tensor, smooth: Tensor, precision: str, shift: float) -> _Seen:
+    smoothed = rows / smooth
+    moment = smoothed.square().mean(0)
+    importance = moment / moment.mean().clamp_min(1e-30) + 1e-4
+    fmt = FORMATS[precision]
+    rounded = smoothed
+    if fmt.quantize_activation is not None and fmt.dequantize_activation is not None:
+        qx, ascales, _ = reference.quantize(rows, smooth, rows[:0], precision, shift)
+        rounded = fmt.dequantize_activation(qx, ascales)[:, : rows.shape[1]]
+    return _Seen(rows, rounded, importance, Whitening(smoothed))
+
+
+@dataclass(frozen=True)
 class _Fit:
-    """One linear's decomposition; the fields are PackedLinear's."""
+    """One linear's decomposition; the fields are PackedLinear's, `error` a tensor of one value."""
 
     weight: tuple[Tensor, ...]
     up: Tensor
     down: Tensor
     offset: Tensor | None
-    error: float
+    error: Tensor
 
 
 def _fit(
-    w: Tensor,
-    smooth: Tensor,
-    precision: str,
-    config: Config,
-    rows: Tensor | None,
-    shift: float,
-    dtype: torch.dtype,
-) -> _Fit:
-    """Decompose w [N, K] fp32, alternating between the branch and the rounded rest; keep the best round."""
-    fmt = FORMATS[precision]
-    rank = config.rank
-    smoothed = w * smooth
-    importance = None if rows is None else _importance(rows / smooth)
-    whitening = Whitening(None if rows is None else rows / smooth)
-    truth = w if rows is None else rows @ w.t()
-    scale = float(truth.norm()) or 1.0
+    weight: Tensor, smooth: Tensor, precision: str, config: Config, seen: _Seen | None, shift: float
+) -> tuple[_Fit, float]:
+    """Decompose a weight [N, K], alternating between the branch and the rounded rest -> the best round, its error.
 
-    best: _Fit | None = None
-    lost = torch.zeros((), device=w.device)
-    basis: Tensor | None = None
-    up = w.new_zeros(w.shape[0], 0, dtype=dtype)
-    down = w.new_zeros(0, w.shape[1], dtype=dtype)
+    Nothing waits for the GPU before the last round: its work is short, and the host is a round or two ahead.
+    """
+    rank, dtype = config.rank, weight.dtype
+    smoothed = weight.float() * smooth
+    truth = weight.float() if seen is None else seen.rows @ weight.float().t()
+    scale = truth.norm()
+    rest, rounded, basis = smoothed, None, None
+    up, down = smoothed.new_zeros(weight.shape[0], 0, dtype=dtype), smoothed.new_zeros(0, weight.shape[1], dtype=dtype)
+    fits = []
     for _ in range(config.refine + 1 if rank else 1):
         if rank:
-            up32, down32, basis = factorize(whitening.apply(smoothed - lost), rank, basis)
-            up, down = up32.to(dtype), (whitening.undo(down32) / smooth).to(dtype)
-        branch = up.float() @ (down.float() * smooth)
-        tensors = fmt.quantize_weight(smoothed - branch, importance)
-        lost = fmt.dequantize_weight(*tensors)[:, : w.shape[1]]
-        fit = _Fit(tensors, up, down, _offset(lost, smooth, shift), 0.0)
-        result = _run(fit, precision, smooth, shift, rows) if rows is not None else (lost + branch) / smooth
-        fit.error = float((result - truth).norm()) / scale
-        if best is None or fit.error < best.error:
-            best = fit
-    assert best is not None
-    return best
-
-
-def _importance(rows: Tensor) -> Tensor:
-    """[K]: the second moment of each channel of the smoothed input, about 1; no channel counts for nothing."""
-    moment = rows.square().mean(0)
-    return moment / moment.mean().clamp_min(1e-30) + 1e-4
-
-
-def _offset(lost: Tensor, smooth: Tensor, shift: float) -> Tensor | None:
-    """[N]: what adding `shift` to every input channel adds to the quantized product."""
-    return (lost / smooth).sum(1) * shift if shift else None
-
-
-def _run(fit: _Fit, precision: str, smooth: Tensor, shift: float, rows: Tensor) -> Tensor:
-    """The quantized linear's output on the sampled rows, by the operators' own reference."""
-    if FORMATS[precision].quantize_activation is None:
-        xd = rows @ fit.down.float().t()
-        return reference.gemv(rows, xd, list(fit.weight), fit.up, None, precision, torch.float32)
-    qx, ascales, xd = reference.quantize(rows, smooth, fit.down, precision, shift)
-    return reference.gemm(qx, ascales, xd, list(fit.weight), fit.up, None, fit.offset, precision, torch.float32)
+            missing = smoothed if rounded is None else smoothed - rounded
+            if seen is not None:
+                missing = seen.whitening.apply(missing)
+            up32, down32, basis = factorize(missing, rank, basis)
+            if seen is not None:
+                down32 = seen.whitening.undo(down32)
+            up, down = up32.to(dtype), (down32 / smooth).to(dtype)
+            rest = torch.addmm(smoothed, up.float(), down.float() * smooth, alpha=-1)
+        tensors, rounded = round_weight(precision, rest, None if seen is None else seen.importance)
+        offset = (rounded @ smooth.reciprocal()) * shift if shift else None  # what the shift adds to the product
+        if seen is None:
+            wrong = (rounded - rest) / smooth
+        else:
+            xd = (seen.rows @ down.float().t()).to(dtype)
+            wrong = torch.addmm(xd.float() @ up.float().t() - truth, seen.rounded, rounded.t())
+            wrong = wrong if offset is None else wrong - offset
+        fits.append(_Fit(tensors, up, down, offset, wrong.norm() / torch.where(scale > 0, scale, 1.0)))
+    errors = torch.stack([fit.error for fit in fits]).tolist()
+    best = min(range(len(fits)), key=errors.__getitem__)
+    return fits[best], errors[best]

@@ -42,4 +42,4 @@ class Whitening:
 
     @staticmethod
     def _scaled(a: Tensor, directions: Tensor, gain: Tensor) -> Tensor:
-        return a + ((a @ directions) * (gain - 1)) @ directions.t()
+        return torch.addmm(a, (a @ directions) * (gain - 1), directions.t())
