@@ -22,6 +22,11 @@ import triton
 SECONDS = 5.0
 REPEATS = 7
 
+
+class CannotRun(Exception):
+    """Raised by `run` where a candidate does not take these operands."""
+
+
 _C = TypeVar("_C", bound=Hashable)
 _chosen: dict[tuple, int] = {}
 _spent = 0.0
@@ -58,7 +63,7 @@ def _may_measure() -> bool:
 
 
 def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
-    """Index of the candidate with the smallest median time; one that fails to compile is out."""
+    """Index of the candidate with the smallest median time; one that fails to compile or cannot run is out."""
     global _spent
     begin = time.perf_counter()
     times = []
@@ -66,7 +71,7 @@ def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
         try:
             run(candidate)
             times.append(_milliseconds(partial(run, candidate)))
-        except (triton.CompilationError, triton.runtime.errors.OutOfResources):
+        except (CannotRun, triton.CompilationError, triton.runtime.errors.OutOfResources):
             times.append(float("inf"))
     _spent += time.perf_counter() - begin
     return min(range(len(times)), key=times.__getitem__)

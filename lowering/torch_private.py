@@ -74,6 +74,13 @@ def fake_like(fake: Tensor | None, real: Tensor) -> Tensor:
     return mode.from_tensor(real, static_shapes=True) if mode is not None else real
 
 
+def without_fake_tensors() -> Any:
+    """A context in which tensors are made in earnest, within tracing too."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 def describe(node: fx.Node, instead_of: fx.Node) -> None:
     """Give a new node of an aten graph what others read of it: where it stands, and its result as fake tensors.
 

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import fx
 
+from .choose_attention import choose_attention
 from .drop_replaced_weights import drop_replaced_weights
 from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
@@ -46,5 +47,5 @@ FUSING: dict[str, Pass] = {
 
 
 def fuse(gm: fx.GraphModule, fusions: Collection[str]) -> None:
-    """Run those of the third list that are named over a graph."""
-    run(gm, [rewrite for name, rewrite in FUSING.items() if name in fusions])
+    """Run those of the third list that are named over a graph, and what is no matter of choice."""
+    run(gm, [*(rewrite for name, rewrite in FUSING.items() if name in fusions), choose_attention])

@@ -104,8 +104,7 @@ class Variant:
         inputs = self.template(packs)
         for position, index in self.plain:
             inputs[position] = args[index]
-        fusing = partial(fuse, fusions=config.fusions) if config.fusions else None
-        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fusing)
+        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, partial(fuse, fusions=config.fusions))
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
         """The inputs with the packed tensors filled in and gaps for the others."""
