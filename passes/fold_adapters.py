@@ -33,8 +33,10 @@ from .quantize_linears import emit
 from .scope import is_adapter, layer_name
 from .subgraphs import invocations
 
+MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go, without a buffer for its parts
 RANK_STEP = 16  # of the kernels' low-rank products
 ADD = (operator.add, operator.iadd, torch.add)
+OF_INPUTS = (torch.cat, torch.mul, F.pad, torch.flatten, torch.Tensor.to, operator.getitem, "item")
 MULTIPLY = (operator.mul, operator.imul, torch.mul)
 
 
@@ -80,10 +82,12 @@ class Reader:
 def fold_adapters(gm: fx.GraphModule) -> int:
     """Rewrite, in subgraphs too. Returns how many adapters were folded."""
     graph, count = gm.graph, 0
+    wide: list[fx.Node] = []
     for source, x, readers in _sources(graph):
         if any(reader.adapters for reader in readers):
-            _fold(graph, source, x, readers)
+            wide += _fold(graph, source, x, readers)
             count += sum(len(reader.adapters) for reader in readers)
+    _compute_together(graph, wide)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (*LINEAR, *POINTWISE_CONV) and is_adapter(layer_name(node)):
             log.debug("not folded: %s stays a product beside its layer", layer_name(node))
@@ -196,25 +200,60 @@ def _value(node: fx.Node) -> Tensor:
     return node.meta["example_value"]
 
 
-def _fold(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> None:
-    """Give the source the rows of all adapters, and each reader its columns."""
-    xd = _widen_down(graph, source, x, readers)
+def _fold(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> list[fx.Node]:
+    """Give the source the rows of all adapters, and each reader its columns; -> the concatenations."""
+    down, xd = _widen_down(graph, source, x, readers)
+    made = [down]
     first, total = 0, sum(reader.total_rank for reader in readers)
     for reader in readers:
         columns = (Ellipsis, slice(first, first + reader.total_rank))
         own = xd if reader.total_rank == total else emit(graph, reader.node, operator.getitem, xd, columns)
         first += reader.total_rank
         if reader.adapters:
-            _widen_up(graph, reader, own)
+            made.append(_widen_up(graph, reader, own))
         elif reader.rank:
             at = _low_rank_at(reader.node)
             unused = reader.node.args[at]
             reader.node.update_arg(at, own)
             _erase_unused(graph, unused)  # type: ignore[arg-type]
+    return [node for node in made if node.target is torch.cat]
 
 
-def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> fx.Node:
-    """cat(down, A, ...) in the place of `down`; -> the node of its product with x."""
+def _compute_together(graph: fx.Graph, wide: list[fx.Node]) -> None:
+    """Multiply all concatenations by 1 in one foreach operator, of which Inductor makes one kernel for all of them."""
+    wide = [node for node in wide if len(node.args[0]) <= MAX_TOGETHER and _is_of_inputs(node)]  # type: ignore[arg-type]
+    if len(wide) < 2:
+        return
+    users = {user for node in wide for user in node.users}
+    first = next(node for node in graph.nodes if node in users)
+    needed = _ancestors(wide)
+    for node in [node for node in graph.nodes if node in needed and node.op != "placeholder"]:
+        first.prepend(node)
+    together = emit(graph, first, torch._foreach_mul, wide, 1.0)
+    for i, node in enumerate(wide):
+        item = emit(graph, first, operator.getitem, together, i)
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user is not together)
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    open_ = list(nodes)
+    while open_:
+        node = open_.pop()
+        if node not in found:
+            found.add(node)
+            open_ += node.all_input_nodes
+    return found
+
+
+def _is_of_inputs(node: fx.Node) -> bool:
+    """Whether it is made of weights and strengths alone, and so could stand at the graph's beginning."""
+    return all(a.op == "placeholder" or a.target in OF_INPUTS for a in _ancestors([node]))
+
+
+def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> tuple[fx.Node, fx.Node]:
+    """cat(down, A, ...) in the place of `down`; -> it, and the node of its product with x."""
     before = source or readers[0].node
     down = None if source is None else source.args[2 if source.target is ops.quantize else 1]
     dtype = cast(torch.dtype, readers[0].node.args[-1]) if down is None else _value(cast(fx.Node, down)).dtype
@@ -230,15 +269,15 @@ def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: li
         rows += matrices
     wide = emit(graph, before, torch.cat, rows) if len(rows) > 1 else rows[0]
     if source is None:
-        return emit(graph, before, F.linear, x, wide)
+        return wide, emit(graph, before, F.linear, x, wide)
     source.update_arg(2 if source.target is ops.quantize else 1, wide)
     if source.target is ops.quantize:
-        return next(user for user in source.users if user.args[1] == 2)
-    return source
+        return wide, next(user for user in source.users if user.args[1] == 2)
+    return wide, source
 
 
-def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> None:
-    """The linear once more where the last sum was, since strengths may be known only there."""
+def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> fx.Node:
+    """The linear once more where the last sum was, since strengths may be known only there; -> cat(up, s B, ...)."""
     before, old = reader.result, reader.node
     at = _low_rank_at(old)
     up: fx.Node | None = old.args[at + 2]  # type: ignore[assignment]
@@ -262,6 +301,7 @@ def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> None:
         y = emit(graph, before, torch.Tensor.to, y, _value(before).dtype)
     before.replace_all_uses_with(y)
     _erase_unused(graph, before)
+    return wide
 
 
 def _matrix(
