@@ -8,7 +8,8 @@ Each method has a process of its own with empty compile caches, and a second one
 same model and method in an existing file is replaced; ratios are made of rows of one call only ("run"). A row has
     ms              median of steps one after another, the GPU's time between events; ms_all: each of them
     first_step_s    from the 16-bit model in memory until the first step in the method's own form is done: quantizing,
-                    compiling, and for ours also the 16-bit step that it observes; warm_process_s: again, caches full
+                    compiling, and for ours also the 16-bit step that it observes; warm_process_s: again, caches full;
+                    loaded_process_s: so too, and instead of quantizing, what the first process saved is loaded
     prepare_s       the part of it before the method's own step
     resident_gib    GPU memory between steps;  peak_gib: within them;  peak_prepare_gib: until the first is done
     rel_err         of the output against 16-bit eager with the same weights, in the same process
@@ -20,7 +21,6 @@ import argparse
 import contextlib
 import datetime
 import gc
-import itertools
 import json
 import os
 import signal
@@ -36,10 +36,12 @@ from typing import Any
 import step_profile
 import step_table
 import torch
-from step_methods import METHODS
+from step_methods import METHODS, loaded
 from step_models import MODELS, build, inputs
+from step_times import milliseconds
 
 import record
+import svdq_compile as svdq
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SVDQ_CACHE")
 GIB = 2**30
@@ -85,7 +87,8 @@ class Measurement:
         reference = self.step().float()
         profiling = self.options.methods in (self.options.profile or "").split(",")
         blocks = self.before_compiling() if profiling else {}
-        self.first_step(METHODS[self.options.methods])
+        saved = self.options.saved
+        self.first_step(loaded(saved) if saved and saved.exists() else METHODS[self.options.methods])
         if self.options.first_only:
             return
         output = self.step().float()
@@ -95,6 +98,8 @@ class Measurement:
         self.times()
         if self.on_gpu:
             self.kernels(blocks if profiling else None)
+        if saved:
+            svdq.save(self.model, saved, progress=False)
 
     def before_compiling(self) -> dict:
         """What a profile needs to know of the model, found by hooks that a compiled model would not run."""
@@ -133,7 +138,7 @@ class Measurement:
             torch.cuda.empty_cache()
             resident = torch.cuda.memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
-        times = self.events() if self.on_gpu else host
+        times = milliseconds(self.step, self.repeats) if self.on_gpu else host
         self.put(
             ms=round(statistics.median(times), 3),
             ms_all=[round(t, 3) for t in times],
@@ -142,17 +147,6 @@ class Measurement:
             peak_gib=round(torch.cuda.max_memory_allocated() / GIB, 3) if self.on_gpu else None,
             kernels=None,
         )
-
-    def events(self) -> list[float]:
-        """Steps one after another without waiting, as a denoising loop runs them; the first one fills the queue."""
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.repeats + 1)]
-        self.step()
-        marks[0].record()
-        for mark in marks[1:]:
-            self.step()
-            mark.record()
-        self.synchronize()
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
     def kernels(self, blocks: dict | None) -> None:
         events = step_profile.kernels(self.step)
@@ -181,7 +175,9 @@ def child(options: argparse.Namespace) -> None:
         raise
 
 
-def run_child(options: argparse.Namespace, method: str, caches: Path, first_only: bool) -> dict[str, Any]:
+def run_child(
+    options: argparse.Namespace, method: str, caches: Path, first_only: bool, saved: Path | None = None
+) -> dict[str, Any]:
     """Start a process for one method and wait for its row; it and all it started end at the limit."""
     limit = min(options.limit, options.total - time.perf_counter())
     if limit <= 0:
@@ -191,6 +187,7 @@ def run_child(options: argparse.Namespace, method: str, caches: Path, first_only
     command = [sys.executable, __file__, "--model", options.model, "--methods", method, "--child", str(target)]
     command += ["--tiny"] if options.tiny else []
     command += ["--first-only"] if first_only else []
+    command += ["--saved", str(saved)] if saved else []
     command += ["--profile", options.profile] if options.profile else []
     environment = os.environ | {name: str(caches / name) for name in CACHES}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -216,11 +213,15 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"{model}, {method}", flush=True)
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            row = run_child(options, method, Path(folder), options.first_only)
-            row["warm_process_s"] = None
+            saved = Path(folder) / "model.svdq.safetensors" if options.load and method.startswith("ours") else None
+            row = run_child(options, method, Path(folder), options.first_only, saved)
+            row["warm_process_s"] = row["loaded_process_s"] = None
             if options.warm and "error" not in row:
                 again = run_child(options, method, Path(folder), first_only=True)
                 row["warm_process_s"] = again.get("first_step_s")
+            if saved and saved.exists():
+                again = run_child(options, method, Path(folder), first_only=True, saved=saved)
+                row["loaded_process_s"] = again.get("first_step_s")
         print(f"  {method:14} took {time.perf_counter() - begin:.0f} s in all  {row.get('error', '')}", flush=True)
         yield {"model": model, "method": method, "run": run, "device": record.environment()["device"]} | row
 
@@ -245,12 +246,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for each process")
     parser.add_argument("--total", type=float, default=float("inf"), metavar="SECONDS", help="for all processes")
     parser.add_argument("--no-warm", dest="warm", action="store_false", help="no second process with full caches")
+    parser.add_argument("--load", action="store_true", help="save ours, and load it in another process")
     parser.add_argument("--profile", metavar="METHODS", help="also profile a step of these of the methods")
     parser.add_argument("--tiny", action="store_true", help="a small model of the same structure, to try the script")
     parser.add_argument("--first-only", action="store_true", help="no more than the first step")
     parser.add_argument("--table", nargs="?", type=Path, const=Path("-"), metavar="FILE",
                         help="print the tables of --out, or put them into a document, between its markers")  # fmt: skip
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = set(options.methods.split(",")) - set(METHODS)
     if unknown:

@@ -5,12 +5,14 @@ the method's own. Everything is compiled by repeated blocks (diffusers' `compile
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from step_models import repeated_blocks
 from torch import nn
 
+import svdq_compile as svdq
 from svdq_compile.config import FUSIONS
 
 # What a peer quantizes: embedders and output projections with a narrow side stay 16-bit, as torchao's guides have it.
@@ -53,6 +55,16 @@ def ours(model: nn.Module, call: dict) -> nn.Module:
     model = _by_blocks(model, **_ours())
     model(**call)  # runs in 16-bit, observes, and quantizes on its way out
     return model
+
+
+def loaded(path: Path) -> Callable[[nn.Module, dict], nn.Module]:
+    """Ours with what an earlier process has saved, instead of quantizing."""
+
+    def method(model: nn.Module, call: dict) -> nn.Module:
+        svdq.load(model, path, progress=False)
+        return _by_blocks(model, **_ours())
+
+    return method
 
 
 def _ours_fusing(*fusions: str) -> Callable[[nn.Module, dict], nn.Module]:

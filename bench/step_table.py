@@ -42,7 +42,7 @@ def ratio(row: Row, peer: str, rows: list[Row]) -> str:
 
 def steps(rows: list[Row]) -> str:
     head = ["method", "ms a step", *(f"x {peer}" for peer in PEERS), "resident GiB", "peak GiB", "first step, s"]
-    head += ["in a second process, s", "rel. error", "kernels", "host ms"]
+    head += ["in a second process, s", "loaded, s", "rel. error", "kernels", "host ms"]
     parts = []
     for model, own in by_model(rows).items():
         lines = []
@@ -54,7 +54,7 @@ def steps(rows: list[Row]) -> str:
             lines.append(
                 [row["method"], cell(row["ms"], ".1f"), *(ratio(row, peer, own) for peer in PEERS)]
                 + [cell(row.get(key), ".2f") for key in ("resident_gib", "peak_gib")]
-                + [cell(row.get(key), ".0f") for key in ("first_step_s", "warm_process_s")]
+                + [cell(row.get(key), ".0f") for key in ("first_step_s", "warm_process_s", "loaded_process_s")]
                 + [cell(row.get("rel_err"), ".3f"), cell(row.get("kernels")), cell(row.get("host_ms"), ".0f")]
             )
         title = MODELS[model].title if model in MODELS else model

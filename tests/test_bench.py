@@ -29,20 +29,22 @@ def test_flux_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_it_is(gm: fx.GraphModule, *rest: object) -> Callable:
         return gm.forward
 
-    def here(options: object, method: str, caches: Path, first_only: bool) -> dict:
-        flux_step.main([*common, "--methods", method, "--child", str(row)])
+    def here(options: object, method: str, caches: Path, first_only: bool, saved: Path) -> dict:
+        more = ["--first-only"] if first_only else []
+        flux_step.main([*common, "--methods", method, "--child", str(row), "--saved", str(saved), *more])
         return json.loads(row.read_text())
 
     monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
     monkeypatch.setattr(flux_step, "run_child", here)
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # put back what it sets
-        flux_step.main([*common, "--methods", "ours"])
+        flux_step.main([*common, "--load", "--methods", "ours"])
 
     rows = json.loads(out.read_text())["rows"]
     assert [r["method"] for r in rows] == ["eager", "ours"]
     assert all(r.keys() >= FIELDS and r["ms"] > 0 for r in rows)
     assert rows[0]["rel_err"] == 0
     assert 0 < rows[1]["rel_err"] < 0.25
+    assert rows[1]["loaded_process_s"] > 0
 
     document = tmp_path / "document.md"
     document.write_text("before\n<!-- table: steps -->\nold\n<!-- end -->\nafter\n")
