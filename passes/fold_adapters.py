@@ -257,7 +257,7 @@ def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: li
     before = source or readers[0].node
     down = None if source is None else source.args[2 if source.target is ops.quantize else 1]
     dtype = cast(torch.dtype, readers[0].node.args[-1]) if down is None else _value(cast(fx.Node, down)).dtype
-    rows = []
+    rows: list[Any] = []
     for reader in readers:
         if reader.rank:
             covers = reader.rank == _value(down).shape[0]  # type: ignore[arg-type]

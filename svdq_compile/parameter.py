@@ -5,9 +5,9 @@ state dicts being built, optimizers, adapters) goes on referring to the same obj
 and traces again, and every use of the missing 16-bit values passes through `__torch_function__` below, which does one
 of four things:
 
-    describe   shape, dtype, device and the like are what they were; so is detach(), which gives the weight itself: a
-               state dict can be taken, as those who load adapters do to see names and shapes, and reading from it
-               comes here again
+    describe   shape, dtype, device and the like are what they were. detach() and .data give the weight itself, as those
+               who load adapters take state dicts and .data of every layer to see shapes; a use of what they got comes
+               here again
     move       .to(device), .cuda(), .cpu() move the packed tensors
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
                when the originals are still there (weights="keep", "offload")
@@ -197,8 +197,9 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
                 return func(*args, **kwargs)
             if not is_kept(first) and name in _MOVES:
                 return _moved(func, args, kwargs)
-            if name == "detach" and not is_kept(first):
-                return first
+            if name == "detach" or func == _DATA_GET:
+                # Of kept values an alias that shares their version, as that of .data would not.
+                return first.detach() if is_kept(first) else first
             if func == _DATA_SET or name == "copy_":
                 return _overwrite(first, func, args, kwargs)
         for weight in _quantized(args, kwargs):
@@ -206,18 +207,20 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
                 if weight._svdq_original is None:
                     raise WeightsReleased(weight._svdq_name, _describe_use(func, name))
                 thaw(weight)
-            elif _can_write(func, name):
+            elif _can_write(name):
                 thaw(weight)
-        return func(*args, **kwargs)
+        # A write through .data records no gradients, and .data was the weight itself.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _can_write(name)):
+            return func(*args, **kwargs)
 
 
 def _reads_values(func: Callable) -> bool:
     return getattr(getattr(func, "__self__", None), "__name__", "") in _VALUES
 
 
-def _can_write(func: Callable, name: str) -> bool:
-    """In-place methods, and `.data`, whose alias hides later writes. Those through detach() show in `_version`."""
-    return func == _DATA_GET or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+def _can_write(name: str) -> bool:
+    """In-place methods; `w += 1` comes here as add_."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _describe_use(func: Callable, name: str) -> str:

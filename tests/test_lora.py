@@ -5,48 +5,32 @@ The rewritten graphs run as they are, without Inductor, except where a test is a
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from fusion_testing import run_as_aten
+from lora_testing import SAME, Session, products_of_adapters, run_as_rewritten
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, fx, nn
 
 import svdq_compile as svdq
 from conftest import Net, inputs, net, quiet, relative_error
-from svdq_compile import compiled as compiled_module
 from svdq_compile import passes
 from svdq_compile.errors import WeightsReleased
-from svdq_compile.parameter import QuantizedWeight
-from svdq_compile.passes.linears import LINEAR, POINTWISE_CONV
-from svdq_compile.passes.scope import is_adapter, layer_name
 from zoo import ZOO, make
 
 MODELS = ("flux", "sd3", "sdxl", "wan", "qwen_image", "pixart")
 # Of every kind: siblings that share an input, one row a sample, and one that stays 16-bit (proj_out of the model).
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out"]
 OTHERS = ["ff.net.0.proj", "ff.net.2", "ffn.net.2", "norm1.linear", "img_mod.1", "proj_mlp", "proj_out", "proj_in"]
-# fp32 models: the folded product is summed in another order, and what that moves over a tie of int8 codes.
-SAME = 3e-3
-# This one blows codes up: 1e-6 of noise in its input moves its output by 2 %. So its activations stay as they are.
-PRECISION = {"sdxl": "w4a16"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
-    """Run rewritten graphs as they are; -> the list they are put in."""
-    made: list[fx.GraphModule] = []
-
-    def as_it_is(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable | None = None) -> Callable:
-        made.append(gm)
-        return gm.forward
-
-    monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
-    return made
+    return run_as_rewritten(monkeypatch)
 
 
 def config(rank: int = 4, targets: list[str] | None = None, **options) -> LoraConfig:
@@ -85,50 +69,13 @@ def state_of(rank: int, seed: int, name: str = "wan") -> dict[str, Tensor]:
     return {f"transformer.{key}": value.clone() for key, value in state.items()}
 
 
-class Session:
-    """A model of the zoo, quantized, with what tests ask of it."""
-
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32, regional: bool = False, **options) -> None:
-        self.model, self.inputs = make(name, dtype)
-        options = quiet(rank=16, refine=0, precision="w4a8") | options
-        self.call: Callable = self.model
-        if regional:
-            self.model.compile_repeated_blocks(backend="svdquant", fullgraph=True, options=options)
-        else:
-            self.call = torch.compile(self.model, backend="svdquant", fullgraph=True, options=options)
-        self.run()
-        self.before = self.run()
-        self.packed = self.packs()
-
-    def run(self, **more: Any) -> Tensor:
-        return self.call(**self.inputs, **more)[0]
-
-    def packs(self) -> dict[str, tuple]:
-        """Which packed tensors each layer has, by identity and address."""
-        found = {}
-        for name, p in self.model.named_parameters():
-            if isinstance(p, QuantizedWeight):
-                tensors = p._svdq.own_tensors().values()
-                found[name.replace(".base_layer", "")] = (id(p._svdq), *(t.data_ptr() for t in tensors))
-        return found
-
-    def check_nothing_was_quantized_again(self) -> None:
-        assert self.packs() == self.packed
-
-
-def products_of_adapters(gm: fx.GraphModule) -> int:
-    """How many of PEFT's linears are left in a graph."""
-    targets = (*LINEAR, *POINTWISE_CONV)
-    return sum(1 for node in gm.graph.nodes if node.target in targets and is_adapter(layer_name(node)))
-
-
 CASES = [(name, False) for name in MODELS] + [(name, True) for name in MODELS if ZOO[name].regional]
 
 
 @pytest.mark.parametrize(("name", "regional"), CASES)
 def test_folded_is_what_it_would_be_beside(name: str, regional: bool, graphs: list, monkeypatch) -> None:
     """Two adapters of uneven ranks, one of them only on attention."""
-    session = Session(name, regional=regional, precision=PRECISION.get(name, "w4a8"))
+    session = Session(name, regional=regional)
     add(session.model, "a", 4, 0)
     add(session.model, "b", 12, 1, targets=ATTENTION)
     mix(session.model, {"a": 0.8, "b": -0.5})
@@ -445,3 +392,22 @@ def test_saving_leaves_adapters_out(graphs: list, tmp_path) -> None:
         svdq.load(fresh, tmp_path / "model", progress=False)
         fresh.compile_repeated_blocks(backend="svdquant", fullgraph=True, options=quiet())
         assert relative_error(fresh(**given)[0], with_adapter if adapted else session.before) < SAME
+
+
+def test_concatenations_are_one_operator_which_inductor_takes() -> None:
+    """So that they are one kernel on a GPU, not one for each linear."""
+    outputs, made = [], []
+    for through_inductor in (False, True):
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            if not through_inductor:
+                made = run_as_rewritten(patch)
+            model = net()
+            call = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet(rank=16))
+            call(*inputs())
+            adapted(model)
+            outputs.append(call(*inputs()))
+    nodes = [node for node in made[-1].graph.nodes if node.target in (torch.cat, torch._foreach_mul)]
+    assert [node.target for node in nodes].count(torch._foreach_mul) == 1
+    assert all(list(node.users) == [nodes[-1]] for node in nodes[:-1])
+    assert relative_error(*outputs) < SAME

@@ -35,7 +35,7 @@ REFUSED = {
     "copy into a plain weight": lambda m, w: net().blocks[0].to_q.weight.copy_(w),
     "copy between quantized": lambda m, w: m.blocks[1].to_q.weight.copy_(w),
     "other model's state_dict": lambda m, w: svdq.restore(quantized()[0], m.state_dict()),
-    "data": lambda m, w: w.data,
+    "data": lambda m, w: w.data.clone(),
     "transpose": lambda m, w: w.T,
     "read an element": lambda m, w: w[0, 0],
     "tolist": lambda m, w: w.tolist(),

@@ -43,17 +43,21 @@ class Entry:
     """One model: how to build it, what to call it with, and whether its class names blocks to compile regionally."""
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     inputs: Callable[[torch.dtype], dict[str, Any]]
     regional: bool
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its inputs. Weights are drawn in float32 under `seed`, then cast; the global RNG does not move."""
+def make(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and its inputs; `config` changes its configuration. Weights are drawn in float32 under `seed`, then
+    cast; the global RNG does not move.
+    """
     entry = ZOO[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = entry.build().eval().requires_grad_(False)
+        model = entry.build(**config).eval().requires_grad_(False)
         _draw_weights(model)
     _cast(model, dtype)
     return model, entry.inputs(dtype)
