@@ -13,6 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import flux_step  # noqa: E402
+import lora_step  # noqa: E402
 
 from svdq_compile import compiled as compiled_module  # noqa: E402
 
@@ -106,3 +107,26 @@ def test_models(name: str) -> None:
     assert sum(p.numel() for p in published.parameters()) > 2e9
     model = flux_step.build(name, True, cpu)
     assert model(**flux_step.inputs(name, True, model, cpu))[0].isfinite().all()
+
+
+def test_an_adapter_for_every_linear_of_the_blocks() -> None:
+    model = flux_step.build("flux", True, torch.device("cpu"))
+    names = lora_step.linears(model)
+    assert "transformer_blocks.0.attn.to_q" in names
+    assert "single_transformer_blocks.1.proj_out" in names
+    assert "proj_out" not in names
+    state = lora_step.adapter(model, names, seed=0)
+    assert len(state) == 2 * len(names)
+    model.load_lora_adapter(state, adapter_name="first")
+    loaded = dict(model.named_parameters())
+    assert torch.equal(
+        loaded["transformer_blocks.0.attn.to_q.lora_A.first.weight"],
+        state["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
+    )
+
+
+def test_lora_ratios_are_against_both_steps_without() -> None:
+    events = [("a step without an adapter", 10.0), ("a step with an adapter", 12.0)]
+    events += [("a step without an adapter, again", 14.0), ("a step with a hotswappable adapter", 13.2)]
+    rows = [{"event": event, "ms": ms} for event, ms in events]
+    assert lora_step.summary(rows) == {"slower": 0.0, "slower_hotswappable": 0.1}
