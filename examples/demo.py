@@ -1,17 +1,19 @@
-"""The same emoji drawn in 16 bits and in three kinds of 4 bits, side by side on one HTML page.
+"""The same emoji drawn in 16 bits and in three kinds of 4 bits, then with LoRA adapters, side by side on one HTML page.
 
     python examples/demo.py [--output demo.html] [--prompts 8] [--steps 12] [--open]
 
 Each method starts from a freshly loaded transformer, is calibrated on prompts that are not shown, and draws the same
-prompts from the same noise. Nothing is downloaded; the model is in examples/emoji.
+prompts from the same noise. The 16-bit and the w4a8 pipeline then take two LoRA adapters, alone and mixed. Nothing is
+downloaded; the model is in examples/emoji, the adapters are in examples/loras.
 """
 
 import argparse
 import platform
 import sys
 import time
+import warnings
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +26,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import svdq_compile as svdq
+from svdq_compile.parameter import QuantizedWeight
 
 try:
     import diffusers
-    from page import Branch, Method, build_page, decibels, psnr, worst_psnr
+    import peft  # noqa: F401  diffusers needs it for adapters
+    from page import Adapted, Branch, Method, build_page, decibels, psnr, worst_psnr
 except ModuleNotFoundError as missing:
     raise SystemExit(f"The demo needs {missing.name}: pip install 'svdq-compile[demo]'") from None
 
@@ -35,9 +39,14 @@ if TYPE_CHECKING:
     from pipeline import EmojiPipeline
 
 EMOJI = Path(__file__).resolve().parent / "emoji"
+LORAS = Path(__file__).resolve().parent / "loras"
 SEED, GUIDANCE = 0, 3.0
 CALIBRATION_PROMPTS, CALIBRATION_STEPS = 4, 8
 LAYER = "transformer_blocks.2.attn.to_q"  # its input has the strongest outliers of all
+ADAPTERS = ("flat", "night")
+# Their strengths. Both are always active, at 0 where not wanted: then a change costs no graph, the first one apart.
+MIXTURES = {"flat": (1.0, 0.0), "night": (0.0, 1.0), "both": (0.6, 0.6)}
+LORA_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,9 @@ class Job:
 class Line:
     """One method's line in the progress display, counting denoising steps."""
 
-    def __init__(self, progress: Progress, recipe: Recipe, job: Job) -> None:
-        calibration = CALIBRATION_STEPS if recipe.config else 0
-        self._progress, self._name = progress, recipe.name
-        self._task = progress.add_task("", total=calibration + 1 + job.steps)
+    def __init__(self, progress: Progress, name: str, steps: int) -> None:
+        self._progress, self._name = progress, name
+        self._task = progress.add_task("", total=steps)
         self.say("loading")
 
     def say(self, doing: str) -> None:
@@ -143,10 +151,61 @@ def measure(recipe: Recipe, pipe: "EmojiPipeline", job: Job, line: Line) -> Meth
     return Method(recipe.name, recipe.note, pictures, weight_bytes(pipe.transformer), seconds)
 
 
+def compare(job: Job, progress: Progress) -> tuple[list[Method], list[Adapted], Branch]:
+    """Everything that the page shows."""
+    methods: dict[str, Method] = {}
+    pipes: dict[str, EmojiPipeline] = {}
+    for recipe in RECIPES:
+        line = Line(progress, recipe.name, (CALIBRATION_STEPS if recipe.config else 0) + 1 + job.steps)
+        pipes[recipe.name] = prepare(recipe, job, line)
+        methods[recipe.name] = measure(recipe, pipes[recipe.name], job, line)
+    weights = {name: pipe.transformer.get_submodule(LAYER).weight for name, pipe in pipes.items()}
+
+    drawn = (methods[recipe.name].pictures[:LORA_PROMPTS] for recipe in (STOCK, W4A8))
+    plain = Adapted("no adapter", {}, *drawn, graphs=0, requantized=0)
+    line = Line(progress, f"{W4A8.name} with LoRA", 2 * len(MIXTURES) * job.steps)
+    adapted = [plain, *draw_adapted(job, pipes[STOCK.name], pipes[W4A8.name], line)]
+    return list(methods.values()), adapted, branch(weights[STOCK.name], weights[INT4.name], weights[NEAREST.name])
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights, counting a quantized one as what it takes now."""
     linears = svdq.report(model)
     return sum(p.numel() * p.element_size() for p in model.parameters()) - linears.bytes_before + linears.bytes_after
+
+
+def draw_adapted(job: Job, stock: "EmojiPipeline", quantized: "EmojiPipeline", line: Line) -> Iterator[Adapted]:
+    """The first prompts with each of MIXTURES, by both pipelines, whose transformers keep the adapters."""
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters, as intended
+    packed = packed_weights(quantized.transformer)
+    for pipe in (stock, quantized):
+        for name in ADAPTERS:
+            pipe.load_lora_weights(LORAS, weight_name=f"{name}.safetensors", adapter_name=name)
+    for name, strengths in MIXTURES.items():
+        graphs = compiled_graphs()
+        pictures = []
+        for pipe in (stock, quantized):
+            line.say(name)
+            pipe.set_adapters(list(ADAPTERS), list(strengths))
+            pictures.append(draw(pipe, job.prompts[:LORA_PROMPTS], job.steps, SEED, line))
+        changed = sum(map(differ, packed, packed_weights(quantized.transformer)))
+        yield Adapted(name, dict(zip(ADAPTERS, strengths, strict=True)), *pictures, compiled_graphs() - graphs, changed)
+    line.say("")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def packed_weights(model: nn.Module) -> list[list[Tensor]]:
+    """Copies of the 4-bit tensors of each quantized layer."""
+    weights = [p for p in model.parameters() if isinstance(p, QuantizedWeight)]
+    return [[t.clone() for t in svdq.packed(w).own_tensors().values()] for w in weights]
+
+
+def differ(before: list[Tensor], after: list[Tensor]) -> bool:
+    return not all(map(torch.equal, before, after))
 
 
 @torch.no_grad()
@@ -184,19 +243,26 @@ def facts(job: Job) -> list[str]:
         f"Made by examples/demo.py on {where} with PyTorch {torch.__version__} and diffusers {diffusers.__version__}.",
         f"{job.steps} steps, guidance {GUIDANCE:g}, picture i from seed i; calibrated on {len(job.calibration)} other "
         f"prompts, {CALIBRATION_STEPS} steps. A step is one denoising step of all {len(job.prompts)} pictures.",
-        "The pictures: Fluent Emoji (c) Microsoft, MIT licence, as redrawn by a model trained on them.",
+        "The pictures: Fluent Emoji (c) Microsoft, MIT licence, as redrawn by a model trained on them. The adapter "
+        "flat was trained on Noto Emoji (c) Google, Apache License 2.0.",
     ]
     if job.device == "cpu":
         sentences.insert(2, "On a CPU the 4-bit arithmetic is emulated in PyTorch: look at the pictures, not the time.")
     return sentences
 
 
-def print_table(console: Console, methods: Sequence[Method]) -> None:
-    """The page's numbers in the terminal."""
+def table_of(first: str, *columns: str) -> Table:
+    """An empty table: names, then numbers."""
     table = Table()
-    table.add_column("method", no_wrap=True)
-    for column in ("PSNR", "worst picture", "weights", "a step"):
+    table.add_column(first, no_wrap=True)
+    for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def print_tables(console: Console, methods: Sequence[Method], adapted: Sequence[Adapted]) -> None:
+    """The page's numbers in the terminal."""
+    table = table_of("method", "PSNR", "worst picture", "weights", "a step")
     reference = methods[0].pictures
     for method in methods:
         table.add_row(
@@ -206,6 +272,11 @@ def print_table(console: Console, methods: Sequence[Method]) -> None:
             f"{method.nbytes / 1e6:.1f} MB",
             f"{method.seconds:.2f} s",
         )
+    console.print(table)
+    table = table_of(f"{W4A8.name} with LoRA", "PSNR", "worst picture", "graphs compiled", "quantized again")
+    for a in adapted:
+        values = (decibels(psnr(a.pictures, a.reference)), decibels(worst_psnr(a.pictures, a.reference)))
+        table.add_row(a.name, *values, str(a.graphs), str(a.requantized))
     console.print(table)
 
 
@@ -232,20 +303,12 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shown, others = captions[: args.prompts], captions[args.prompts : args.prompts + CALIBRATION_PROMPTS]
     job = Job(shown, others, args.steps, device)
-    methods: list[Method] = []
-    weights: dict[str, Tensor] = {}
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
-        for recipe in RECIPES:
-            line = Line(progress, recipe, job)
-            pipe = prepare(recipe, job, line)
-            methods.append(measure(recipe, pipe, job, line))
-            weights[recipe.name] = pipe.transformer.get_submodule(LAYER).weight
-
-    part = branch(weights[STOCK.name], weights[INT4.name], weights[NEAREST.name])
-    args.output.write_text(build_page(shown, methods, part, facts(job)), encoding="utf-8")
-    print_table(console, methods)
+        methods, adapted, part = compare(job, progress)
+    args.output.write_text(build_page(shown, methods, adapted, part, facts(job)), encoding="utf-8")
+    print_tables(console, methods, adapted)
     console.print(f"The page: {args.output.resolve()}", soft_wrap=True, highlight=False)
     if args.open:
         webbrowser.open(args.output.resolve().as_uri())

@@ -1,4 +1,4 @@
-"""The demo's page: one self-contained HTML file with pictures, a table and two small charts.
+"""The demo's page: one self-contained HTML file with pictures, tables and two small charts.
 
 `build_page` turns measurements into text and knows nothing about models: pictures are arrays [n, height, width, 3] in
 0..1, and the first method is the reference that the others are compared with.
@@ -26,6 +26,23 @@ class Method:
     pictures: np.ndarray
     nbytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The first of the prompts, drawn with LoRA adapters in 16 bits and by the quantized model.
+
+    strengths    of each adapter, by name; none for the model as it is
+    graphs       how many graphs the quantized model compiled for it
+    requantized  how many of its packed weights were changed by it
+    """
+
+    name: str
+    strengths: dict[str, float]
+    reference: np.ndarray
+    pictures: np.ndarray
+    graphs: int
+    requantized: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,13 @@ def difference(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.clip(np.abs(pictures - reference) * AMPLIFIED, 0, 1)
 
 
-def build_page(prompts: Sequence[str], methods: Sequence[Method], branch: Branch, facts: Sequence[str]) -> str:
+def build_page(
+    prompts: Sequence[str],
+    methods: Sequence[Method],
+    adapted: Sequence[Adapted],
+    branch: Branch,
+    facts: Sequence[str],
+) -> str:
     """The whole page. `facts` are the sentences of the footer: where, how and with what it was made."""
     body = "\n".join(
         (
@@ -68,6 +91,7 @@ def build_page(prompts: Sequence[str], methods: Sequence[Method], branch: Branch
             summary(methods),
             picture_section(prompts, methods),
             difference_section(prompts, methods),
+            lora_section(prompts, adapted),
             branch_section(branch),
             f"<footer>{''.join(f'<p>{escape(fact)}</p>' for fact in facts)}</footer>",
         )
@@ -120,16 +144,21 @@ difference.</p>
 def summary_row(method: Method, reference: Method, scale: float) -> str:
     """One row; `scale` is the PSNR whose bar is full."""
     value = psnr(method.pictures, reference.pictures)
-    width = 100 * min(value / scale, 1)
     ratio = "" if method is reference else f" <small>{reference.nbytes / method.nbytes:.1f}&times; smaller</small>"
     worst = decibels(worst_psnr(method.pictures, reference.pictures))
     return (
         f'<tr><th scope="row">{escape(method.name)}<small>{escape(method.note)}</small></th>'
-        f'<td data-label="PSNR"><b>{decibels(value)}</b><i class="bar" style="width:{width:.0f}%"></i></td>'
+        f'<td data-label="PSNR"><b>{decibels(value)}</b>{bar(value, scale)}</td>'
         f'<td data-label="Worst picture">{worst}</td>'
         f'<td data-label="Weights">{method.nbytes / 1e6:.1f} MB{ratio}</td>'
         f'<td data-label="A step">{method.seconds:.2f} s</td></tr>'
     )
+
+
+def bar(value: float, scale: float) -> str:
+    """A bar under a number; it is full at `scale`."""
+    width = 100 if value >= scale else 100 * value / scale
+    return f'<i class="bar" style="width:{width:.0f}%"></i>'
 
 
 def picture_section(prompts: Sequence[str], methods: Sequence[Method]) -> str:
@@ -172,6 +201,59 @@ def difference_section(prompts: Sequence[str], methods: Sequence[Method]) -> str
 <p>The difference from the 16-bit picture, {AMPLIFIED} times brighter than it is. Black means no difference.</p>
 {rows}
 </section>"""
+
+
+def lora_section(prompts: Sequence[str], adapted: Sequence[Adapted]) -> str:
+    """A table of numbers, then one row a choice of adapters and one column a prompt."""
+    scale = max(psnr(a.pictures, a.reference) for a in adapted)
+    numbers = "\n".join(lora_numbers(a, scale) for a in adapted)
+    count = len(adapted[0].pictures)
+    head = "".join(f"<span>{escape(prompt)}</span>" for prompt in prompts[:count])
+    rows = "\n".join(
+        f'<div class="row"><h3>{escape(a.name)}</h3>{"".join(pair(a, prompts[i], i) for i in range(count))}</div>'
+        for a in adapted
+    )
+    return f"""<section class="lora" style="--columns:{count}">
+<h2>The same, in other styles</h2>
+<p>Two LoRA adapters are loaded into the w4a8 model, already quantized and compiled, then chosen and mixed. Each joins
+the low-rank branch that is there anyway; the 4-bit weights stay as they are.</p>
+<pre><code>pipe.load_lora_weights("examples/loras", weight_name="flat.safetensors", adapter_name="flat")
+pipe.set_adapters(["flat", "night"], [0.6, 0.6])</code></pre>
+<table>
+<thead><tr><th>Adapters</th><th>PSNR</th><th>Worst picture</th><th>Graphs compiled</th><th>Weights quantized again</th>
+</tr></thead>
+<tbody>
+{numbers}
+</tbody>
+</table>
+<p class="hint">PSNR against 16-bit with the same adapters. The first adapter and the first change of a strength cost
+graphs; later changes cost none. In each pair below, 16-bit is on the left, w4a8 on the right.</p>
+<div class="row head"><span></span>{head}</div>
+{rows}
+</section>"""
+
+
+def lora_numbers(adapted: Adapted, scale: float) -> str:
+    """One row; `scale` is the PSNR whose bar is full."""
+    value = psnr(adapted.pictures, adapted.reference)
+    note = ", ".join(f"{name} {strength:g}" for name, strength in adapted.strengths.items()) or "as above"
+    return (
+        f'<tr><th scope="row">{escape(adapted.name)}<small>{escape(note)}</small></th>'
+        f'<td data-label="PSNR"><b>{decibels(value)}</b>{bar(value, scale)}</td>'
+        f'<td data-label="Worst picture">{decibels(worst_psnr(adapted.pictures, adapted.reference))}</td>'
+        f'<td data-label="Graphs">{adapted.graphs}</td>'
+        f'<td data-label="Quantized again">{adapted.requantized}</td></tr>'
+    )
+
+
+def pair(adapted: Adapted, prompt: str, index: int) -> str:
+    """One prompt in 16 bits and in 4, side by side."""
+    exact, picture = adapted.reference[index], adapted.pictures[index]
+    about = f"{prompt}, {adapted.name}"
+    return (
+        f'<figure><div class="pair">{image(exact, f"{about}, 16-bit")}{image(picture, f"{about}, w4a8")}</div>'
+        f"<figcaption><b>{escape(prompt)}</b> {decibels(psnr(picture, exact))}</figcaption></figure>"
+    )
 
 
 def branch_section(branch: Branch) -> str:
@@ -279,6 +361,11 @@ thead th { color: var(--soft); font-size: .8rem; font-weight: 500; }
 td:nth-child(2) { width: 24%; }
 .bar { display: block; height: 6px; margin-top: .35rem; border-radius: 3px; background: var(--after); }
 tbody tr:first-child .bar { visibility: hidden; }
+.lora table { margin: 1rem 0 0; }
+.lora tbody tr:first-child .bar { visibility: visible; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
+.pair img:first-child { border-radius: 10px 0 0 10px; }
+.pair img:last-child { border-radius: 0 10px 10px 0; }
 
 .row { display: grid; grid-template-columns: 6.5rem repeat(var(--columns), minmax(0, 1fr)); gap: .75rem;
   margin-top: .75rem; }
@@ -316,6 +403,7 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line);
   .row figcaption b { display: block; color: var(--ink); font-size: .75rem; }
   .row figcaption { font-size: .75rem; }
   .differences .row { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-  .differences h3 { grid-column: 1 / -1; }
+  .lora .row { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .differences h3, .lora h3 { grid-column: 1 / -1; }
 }
 """

@@ -1,10 +1,11 @@
-"""The demo's page (examples/page.py): its numbers, its charts, and that it needs nothing but itself."""
+"""The demo's page (examples/page.py): its numbers, its charts, its adapters, and that it needs nothing but itself."""
 
 import base64
 import io
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -45,13 +46,31 @@ def method(name: str, pictures: np.ndarray, nbytes: int = 1_000_000) -> page.Met
     return page.Method(name, "a note", pictures, nbytes, 0.5)
 
 
-def example() -> str:
+def adapters() -> list[page.Adapted]:
+    black = np.zeros((2, 8, 8, 3))
+    return [
+        page.Adapted("no adapter", {}, black, black + 0.1, 0, 0),
+        page.Adapted("<ink>", {"ink": 1.0}, black, black + 0.05, 2, 0),
+        page.Adapted("mixed", {"ink": 0.6, "paper": 0.25}, black, black, 3, 7),
+    ]
+
+
+def example(shown: int = 2) -> str:
+    """A page of two prompts, `shown` of them with adapters."""
     rng = np.random.default_rng(0)
     reference = rng.random((2, 8, 8, 3)).astype(np.float32)
     methods = [method("16-bit", reference, 4_000_000), method("4-bit", reference * 0.9), method("same", reference)]
+    adapted = [replace(a, reference=a.reference[:shown], pictures=a.pictures[:shown]) for a in adapters()]
     weight = rng.standard_normal((6, 4))
     branch = page.Branch("blocks.0.proj", 2, weight, weight / 2, 0.08, 0.16)
-    return page.build_page(PROMPTS, methods, branch, ["Made on a <machine>."])
+    return page.build_page(PROMPTS, methods, adapted, branch, ["Made on a <machine>."])
+
+
+def lora_part(shown: int = 2) -> str:
+    """The section on adapters."""
+    text = example(shown)
+    start = text.index('<section class="lora"')
+    return text[start : text.index("</section>", start)]
 
 
 def test_psnr_is_in_decibels_of_the_mean_squared_error():
@@ -89,7 +108,8 @@ def test_page_is_well_formed_and_self_contained():
 
 def test_page_shows_every_picture_and_every_difference():
     sources = [image["src"] for image in Outline(example()).attributes["img"]]
-    assert len(sources) == 2 * 3 + 2 * 2  # prompts x methods, and the differences of all but the reference
+    # prompts x methods, the differences of all but the reference, pairs with adapters
+    assert len(sources) == 2 * 3 + 2 * 2 + 2 * 2 * 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -112,7 +132,31 @@ def test_summary_gives_the_numbers():
     text = example()
     assert "4.0 MB" in text
     assert "1.0 MB <small>4.0&times; smaller</small>" in text
-    assert text.count("<tr>") == 1 + 3
+    assert text.count("<tr>") == (1 + 3) + (1 + 3)  # a head and a row for each method, the same for adapters
+
+
+def test_adapters_are_compared_with_16_bit_that_has_the_same_ones():
+    text = lora_part()
+    for value in ("<b>20.0 dB</b>", "<b>26.0 dB</b>", "<b>reference</b>"):
+        assert text.count(value) == 1
+
+
+def test_adapters_come_with_their_strengths_and_their_cost():
+    text = lora_part()
+    assert "&lt;ink&gt;<small>ink 1</small>" in text
+    assert "mixed<small>ink 0.6, paper 0.25</small>" in text
+    assert re.findall(r'"Graphs">(\d+)', text) == ["0", "2", "3"]
+    assert re.findall(r'"Quantized again">(\d+)', text) == ["0", "0", "7"]
+
+
+def test_adapters_are_shown_for_the_first_prompts():
+    outline = Outline(lora_part(1).split(">", 1)[1])
+    assert [image["alt"] for image in outline.attributes["img"][:2]] == [
+        "dog face, no adapter, 16-bit",
+        "dog face, no adapter, w4a8",
+    ]
+    assert len(outline.attributes["img"]) == 2 * 3
+    assert "fish" not in lora_part(1)
 
 
 def test_branch_section_says_what_the_branch_took():

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageDraw
@@ -117,10 +118,12 @@ class EmojiTextEncoder(torch.nn.Module):
         save_file(weights, Path(folder, "text_embedding.safetensors"), metadata={"format": "pt"})
 
 
-class EmojiPipeline(DiffusionPipeline):
-    """Draws 64x64 emoji from their names; see `__call__`."""
+class EmojiPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
+    """Draws 64x64 emoji from their names; see `__call__`. Takes LoRA adapters as FluxPipeline does."""
 
     model_cpu_offload_seq = "transformer"
+    text_encoder = None  # adapters are for the transformer; the word table takes none
+    _lora_loadable_modules = ("transformer",)
 
     def __init__(self, transformer: FluxTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()
@@ -148,6 +151,10 @@ class EmojiPipeline(DiffusionPipeline):
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         super().save_pretrained(folder, **kwargs)
         self.text.save_folder(folder)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: there is none."""
 
     def encode_prompt(self, prompt: Sequence[str], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Captions -> (B, 12, 256) token embeddings and (B, 256) pooled embeddings."""

@@ -20,8 +20,9 @@ import math
 import re
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -61,19 +62,19 @@ class Emoji(NamedTuple):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """WebP with alpha -> 256x256 RGB on white."""
+    """A picture with alpha -> 256x256 RGB on white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     return np.asarray(white.convert("RGB").resize((256, 256)))
 
 
-def read_pictures(images: str) -> dict[str, bytes]:
-    """The WebP files of the npm package, by code points."""
+def read_pictures(images: str, pattern: str = "*.webp") -> dict[str, bytes]:
+    """The pictures of the npm package, by code points."""
     files = {}
     with tarfile.open(images) as tar:
         for member in tar.getmembers():
-            stream = tar.extractfile(member) if member.name.endswith(".webp") else None
+            stream = tar.extractfile(member) if fnmatch(member.name, pattern) else None
             if stream is not None:
                 files[PurePath(member.name).stem] = stream.read()
     return files
@@ -97,9 +98,10 @@ def aliases(row: dict[str, Any], taken: set[str]) -> list[str]:
     return found
 
 
-def load_data(images: str, names: str) -> tuple[list[Emoji], np.ndarray]:
-    """Every base emoji that has a picture, and the pictures, uint8 (N, 256, 256, 3)."""
-    files = read_pictures(images)
+def load_data(
+    files: dict[str, bytes], names: str, render: Callable[[bytes], np.ndarray] = decode
+) -> tuple[list[Emoji], np.ndarray]:
+    """Every base emoji that has a picture, and the pictures as `render` makes them, uint8 (N, 256, 256, 3)."""
     table = json.loads(Path(names).read_text(encoding="utf-8"))
     taken = {" ".join(words(row["name"])) for row in table}
     emoji: list[Emoji] = []
@@ -114,7 +116,7 @@ def load_data(images: str, names: str) -> tuple[list[Emoji], np.ndarray]:
         emoji.append(Emoji([caption, *aliases(row, taken)], row["category"]))
         blobs.append(files[key])
     with ProcessPoolExecutor() as pool:
-        pictures = np.stack(list(pool.map(decode, blobs, chunksize=32)))
+        pictures = np.stack(list(pool.map(render, blobs, chunksize=32)))
     return emoji, pictures
 
 
@@ -173,7 +175,7 @@ def build(emoji: Sequence[Emoji], init: str | None) -> tuple[EmojiTextEncoder, F
     """The text encoder and the transformer in float32: new ones, or those of the folder `init`."""
     if init:
         model = FluxTransformer2DModel.from_pretrained(init, subfolder="transformer")
-        return EmojiTextEncoder.from_folder(init).float(), model.float()
+        return EmojiTextEncoder.from_folder(init).float().requires_grad_(True), model.float()
     vocab = sorted({w for captions, _ in emoji for c in captions for w in words(c)})
     text = EmojiTextEncoder(["<pad>", "<unk>", *vocab], TEXT_DIM)
     nn.init.normal_(text.token.weight, std=0.2)
@@ -213,12 +215,21 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--variants", type=int, default=16)
     p.add_argument("--shift", type=float, default=2.0, help="the saved scheduler's shift")
     p.add_argument("--compile", default="full", choices=["full", "off"])
+    p.add_argument("--log-every", type=int, default=250, help="steps")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
 
 
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require gradients."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
 class Trainer:
-    """The model in training, its moving average, and the optimizer; `step` is one update."""
+    """The model in training, its moving average, and the optimizer; `step` is one update.
+
+    Of the model and the text encoder, what requires gradients is trained.
+    """
 
     def __init__(
         self,
@@ -230,12 +241,13 @@ class Trainer:
     ) -> None:
         self.args, self.data, self.captions = args, data, captions
         self.device = data.device.type
-        self.text, self.model = text.requires_grad_(True), model.train()
+        self.text, self.model = text, model.train()
         self.averaged, self.averaged_text = copy.deepcopy(model).eval(), copy.deepcopy(text).eval()
-        self.params = [*model.parameters(), *text.parameters()]
-        self.averages = [a.requires_grad_(False) for m in (self.averaged, self.averaged_text) for a in m.parameters()]
-        decay = [x for x in model.parameters() if x.ndim > 1]
-        rest = [x for x in model.parameters() if x.ndim <= 1] + list(text.parameters())
+        self.params, self.averages = trained(model, text), trained(self.averaged, self.averaged_text)
+        for average in self.averages:
+            average.requires_grad_(False)
+        decay = [x for x in trained(model) if x.ndim > 1]
+        rest = [x for x in trained(model) if x.ndim <= 1] + trained(text)
         self.optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=args.lr,
@@ -256,7 +268,7 @@ class Trainer:
         noise = torch.randn_like(x0)
         sigma = torch.sigmoid(torch.randn(b, device=device) * args.sigma_std + args.sigma_mean)
         s = sigma[:, None, None]
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
             embeds, pooled = self.text(ids)
             velocity = self.model(
                 hidden_states=(1 - s) * x0 + s * noise,
@@ -300,14 +312,14 @@ class Trainer:
             lr = args.lr * min(1, (step + 1) / args.warmup) * max(0.5 * (1 + math.cos(math.pi * done)), 0.005)
             total += self.step(step, lr)
             step, count = step + 1, count + 1
-            if step % 250 == 0:
+            if step % args.log_every == 0:
                 loss = total.item() / count  # also keeps the host from running far ahead
                 total.zero_()
                 count = 0
                 took = time.time() - start
                 log.append({"step": step, "seconds": round(took, 1), "loss": round(loss, 5), "lr": lr})
                 rate = (step - UNTIMED_STEPS) * args.batch / took
-                print(f"step {step}  {took:.0f} s  loss {loss:.5f}  lr {lr:.2e}  {rate:.0f} images/s", flush=True)
+                print(f"step {step}  {took:.0f} s  loss {loss:.5f}  lr {lr:.2e}  {rate:.3g} images/s", flush=True)
 
 
 def main() -> None:
@@ -317,7 +329,7 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention: its backward is the safer one here
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.time()
-    emoji, pictures = load_data(args.images, args.names)
+    emoji, pictures = load_data(read_pictures(args.images), args.names)
     print(f"{len(emoji)} emoji decoded, {time.time() - begin:.1f} s", flush=True)
     data = augment(pictures, emoji, args.variants, device)
     print(f"{tuple(data.shape)} variants, {time.time() - begin:.1f} s", flush=True)
