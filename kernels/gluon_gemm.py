@@ -5,10 +5,10 @@
     qx         [M, Kp]     int8
     ascales    [M, 1]      fp32
     qweight    [N, P/2]    int8, planar (layout.py); P = Kp rounded up to 128
-    subscales  [P/128, N]  int16, two groups' scales in a word
+    subscales  [P/128, N]  int16, two groups' scales in a word; rows any multiple of 8 apart
     wscales    [N]         fp32
-    xd         [M, r]      bf16 or fp16, rows `xd.stride(0)` apart
-    up         [N, r]      xd's dtype
+    xd         [M, s r]    bf16 or fp16, rows `xd.stride(0)` apart
+    up         [N, r]      xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]         any float dtype, or None
     beside     [M, N]      bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
     y          [M, N]      bf16 or fp16
@@ -17,7 +17,8 @@ Warps have roles. One warp walks over tiles of TN features by TM tokens and has 
 STAGES buffers, as far ahead as they are free; all others multiply. A tile is computed transposed: weights are the left
 operand, which `wgmma` takes from registers, and while one half of a step's codes is multiplied the other is expanded.
 A tile has P/128 such steps, then, after the scales, one for every 32 of the rank, with `xd` and `up` in the same
-buffers. TMA cuts off at the edges of M, N, K and r, so nothing here is masked but the vectors.
+buffers. TMA cuts off at the edges of M, N, K and r, so nothing here is masked but the vectors. Where r is no
+multiple of 32, columns of the next sibling may come along; they meet zeros in the place of `up`.
 
 A tile ends in two halves along its tokens: the low-rank product of one runs while the other is scaled or stored. All
 that the next tile needs to know is worked out while the last product of this one runs. `beside` is loaded early in a
@@ -51,7 +52,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hooks import Hook
-from .triton_gemm import check_beside, check_gemm
+from .triton_gemm import check_beside, check_gemm, sibling_features
 from .triton_launch import Descriptor, launch, processors, zeroed_counters
 from .triton_unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from .tuning import choose
@@ -122,7 +123,8 @@ def _work(item, whole, parts, part_steps, k_steps):
 
 @gluon.jit
 def _copy(
-    x, w, s, xd, up, xs, ws, ss, full, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
+    x, w, s, xd, up, xs, ws, ss, full, sibling, rank, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps,
+    rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: every step of every work item, into the ring."""
@@ -131,6 +133,7 @@ def _copy(
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, first, count = _work(item, whole, parts, part_steps, k_steps)
         pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        own = pn * TN // sibling * rank
         for i in range(count + rank_steps):
             if filled >= STAGES:
                 _await_free(slot, THREADS)
@@ -145,7 +148,7 @@ def _copy(
                 r = (i - count) * RANK_STEP
                 mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
                 _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
-                _load(xd, [pm * TM, r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+                _load(xd, [pm * TM, own + r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             filled += 1
     slot = gl.where(filled < STAGES, 0, slot)
@@ -337,10 +340,10 @@ def _multiply(
 
 
 # Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
-@gluon.jit(do_not_specialize=["M", "N", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
+@gluon.jit(do_not_specialize=["M", "N", "sibling", "rank", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
 def _gemm_kernel(
-    x, w, s, xd, up, y, beside, ascales, wscales, bias, partial, counters, extra, M, N, whole, parts, part_steps,
-    k_steps, rank_steps,
+    x, w, s, xd, up, y, beside, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
+    parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
     BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -373,8 +376,8 @@ def _gemm_kernel(
             (
                 _copy,
                 (
-                    x, w, s, xd, up, xs, ws, ss, full, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps,
-                    rank_steps, TM, TN, STAGES, GROUP, THREADS,
+                    x, w, s, xd, up, xs, ws, ss, full, sibling, rank, tiles_m, tiles_n, items, whole, parts,
+                    part_steps, k_steps, rank_steps, TM, TN, STAGES, GROUP, THREADS,
                 ),
             ),
         ],
@@ -461,7 +464,8 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
          out_dtype: torch.dtype, epilogue: Hook | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
     """w4a8, tensors as above, `can_gemm` -> y [M, N]."""
-    m, n, _ = check_gemm("w4a8", qx, ascales, xd, weight, up, bias, None)
+    m, n, _ = check_gemm("w4a8", qx, ascales, weight, up, bias, None)
+    sibling = sibling_features(xd, up, m)
     y = qx.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
@@ -473,7 +477,7 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
                              f"{epilogue.beside.stride()}, its address {epilogue.beside.data_ptr():#x}")  # fmt: skip
 
     def run(t: Tile) -> None:
-        _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t)
+        _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t)
 
     if tile is None:
         shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
@@ -482,7 +486,7 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     return y
 
 
-def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
+def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) -> None:
     (m, n), r = y.shape, up.shape[1]
     qweight, subscales, wscales = weight
     k_steps = subscales.shape[0]
@@ -510,6 +514,8 @@ def _launch(qx, ascales, xd, weight, up, bias, y, epilogue, t: Tile) -> None:
         extra,
         m,
         n,
+        sibling,
+        r,
         rounds.whole,
         rounds.parts,
         rounds.part_steps,

@@ -5,9 +5,9 @@
     qx         [M, Kp]    e4m3, exact integers -7..7 or 0..15 (int8 is converted)
     ascales    [M, Kp/64] fp32, the transposed view of [Kp/64, M] with rows a multiple of 4 apart (else copied)
     words      [N, P/8]   int32, signs and magnitudes (`to_words`); P = Kp rounded up to 128
-    wscales    [P/64, N]  bf16
-    xd         [M, r]     bf16 or fp16, rows `xd.stride(0)` apart
-    up         [N, r]     xd's dtype
+    wscales    [P/64, N]  bf16; rows any multiple of 8 apart
+    xd         [M, s r]   bf16 or fp16, rows `xd.stride(0)` apart
+    up         [N, r]     xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]        any float dtype, or None
     offset     [N]        fp32, or None
     y          [M, N]     bf16 or fp16
@@ -49,7 +49,8 @@ from .gluon_gemm import (
 )
 from .hooks import Hook
 from .layout import to_words
-from .triton_launch import Descriptor, check_low_rank, check_tensor, launch, processors
+from .triton_gemm import check_scales, sibling_features
+from .triton_launch import Descriptor, check_tensor, launch, processors
 from .tuning import choose
 
 GROUP_SIZE = 64
@@ -67,7 +68,7 @@ def _e4m3(p, ASM: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    x, w, s, a, xd, up, xs, ws, ss, as_, full, tiles_m, tiles_n, k_steps, rank_steps,
+    x, w, s, a, xd, up, xs, ws, ss, as_, full, sibling, rank, tiles_m, tiles_n, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: every step of every tile, into the ring."""
@@ -75,6 +76,7 @@ def _copy(
     filled = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+        own = pn * TN // sibling * rank
         for i in range(k_steps + rank_steps):
             if filled >= STAGES:
                 _await_free(slot, THREADS)
@@ -89,7 +91,7 @@ def _copy(
                 r = (i - k_steps) * RANK_STEP
                 mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
                 _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
-                _load(xd, [pm * TM, r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+                _load(xd, [pm * TM, own + r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             filled += 1
     slot = gl.where(filled < STAGES, 0, slot)
@@ -159,7 +161,7 @@ def _multiply(
 
 @gluon.jit
 def _int4_kernel(
-    x, w, s, a, xd, up, y, bias, offset, extra, M, N, k_steps, rank_steps,
+    x, w, s, a, xd, up, y, bias, offset, extra, M, N, sibling, rank, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
     OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -187,7 +189,7 @@ def _int4_kernel(
             (
                 _copy,
                 (
-                    x, w, s, a, xd, up, xs, ws, ss, as_, full, tiles_m, tiles_n, k_steps, rank_steps,
+                    x, w, s, a, xd, up, xs, ws, ss, as_, full, sibling, rank, tiles_m, tiles_n, k_steps, rank_steps,
                     TM, TN, STAGES, GROUP, THREADS,
                 ),
             ),
@@ -241,9 +243,9 @@ def _by_group(ascales: Tensor) -> Tensor:
     return padded.copy_(t)
 
 
-def _check(qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int]:
+def _check(qx, ascales, weight, up, bias, offset) -> tuple[int, int]:
     """Raise unless the tensors are what the module says; -> M, N."""
-    (m, kp), (n, r) = qx.shape, up.shape
+    (m, kp), n = qx.shape, up.shape[0]
     if kp % GROUP_SIZE:
         raise ValueError(f"qx has {kp} columns, not whole groups of {GROUP_SIZE}")
     steps = -(-kp // 128)
@@ -252,9 +254,7 @@ def _check(qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int]:
         raise ValueError(f"ascales is {ascales.dtype} {tuple(ascales.shape)} on {ascales.device}, "
                          f"expected fp32 {(m, kp // GROUP_SIZE)} on {qx.device}")  # fmt: skip
     check_tensor("qweight", weight[0], qx.device, torch.int32, (n, steps * 16))
-    check_tensor("wscales", weight[1], qx.device, torch.bfloat16, (2 * steps, n))
-    if r:
-        check_low_rank(xd, up, m, n)
+    check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * steps, n))
     if bias is not None:
         check_tensor("bias", bias, qx.device, bias.dtype, (n,))
     if offset is not None:
@@ -272,14 +272,15 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
         qx = qx.half().to(torch.float8_e4m3fn)
     if weight[0].dtype == torch.int8:
         weight = (to_words(weight[0]), weight[1])
-    m, n = _check(qx, ascales, xd, weight, up, bias, offset)
+    m, n = _check(qx, ascales, weight, up, bias, offset)
+    sibling = sibling_features(xd, up, m)
     y = torch.empty(m, n, dtype=out_dtype, device=qx.device)
     if m == 0 or n == 0:
         return y
     by_group = _by_group(ascales)
 
     def run(t: Tile) -> None:
-        _launch(qx, by_group, xd, weight, up, bias, offset, y, epilogue, t)
+        _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t)
 
     if tile is None:
         shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
@@ -288,7 +289,7 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     return y
 
 
-def _launch(qx, by_group, xd, weight, up, bias, offset, y, epilogue, t: Tile) -> None:
+def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t: Tile) -> None:
     (m, n), r = y.shape, up.shape[1]
     words, wscales = weight
     if not r:  # the descriptors must exist; no step will use them
@@ -306,6 +307,8 @@ def _launch(qx, by_group, xd, weight, up, bias, offset, y, epilogue, t: Tile) ->
         () if epilogue is None else epilogue.operands,
         m,
         n,
+        sibling,
+        r,
         wscales.shape[0] // 2,
         -(-r // RANK_STEP.value),
     )

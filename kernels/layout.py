@@ -26,6 +26,7 @@ from . import nibbles
 
 GROUP_SIZE = 64
 PLANAR_FORMATS = ("w4a8", "int4", "w4a16")
+SIBLING_STEP = 128  # features of linears that lie side by side are a multiple of this: a tile belongs to one of them
 _NO_CODE = 8  # what pads the codes; its scale is 0
 
 
@@ -104,6 +105,13 @@ def from_words(words: Tensor) -> Tensor:
 def is_planar(qweight: Tensor) -> bool:
     """Whether a qweight lies in the kernel order."""
     return qweight.dtype == torch.int8
+
+
+def feature_dims(precision: str, weight: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Which dimension of each tensor counts output channels, in either order; for w4a8 and int4."""
+    if weight[0].dtype == torch.uint8:
+        return (0,) * len(weight)
+    return (0, 1, 0) if precision == "w4a8" else (0, 1)
 
 
 def to_kernel(precision: str, weight: tuple[Tensor, ...], words: bool = False) -> tuple[Tensor, ...]:

@@ -7,10 +7,10 @@
     qx         [M, Kp]           int8
     ascales    [M, 1 | Kp/64]    fp32
     qweight    [N, P/2]          int8, planar (layout.py); P = Kp rounded up to 128
-    subscales  [P/128, N]        int16, w4a8 only: two groups' scales in a word
-    wscales    [N] fp32 (w4a8) or [P/64, N] bf16 (int4)
-    xd         [M, r]            bf16 or fp16, rows `xd.stride(0)` apart
-    up         [N, r]            xd's dtype
+    subscales  [P/128, N]        int16, w4a8 only: two groups' scales in a word; rows any multiple of 8 apart
+    wscales    [N] fp32 (w4a8) or [P/64, N] bf16 (int4), the latter's rows likewise
+    xd         [M, s r]          bf16 or fp16, rows `xd.stride(0)` apart
+    up         [N, r]            xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]               any float dtype, or None
     offset     [N]               fp32, or None
     beside     [M, N]            bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .hooks import Hook
+from .layout import SIBLING_STEP
 from .triton_launch import check_low_rank, check_tensor, launch
 from .triton_unpack import INTERPRETED, nibble, scaled
 
@@ -56,11 +57,11 @@ def _sixteenfold(p, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, N, KP):
+def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, stride, KP):
     """The int4 scales of step w's two groups: of the weights [TN, 1] over 16, of the activations [1, TM]."""
     w = min(w, words - 1)
-    s0 = tl.load(wscales + 2 * w * N + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
-    s1 = tl.load(wscales + (2 * w + 1) * N + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
+    s0 = tl.load(wscales + 2 * w * stride + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
+    s1 = tl.load(wscales + (2 * w + 1) * stride + rn, mask=live_n, other=0.0).to(tl.float32) * 0.0625
     groups = KP // 64
     a0 = tl.load(ascales + wide_m * groups + 2 * w, mask=live_m, other=0.0)
     a1 = tl.load(ascales + wide_m * groups + min(2 * w + 1, groups - 1), mask=live_m, other=0.0)
@@ -69,8 +70,8 @@ def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, N, KP)
 
 @triton.jit
 def _gemm_kernel(
-    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, beside, extra, M, N, KP, r, xd_stride,
-    beside_stride,
+    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, beside, extra, M, N, KP, r, sibling, xd_stride,
+    beside_stride, scales_stride,
     TM: tl.constexpr, TN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, GROUPED: tl.constexpr,
     BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +89,9 @@ def _gemm_kernel(
     acc = tl.zeros((TN, TM), tl.float32 if GROUPED else tl.int32)
     # Scales are too narrow for asynchronous copies: the loop loads them a step ahead.
     if GROUPED:
-        s0, s1, a0, a1 = _group_scales(wscales, ascales, 0, words, rn[:, None], live_n, wide_m, live_m, N, KP)
+        s0, s1, a0, a1 = _group_scales(
+            wscales, ascales, 0, words, rn[:, None], live_n, wide_m, live_m, scales_stride, KP
+        )
     else:
         pair = tl.load(subscales + rn[:, None], mask=live_n, other=0).to(tl.int32)
     for w in range(words):
@@ -100,10 +103,13 @@ def _gemm_kernel(
             acc += d0.to(tl.float32) * s0 * a0
             d1 = tl.dot(_sixteenfold(p, True), x1, out_dtype=tl.int32)
             acc += d1.to(tl.float32) * s1 * a1
-            s0, s1, a0, a1 = _group_scales(wscales, ascales, w + 1, words, rn[:, None], live_n, wide_m, live_m, N, KP)
+            s0, s1, a0, a1 = _group_scales(
+                wscales, ascales, w + 1, words, rn[:, None], live_n, wide_m, live_m, scales_stride, KP
+            )
         else:
             low, high = scaled(p, pair & 0xFF, False), scaled(p, pair >> 8, True)
-            pair = tl.load(subscales + min(w + 1, words - 1) * N + rn[:, None], mask=live_n, other=0).to(tl.int32)
+            at = subscales + min(w + 1, words - 1) * scales_stride
+            pair = tl.load(at + rn[:, None], mask=live_n, other=0).to(tl.int32)
             acc = tl.dot(low, x0, acc, out_dtype=tl.int32)
             acc = tl.dot(high, x1, acc, out_dtype=tl.int32)
     if GROUPED:
@@ -116,6 +122,7 @@ def _gemm_kernel(
     if BIAS:
         out += tl.load(bias + rn[:, None], mask=live_n, other=0.0).to(tl.float32)
     if RANK > 0:
+        xd += pn * TN // sibling * r
         for first in range(0, r, RANK):
             rr = first + tl.arange(0, RANK)
             u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
@@ -130,20 +137,18 @@ def _gemm_kernel(
     tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live)
 
 
-def check_gemm(precision, qx, ascales, xd, weight, up, bias, offset) -> tuple[int, int, int]:
+def check_gemm(precision, qx, ascales, weight, up, bias, offset) -> tuple[int, int, int]:
     """Raise unless the tensors are what the module says, in the planar order; -> M, N, Kp."""
-    (m, kp), (n, r) = qx.shape, up.shape
+    (m, kp), n = qx.shape, up.shape[0]
     words = -(-kp // 128)
     check_tensor("qx", qx, qx.device, torch.int8, (m, kp))
     check_tensor("ascales", ascales, qx.device, torch.float32, (m, 1 if precision == "w4a8" else kp // 64))
     check_tensor("qweight", weight[0], qx.device, torch.int8, (n, words * 64))
     if precision == "w4a8":
-        check_tensor("subscales", weight[1], qx.device, torch.int16, (words, n))
+        check_scales("subscales", weight[1], qx.device, torch.int16, (words, n))
         check_tensor("wscales", weight[2], qx.device, torch.float32, (n,))
     else:
-        check_tensor("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
-    if r:
-        check_low_rank(xd, up, m, n)
+        check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
     if kp % 64:
         raise ValueError(f"qx has {kp} columns, not whole groups of 64")
     if bias is not None:
@@ -151,6 +156,28 @@ def check_gemm(precision, qx, ascales, xd, weight, up, bias, offset) -> tuple[in
     if offset is not None:
         check_tensor("offset", offset, qx.device, torch.float32, (n,))
     return m, n, kp
+
+
+def check_scales(name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """`check_tensor` for scales by group, whose rows may be cut out of longer ones."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1 and tensor.stride(0) > tensor.shape[1] and not tensor.stride(0) % 8:
+        tensor = tensor.as_strided(tensor.shape, (tensor.shape[1], 1))  # as if nothing lay between the rows
+    check_tensor(name, tensor, device, dtype, shape)
+
+
+def sibling_features(xd: Tensor, up: Tensor, rows: int) -> int:
+    """Raise unless xd [rows, s r] (columns side by side, any row stride) and up [N, r] belong together; -> N / s."""
+    n, r = up.shape
+    if not r:
+        return n
+    parts = xd.shape[-1] // r
+    if parts < 2 or xd.shape[-1] % r:
+        check_low_rank(xd, up, rows, n)
+        return n
+    check_low_rank(xd[:, :r], up, rows, n)
+    if n % parts or n // parts % SIBLING_STEP:
+        raise ValueError(f"{n} features of {parts} siblings, expected a multiple of {SIBLING_STEP} of each")
+    return n // parts
 
 
 def check_beside(beside: Tensor, rows: int, features: int, device: torch.device) -> None:
@@ -169,7 +196,8 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
          bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
          config=None) -> Tensor:  # fmt: skip
     """w4a8 or int4, tensors as above -> y [M, N]."""
-    m, n, kp = check_gemm(precision, qx, ascales, xd, weight, up, bias, offset)
+    m, n, kp = check_gemm(precision, qx, ascales, weight, up, bias, offset)
+    sibling = sibling_features(xd, up, m)
     function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
     if beside is not None:
         check_beside(beside, m, n, qx.device)
@@ -182,8 +210,8 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
     tm, tn, warps, stages = config or _config(m, n, grouped)
     arguments = (
         qx, ascales, weight[0], subscales, wscales, xd, up, wscales if bias is None else bias,
-        ascales if offset is None else offset, y, y if beside is None else beside, extra, m, n, kp, r, xd.stride(0),
-        n if beside is None else beside.stride(0),
+        ascales if offset is None else offset, y, y if beside is None else beside, extra, m, n, kp, r, sibling,
+        xd.stride(0), n if beside is None else beside.stride(0), weight[1].stride(0),
     )  # fmt: skip
     rank = min(64, triton.next_power_of_2(r)) if r else 0
     constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, beside is not None)

@@ -1,5 +1,7 @@
 """A quantized linear as tensors: what replaces a 16-bit weight."""
 
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from ..kernels import FORMATS, layout
 from . import launch
+from .torch_private import without_fake_tensors
+
+SIBLING_FORMATS = ("w4a8", "int4")
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +46,37 @@ class SharedInput:
 
 
 @dataclass(frozen=True, eq=False)
+class Siblings:
+    """Linears of one input and one size, whose tensors lie side by side, so that one product can compute them all.
+
+    tensors  by name, of all members together; each member's own are views of them
+    dims     by name: the dimension that counts output channels
+    count    members
+    """
+
+    tensors: dict[str, Tensor]
+    dims: dict[str, int]
+    count: int
+
+    def window(self, name: str, place: int) -> tuple[slice, ...]:
+        """What of a tensor is one member's."""
+        dim = self.dims[name]
+        size = self.tensors[name].shape[dim] // self.count
+        return *(slice(None),) * dim, slice(place * size, (place + 1) * size)
+
+    def of(self, place: int) -> dict[str, Tensor]:
+        """The tensors of one member."""
+        return {name: tensor[self.window(name, place)] for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True, eq=False)
 class PackedLinear:
     """One linear, W diag(smooth) = dequantize(weight) + up @ down[rank_start : rank_start + rank] diag(smooth).
 
     weight      the format's tensors (`Format.fields`), in the order that the device's kernels want
     up          [N, r]  model dtype
     offset      [N]     fp32 or None: what the input's shift adds to each output; the GEMM subtracts it
+    siblings    where the tensors are parts of larger ones (`side_by_side`), and which part
     """
 
     shared: SharedInput
@@ -53,6 +84,8 @@ class PackedLinear:
     up: Tensor
     rank_start: int = 0
     offset: Tensor | None = None
+    siblings: Siblings | None = None
+    place: int = 0
     # What compiled graphs look up once for the block this linear comes first in; it goes when the weights go.
     resolved: "WeakKeyDictionary[Any, Any]" = field(default_factory=WeakKeyDictionary, repr=False)
 
@@ -112,7 +145,17 @@ class PackedLinear:
             up=self.up.to(device),
             resolved=WeakKeyDictionary(),
             offset=None if self.offset is None else self.offset.to(device),
+            siblings=None,
+            place=0,
         )
+
+    def _join(self, siblings: Siblings, place: int) -> None:
+        """From now on be a part of them. Nothing else changes, so those who hold the tensors as they were may go on."""
+        own = siblings.of(place)
+        weight = tuple(own[name] for name in FORMATS[self.precision].fields)
+        fields = {"weight": weight, "up": own["up"], "offset": own.get("offset"), "place": place, "siblings": siblings}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain [N, K] matrix this linear now multiplies by: quantized part plus low-rank branch."""
@@ -126,5 +169,66 @@ class PackedLinear:
             self.precision,
             self.shared.shift,
             self.rank_start,
+            self.place,
+            self.siblings and self.siblings.count,
             *((t.dtype, tuple(t.shape), t.device) for t in tensors),
         )
+
+
+def form(packs: list[PackedLinear]) -> tuple:
+    """What a graph of several depends on: how each is packed, which share an input, and which lie side by side."""
+    signatures = (packed.signature() for packed in packs)
+    return (*signatures, _alike([packed.shared for packed in packs]), _alike([packed.siblings for packed in packs]))
+
+
+def _alike(items: list) -> tuple[int, ...]:
+    """Which of these are one and the same: [a, b, a] -> (0, 1, 0)."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(item), len(first)) for item in items)
+
+
+def side_by_side(packs: Iterable[PackedLinear]) -> None:
+    """Bring the tensors of linears that could be one product next to each other, once; the memory is not doubled.
+
+    These are linears of one input, one size and one rank, whose rows of `down` follow one another. Those that lie
+    beside others already stay there: graphs compiled before know their tensors.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # nothing is copied before the graph runs
+    with _LOCK, without_fake_tensors(), torch.inference_mode(False), torch.no_grad():
+        for members in _families(packs):
+            first = members[0]
+            dims = dict(
+                zip(FORMATS[first.precision].fields, layout.feature_dims(first.precision, first.weight), strict=True)
+            )
+            owns = [packed.own_tensors() for packed in members]
+            tensors = {name: torch.cat([own[name] for own in owns], dims.setdefault(name, 0)) for name in owns[0]}
+            siblings = Siblings(tensors, dims, len(members))
+            for place, packed in enumerate(members):
+                packed._join(siblings, place)
+
+
+def _families(packs: Iterable[PackedLinear]) -> list[list[PackedLinear]]:
+    by_input: dict[SharedInput, list[PackedLinear]] = {}
+    for packed in dict.fromkeys(packs):
+        if (
+            packed.siblings is None
+            and packed.precision in SIBLING_FORMATS
+            and packed.out_features % layout.SIBLING_STEP == 0
+        ):
+            by_input.setdefault(packed.shared, []).append(packed)
+    families: list[list[PackedLinear]] = []
+    for linears in by_input.values():
+        last = None
+        for packed in sorted(linears, key=lambda packed: packed.rank_start):
+            if last is not None and _is_next(packed, last):
+                families[-1].append(packed)
+            else:
+                families.append([packed])
+            last = packed
+    return [members for members in families if len(members) > 1]
+
+
+def _is_next(packed: PackedLinear, last: PackedLinear) -> bool:
+    sizes, others = ([(t.dtype, t.shape) for t in p.own_tensors().values()] for p in (packed, last))
+    return packed.rank_start == last.rank_start + last.rank and sizes == others

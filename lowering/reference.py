@@ -36,12 +36,26 @@ def gemm(
     precision: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """qx, ascales, xd from `quantize` -> y [..., N] in out_dtype. xd [..., r] holds this linear's own columns."""
+    """qx, ascales, xd from `quantize` -> y [..., N] in out_dtype. xd [..., r] holds this linear's own columns.
+
+    Or those of s linears that lie side by side as one: with xd [..., s r] and up [N, r], each s-th part of the N
+    features reads r columns of its own.
+    """
     y = FORMATS[precision].matmul(qx, ascales, *weight)
     if offset is not None:
         y = y - offset
-    y = y + xd.float() @ up.float().t()
+    y = y + _low_rank(xd, up)
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def _low_rank(xd: Tensor, up: Tensor) -> Tensor:
+    rank = max(up.shape[1], 1)
+    if xd.shape[-1] <= rank:
+        return xd.float() @ up.float().t()
+    columns = xd.float().split(rank, -1)
+    if xd.shape[-1] % rank or up.shape[0] % len(columns):
+        raise ValueError(f"xd has {xd.shape[-1]} columns, up is {tuple(up.shape)}: not so many equal parts")
+    return torch.cat([x @ u.t() for x, u in zip(columns, up.float().chunk(len(columns)), strict=True)], -1)
 
 
 def gemv(

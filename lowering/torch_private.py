@@ -74,6 +74,15 @@ def fake_like(fake: Tensor | None, real: Tensor) -> Tensor:
     return mode.from_tensor(real, static_shapes=True) if mode is not None else real
 
 
+def fake_mode_of(*values: Any) -> Any:
+    """The context in which operators of these fake tensors, nested in lists or dicts, give fake tensors."""
+    from torch._dynamo.utils import detect_fake_mode
+
+    mode = detect_fake_mode(torch.utils._pytree.tree_leaves(values))
+    assert mode is not None
+    return mode
+
+
 def without_fake_tensors() -> Any:
     """A context in which tensors are made in earnest, within tracing too."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -86,16 +95,13 @@ def describe(node: fx.Node, instead_of: fx.Node) -> None:
 
     Without `eager_input_vals` Inductor hands its inputs over in whatever layout they have.
     """
-    from torch._dynamo.utils import detect_fake_mode
 
     def value(argument: fx.Node) -> Any:
         return argument.meta["val"]
 
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-    mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
-    assert mode is not None
     assert callable(node.target)
-    with mode:
+    with fake_mode_of(args, kwargs):
         node.meta["val"] = node.target(*args, **kwargs)
     node.meta.update({k: instead_of.meta[k] for k in ("nn_module_stack", "stack_trace") if k in instead_of.meta})
 

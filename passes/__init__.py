@@ -17,6 +17,7 @@ from .fuse_epilogues import fuse_epilogues
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
 from .measure_rows import measure_rows
+from .merge_siblings import merge_siblings
 from .observe_linears import observe_linears
 from .pipeline import Pass, run
 from .quantize_linears import Packs, quantize_linears
@@ -40,6 +41,7 @@ def quantizing(packs: Packs) -> list[Pass]:
 
 FUSING: dict[str, Pass] = {
     "epilogues": fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
+    "siblings": merge_siblings,  # after: it takes those that have no epilogue
     "heads": fuse_heads,  # before somebody else takes the means
     "rows": measure_rows,  # before what it measures becomes part of a prologue
     "prologues": fuse_prologues,

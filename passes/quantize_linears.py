@@ -7,8 +7,9 @@
              y = svdq.gemv(x, xd, [qweight, ...], up, b)
 
 The packed tensors become graph inputs, never constants: one compiled block serves all blocks and all instances. Where
-each comes from is noted in the placeholder's meta as `PackedInput`. A 1x1 convolution is wrapped in moves of its
-channel dimension. A subgraph is rewritten once for each way its calls' weights are packed.
+each comes from is noted in the placeholder's meta as `PackedInput`. Of what lies side by side the whole is
+an input, and each linear takes its part. A 1x1 convolution is wrapped in moves of its channel dimension. A subgraph is
+rewritten once for each way its calls' weights are packed.
 
 Left alone: linears without an entry in `packs`, and what `find_linears` rejects.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, fx
 
 from ..kernels import FORMATS
 from ..lowering import ops
-from ..lowering.packed import PackedLinear
+from ..lowering.packed import PackedLinear, form
 from ..lowering.torch_private import clone_dynamo_graph, fake_like, mark_as_weight
 from .linears import LinearSite, find_linears
 from .subgraphs import Invocation, invocations, placeholders
@@ -43,7 +44,8 @@ class PackedInput:
     def value(self, packed: PackedLinear) -> Tensor:
         if self.field in ("smooth", "down"):
             return getattr(packed.shared, self.field)
-        return packed.own_tensors()[self.field]
+        tensors = packed.own_tensors() if packed.siblings is None else packed.siblings.tensors
+        return tensors[self.field]
 
 
 def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
@@ -73,6 +75,16 @@ class _PackedInputs:
         self._last = originals[-1]
         self._made: dict[tuple[int, str], fx.Node] = {}
 
+    def own(self, weight: fx.Node, field: str, before: fx.Node) -> fx.Node:
+        """One linear's tensor; where it lies beside its siblings', a view of what is the input."""
+        whole, packed = self.get(weight, field), self.packs[weight]
+        if packed.siblings is None:
+            return whole
+        window = packed.siblings.window(field, packed.place)
+        node = emit(self._graph, before, operator.getitem, whole, window)
+        node.meta["example_value"] = whole.meta["example_value"][window]
+        return node
+
     def get(self, weight: fx.Node, field: str) -> fx.Node:
         packed = self.packs[weight]
         source = PackedInput(self._index[weight], field)
@@ -90,7 +102,8 @@ class _PackedInputs:
 def _replace(graph: fx.Graph, site: LinearSite, inputs: _PackedInputs) -> None:
     packed = inputs.packs[site.weight]
     fmt = FORMATS[packed.precision]
-    weight = [inputs.get(site.weight, field) for field in fmt.fields]
+    own = partial(inputs.own, site.weight, before=site.node)
+    weight = [own(field) for field in fmt.fields]
     dtype = site.output.dtype
     call = partial(emit, graph, site.node)
 
@@ -101,15 +114,15 @@ def _replace(graph: fx.Graph, site: LinearSite, inputs: _PackedInputs) -> None:
         xd = up = None
         if packed.rank:
             xd = _own_columns(call, call(F.linear, x, inputs.get(site.weight, "down")), packed)
-            up = inputs.get(site.weight, "up")
+            up = own("up")
         y = call(ops.gemv, x, xd, weight, up, site.bias, packed.precision, dtype)
     else:
         smooth, down = inputs.get(site.weight, "smooth"), inputs.get(site.weight, "down")
         quantized = call(ops.quantize, x, smooth, down, packed.precision, packed.shared.shift)
         qx, ascales, xd = (call(operator.getitem, quantized, i) for i in range(3))
         xd = _own_columns(call, xd, packed)
-        up = inputs.get(site.weight, "up")
-        offset = inputs.get(site.weight, "offset") if packed.offset is not None else None
+        up = own("up")
+        offset = own("offset") if packed.offset is not None else None
         y = call(ops.gemm, qx, ascales, xd, weight, up, site.bias, offset, packed.precision, dtype)
     if site.channel_dim != -1:
         y = call(torch.movedim, y, -1, site.channel_dim)
@@ -143,8 +156,7 @@ def _quantize_subgraph(
     rewritten.
     """
     outer = {i: node for i, node in enumerate(call.operands) if isinstance(node, fx.Node) and node in inputs.packs}
-    form = tuple((i, inputs.packs[node].signature()) for i, node in outer.items())
-    key = (call.subgraph, form, sharing([inputs.packs[node].shared for node in outer.values()]))
+    key = (call.subgraph, *outer, form([inputs.packs[node] for node in outer.values()]))
     if key not in bodies:
         body = clone_dynamo_graph(gm.get_submodule(call.subgraph))  # type: ignore[arg-type]
         own = placeholders(body.graph)
@@ -162,9 +174,3 @@ def _quantize_subgraph(
     operands = (*call.operands, *(inputs.get(outer[source.index], source.field) for source in extra))
     call.point_to(gm, name, operands)
     return count
-
-
-def sharing(shared: list) -> tuple[int, ...]:
-    """Which of these are one and the same: [a, b, a] -> (0, 1, 0)."""
-    first: dict[int, int] = {}
-    return tuple(first.setdefault(id(item), len(first)) for item in shared)

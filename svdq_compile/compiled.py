@@ -14,12 +14,12 @@ from torch import Tensor, fx
 
 from .config import Config
 from .errors import WeightsReleased
-from .lowering.packed import PackedLinear
+from .lowering.packed import PackedLinear, form, side_by_side
 from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
-from .passes.quantize_linears import PackedInput, sharing
+from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
 
@@ -37,7 +37,8 @@ class CompiledGraph:
         self._observing: ObservingGraph | None = None
         self._variants: dict[tuple, Variant] = {}
         packs = [example_inputs[i]._svdq for i in self._weights]
-        self._variants[_form(packs)] = Variant(gm, example_inputs, dict(zip(self._weights, packs, strict=True)), config)
+        self._lay_out(packs)
+        self._variants[form(packs)] = Variant(gm, example_inputs, dict(zip(self._weights, packs, strict=True)), config)
         # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
 
@@ -50,19 +51,24 @@ class CompiledGraph:
             packs.append(weight._svdq)
         resolved = packs[0].resolved.get(self) if packs else None
         if resolved is None or not resolved.is_for(packs):
+            self._lay_out(packs)
             resolved = Resolved(self._variant(args, packs), packs, self._weights)
             packs[0].resolved[self] = resolved
         return resolved(args)
 
+    def _lay_out(self, packs: list[PackedLinear]) -> None:
+        if "siblings" in self._config.fusions:
+            side_by_side(packs)
+
     def _variant(self, args: tuple, packs: list[PackedLinear]) -> "Variant":
-        form = _form(packs)
-        variant = self._variants.get(form)
+        key = form(packs)
+        variant = self._variants.get(key)
         if variant is None:
-            form = (*form, *(args[i] for i in self._sizes))
-            variant = self._variants.get(form)
+            key = (*key, *(args[i] for i in self._sizes))
+            variant = self._variants.get(key)
         if variant is None:
             variant = Variant(self._gm, list(args), dict(zip(self._weights, packs, strict=True)), self._config)
-            self._variants[form] = variant
+            self._variants[key] = variant
         return variant
 
     def _observe_again(self, args: tuple) -> Any:
@@ -73,11 +79,6 @@ class CompiledGraph:
         if self._observing is None:
             self._observing = ObservingGraph(self._gm, self._inputs, self._config)
         return self._observing(*args)
-
-
-def _form(packs: list[PackedLinear]) -> tuple:
-    """What compiled code depends on: how each weight is packed and which of them share an input."""
-    return (*(packed.signature() for packed in packs), sharing([packed.shared for packed in packs]))
 
 
 class Variant:

@@ -48,6 +48,30 @@ def test_interpreted_gemm(m, n, k, rank, precision):
     assert error(y, expected - bias.float()) < 1e-5
 
 
+@interpreted
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize(("m", "count", "rank"), [(17, 2, 16), (3, 3, 40), (1, 2, 0)])
+def test_interpreted_siblings(m, count, rank, precision):
+    """Several linears of 128 features together, and the last of them where it lies: its scales by group are then rows
+    cut out of longer ones.
+    """
+    from svdq_compile.kernels import triton_gemm
+
+    fmt, n, k = FORMATS[precision], 128 * count, 192
+    weight = fmt.quantize_weight(torch.randn(n, k))
+    qx, ascales = fmt.quantize_activation(torch.randn(m, k))
+    xd, up = torch.randn(m, count * rank + 16).to(HALF)[:, 8 : 8 + count * rank], torch.randn(n, rank).to(HALF)
+    offset = torch.randn(n) if precision == "int4" else None
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, None, offset, precision, torch.float32)
+    packed = layout.to_kernel(precision, weight)
+    y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, None, offset, torch.float32)
+    assert error(y, expected) < 1e-5
+    dims = layout.feature_dims(precision, packed)
+    last = tuple(t.narrow(dim, n - 128, 128) for t, dim in zip(packed, dims, strict=True))
+    own = xd[:, xd.shape[1] - rank :], last, up[n - 128 :], None, None if offset is None else offset[n - 128 :]
+    assert torch.equal(triton_gemm.gemm(precision, qx, ascales, *own, torch.float32), y[:, n - 128 :])
+
+
 @triton.jit
 def gated_beside(out, beside, features, tokens, live, extra):
     gate, factor = extra

@@ -56,6 +56,40 @@ def test_gemm(m, n, k, rank, dtype, precision):
         assert torch.equal(y, launch.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, out))
 
 
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize(
+    ("m", "n", "count", "k", "rank", "dtype"),
+    [(1, 128, 2, 64, 8, FP16), (17, 128, 3, 192, 16, BF16), (77, 1152, 2, 320, 40, FP16),
+     (512, 3072, 3, 3072, 32, BF16), (512, 640, 2, 15360, 48, BF16),
+     (4608, 3072, 3, 3072, 32, BF16), (4608, 1024, 3, 448, 256, FP16),
+     (333, 256, 3, 128, 0, BF16)],
+)  # fmt: skip
+def test_siblings(m, n, count, k, rank, dtype, precision):
+    """Several linears as one, against the reference and, bit for bit, against each where it lies: its scales by group
+    are then rows cut out of longer ones. Gluon for 16-bit results, plain Triton for fp32.
+    """
+    fmt, wide = FORMATS[precision], count * n
+    weight = fmt.quantize_weight(normal(wide, k) * k**-0.5)
+    qx, ascales = fmt.quantize_activation(normal(m, k))
+    xd = normal(m, count * rank + 32, dtype=dtype)[:, 16 : 16 + count * rank]
+    up, bias = normal(wide, rank, dtype=dtype), normal(wide, dtype=dtype)
+    offset = normal(wide) if precision == "int4" else None
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, torch.float32)
+    packed = launch.in_device_order(precision, weight)
+    dims = layout.feature_dims(precision, packed)
+    for out in (dtype, torch.float32):
+        poison = torch.full((m, wide), float("nan"), device="cuda", dtype=out)
+        del poison
+        y = launch.gemm(qx, ascales, xd, list(packed), up, bias, offset, precision, out)
+        assert error(y, expected) < BOUND[out]
+        for i in range(count):
+            own = slice(i * n, (i + 1) * n)
+            part = [t.narrow(dim, i * n, n) for t, dim in zip(packed, dims, strict=True)]
+            columns, shift = xd[:, i * rank : (i + 1) * rank], None if offset is None else offset[own]
+            alone = launch.gemm(qx, ascales, columns, part, up[own], bias[own], shift, precision, out)
+            assert torch.equal(y[:, own], alone)
+
+
 @triton.jit
 def gated_beside(out, beside, features, tokens, live, extra):
     gate, N = extra
