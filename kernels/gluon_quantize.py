@@ -34,7 +34,7 @@ from .triton_launch import Descriptor, launch, processors, zeroed_counters
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
-MAX_RANK = 256
+MAX_RANK = {"w4a8": 256, "int4": 240}  # more would not fit into registers
 MAX_BLOCKS = 1024  # counters there are
 # Renamed after Triton 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -99,7 +99,7 @@ def _quantize_kernel(
     RING: gl.constexpr = SLOTS < BOXES
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
     PIECE: gl.constexpr = 32 if EXACT else 16
-    NARROW: gl.constexpr = HOOK is not None or (RING and not EXACT)
+    NARROW: gl.constexpr = HOOK is not None or (RING and not EXACT) or RANK > 128
     DTYPE: gl.constexpr = x.dtype.element_ty
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
@@ -239,13 +239,13 @@ def _boxes(r: int) -> tuple[int, int]:
     return (8, 2) if r <= 128 else (4, 2)
 
 
-def can_quantize(x: Tensor, right: Tensor | None, down: Tensor) -> bool:
+def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str) -> bool:
     """Whether rows can be copied 16 bytes at a time, as the compiler sees it, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
     (r, k), m = down.shape, x.shape[0]
-    if k % 16 or down.data_ptr() % 16 or r > MAX_RANK or m > ROWS.value * MAX_BLOCKS:
+    if k % 16 or down.data_ptr() % 16 or r > MAX_RANK[precision] or m > ROWS.value * MAX_BLOCKS:
         return False
     if x.data_ptr() % 16 or x.stride(0) % 8:
         return False

@@ -238,7 +238,7 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
 @pytest.mark.parametrize("m", [4608, 77])
 @pytest.mark.parametrize(
-    ("rank", "k"), [(0, 3072), (32, 15360), (64, 96), (96, 3072), (128, 15360), (192, 3072), (256, 15360)]
+    ("rank", "k"), [(0, 3072), (32, 15360), (64, 96), (96, 3072), (128, 15360), (192, 3072), (240, 15360)]
 )
 def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     """Several programs share a multiprocessor, or nothing would be copied while one waits."""
