@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from step_models import MODELS, build, inputs
 from step_times import milliseconds
 from torch import Tensor, fx, nn
@@ -84,12 +83,11 @@ def linears(model: nn.Module) -> list[str]:
 
 def adapter(model: nn.Module, targets: list[str], seed: int) -> dict[str, Tensor]:
     """A file's content: random, about a tenth of the base's output."""
-    config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights=False, target_modules=targets)
-    with torch.device("meta"):
-        shapes = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if n in config.target_modules}
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, (k, n) in shapes.items():
+    for name in targets:
+        linear = model.get_submodule(name)
+        k, n = linear.in_features, linear.out_features
         down, up = torch.randn(RANK, k, generator=generator), torch.randn(n, RANK, generator=generator)
         state[f"transformer.{name}.lora_A.weight"] = (down * k**-0.5).bfloat16()
         state[f"transformer.{name}.lora_B.weight"] = (up * 0.1 * RANK**-0.5).bfloat16()

@@ -14,7 +14,7 @@ class Format:
     quantize_weight      (w [N, K] fp32, importance [K] or None) -> the tensors named by `fields`
     dequantize_weight    (*tensors) -> [N, Kp] fp32, Kp >= K
     quantize_activation  (x [..., K] fp32, already smoothed) -> (qx, ascales); None: activations stay 16-bit
-    dequantize_activation  (qx, ascales) -> [..., Kp] fp32, its inverse but for rounding
+    dequantize_activation  (qx, ascales) -> [..., Kp] fp32, its inverse but for rounding; None without it
     matmul               (qx, ascales, *tensors) -> [..., N] fp32; without quantize_activation (x, *tensors)
     group_size           input channels that share a scale
     unsigned             quantize_activation takes `unsigned=True` for inputs shifted to be non-negative

@@ -78,8 +78,8 @@ def _round_w4a8(v, weights, row_scale):
     cover = tl.div_rn(tl.div_rn(tl.max(tl.abs(v), 1), 7.0), row_scale) - 1e-4
     cover = tl.clamp(tl.ceil(cover), 1.0, _MAX_SUBSCALE)
     best = cover
-    best_loss = _loss(_symmetric(v, cover * row_scale) * (cover * row_scale)[:, None], v, weights)
-    for step in tl.static_range(1, _W4A8_STEPS + 1):
+    best_loss = tl.full(cover.shape, float("inf"), tl.float32)
+    for step in tl.static_range(_W4A8_STEPS + 1):
         s = tl.maximum(cover - step, 1.0)
         loss = _loss(_symmetric(v, s * row_scale) * (s * row_scale)[:, None], v, weights)
         best_loss, best = _better(loss, best_loss, s, best)

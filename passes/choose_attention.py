@@ -8,6 +8,7 @@ or whose result would lie in memory differently.
 """
 
 import operator
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -24,32 +25,27 @@ def choose_attention(gm: fx.GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if node.target not in names:
             continue
-        reason = _why_not(node)
+        options = _options(node)
+        reason = _why_not(node, options)
         if reason is not None:
             log.debug("attention %s stays with %s: %s", node.name, names[node.target], reason)
             continue
         kind = names[node.target]
         q, k, v = (a.meta["val"] for a in node.args[:3])
-        is_causal = _is_causal(node)
-        found = fastest(kind, q, k, v, is_causal, node.kwargs.get("scale"))
+        found = fastest(kind, q, k, v, options["is_causal"], options["scale"])
         if found != kind:
-            count += _replace(gm.graph, node, found, is_causal)
+            count += _replace(gm.graph, node, found, options)
     return count
 
 
-def _options(node: fx.Node) -> dict[str, object]:
+def _options(node: fx.Node) -> dict[str, Any]:
     """The operator's arguments after q, k and v, by name, defaults filled in."""
     schema = node.target._schema.arguments[3:]  # type: ignore[union-attr]
     given = dict(zip((a.name for a in schema), node.args[3:], strict=False)) | dict(node.kwargs)
     return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
-def _is_causal(node: fx.Node) -> bool:
-    return bool(_options(node)["is_causal"])
-
-
-def _why_not(node: fx.Node) -> str | None:
-    options = _options(node)
+def _why_not(node: fx.Node, options: dict[str, Any]) -> str | None:
     if options.get("attn_bias") is not None:
         return "it has a mask"
     if options["dropout_p"] != 0.0 or options.get("return_debug_mask"):
@@ -62,10 +58,11 @@ def _why_not(node: fx.Node) -> str | None:
     return None
 
 
-def _replace(graph: fx.Graph, node: fx.Node, kind: str, is_causal: bool) -> int:
+def _replace(graph: fx.Graph, node: fx.Node, kind: str, options: dict[str, Any]) -> int:
     function, between = KINDS[kind]
+    arguments = (*node.args[:3], *between, options["is_causal"])
     with graph.inserting_before(node):
-        new = graph.call_function(function, (*node.args[:3], *between, is_causal), {"scale": node.kwargs.get("scale")})
+        new = graph.call_function(function, arguments, {"scale": options["scale"]})
         result = graph.call_function(operator.getitem, (new, 0))
     describe(new, node)
     result.meta["val"] = new.meta["val"][0]

@@ -109,11 +109,10 @@ def _see(rows: Tensor, smooth: Tensor, precision: str, shift: float) -> _Seen:
     smoothed = rows / smooth
     moment = smoothed.square().mean(0)
     importance = moment / moment.mean().clamp_min(1e-30) + 1e-4
-    fmt = FORMATS[precision]
-    rounded = smoothed
-    if fmt.quantize_activation is not None and fmt.dequantize_activation is not None:
+    rounded, dequantize = smoothed, FORMATS[precision].dequantize_activation
+    if dequantize is not None:
         qx, ascales, _ = reference.quantize(rows, smooth, rows[:0], precision, shift)
-        rounded = fmt.dequantize_activation(qx, ascales)[:, : rows.shape[1]]
+        rounded = dequantize(qx, ascales)[:, : rows.shape[1]]
     return _Seen(rows, rounded, importance, Whitening(smoothed))
 
 
