@@ -1,15 +1,19 @@
 """w4a8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
 
 Formulas and tensors are those of triton_quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
-shared memory from the one time it is read until its codes are written; a prologue replaces each box there when it
-arrives. Between, it leaves its part of each row's maximum and of xd in memory and waits at the row block's counter for
-the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU at
-once, or they would wait for ever: `can_quantize`.
+shared memory from the one time it is read until its codes are written; a prologue replaces it there. Between, it adds
+its part of each row's maximum to those in memory and leaves its part of xd there, and waits at the row block's counters
+for the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU
+at once, or they would wait for ever: `can_quantize`. The maxima are waited for first; while they come, the low-rank
+product is stored, and while that is on its way the codes are.
 
-    x, right  rows x_step * 8 and right_step * 8 elements apart: a multiple that the compiler sees
-    down      up to rank 64 a pointer, each box comes with one of x; above, a TMA descriptor, and SLOTS buffers
-    work      partial [S, M, R] and then peaks [S, M], fp32; S = programs a row block
-    counters  [blocks]  int32, zero before and after: counts arrivals, then departures
+    x, right  copied by TMA. No program straddles the two
+    down      up to rank 64 all that a program needs is copied at once; above, boxes of 64 channels take turns in SLOTS
+              buffers
+    work      [blocks, S, 64, R]  fp32, parts of xd; S = programs a row block
+    counters  [blocks, 64]        int32, the rows' largest magnitudes as bits, which have the order of the numbers
+              [2, blocks]         int32, arrivals and then departures
+              all zero before and after
 
 EXACT says that rows and channels fill whole programs: without masks a prologue takes an eighth less instructions.
 """
@@ -19,7 +23,6 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -29,16 +32,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hooks import Hook
-from .triton_codes import int4_codes, int8_codes, int8_scale, prologue, quotient
-from .triton_launch import Descriptor, launch, processors, zeroed_counters
+from .triton_codes import int4_codes, int8_pair, int8_scale, prologue, quotient
+from .triton_launch import COUNTERS, Descriptor, launch, processors, zeroed_counters
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
 MAX_RANK = {"w4a8": 256, "int4": 240}  # more would not fit into registers
-MAX_BLOCKS = 1024  # counters there are
+MAX_BLOCKS = COUNTERS // (ROWS.value + 2)
 # Renamed after Triton 3.6.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # One thread counts or polls: an atomic of Triton's has every warp wait for its result, and polls disturb the loads of
 # others. `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
@@ -52,6 +55,13 @@ AWAIT = gl.constexpr("""{
     again: ld.acquire.gpu.global.u32 t, [$1]; setp.ge.u32 p, t, $2; @p bra done; nanosleep.u32 40; bra again;
     done: mov.u32 $0, 0;
 }""")
+CLEAR = gl.constexpr("""{
+    .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra done;
+    atom.relaxed.gpu.global.inc.u32 t, [$1], $2; setp.ne.u32 p, t, $2; @p bra done;
+    mov.u32 t, 0;
+    STORES
+    done: mov.u32 $0, 0;
+}""".replace("STORES", " ".join(f"st.global.v4.u32 [$3 + {i}], {{t, t, t, t}};" for i in range(0, 256, 16))))
 
 
 @gluon.jit
@@ -60,12 +70,29 @@ def _at_counter(counter, number, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _meet(counter, programs):
-    """Wait until every program of the row block is here, with all it wrote visible."""
+def _arrive(counter, programs):
+    """Let the other programs of the row block see all that this one wrote."""
     _barrier()
     _at_counter(counter, 2 * programs - 1, ARRIVE)
+
+
+@gluon.jit
+def _await(counter, programs):
+    """Wait until every program of the row block has arrived."""
     _at_counter(counter, programs, AWAIT)
     _barrier()
+
+
+@gluon.jit
+def _leave(counter, programs):
+    _at_counter(counter, 2 * programs - 1, LEAVE)
+
+
+@gluon.jit
+def _leave_peaks(counter, programs, peaks):
+    """Who leaves last sets the peaks to zero again."""
+    gl.inline_asm_elementwise(CLEAR, "=r,l,r,l", [counter.to(gl.int64), 2 * programs - 1, peaks.to(gl.int64)],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit
@@ -77,211 +104,259 @@ def _below(index, limit, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def _box(x, right, rm, columns, k, W, x_step, right_step, JOINED: gl.constexpr):
-    """Pointers to a box of the input. Boxes do not straddle: W is a multiple of 64."""
-    first, step = x + k, x_step
-    if JOINED:
-        first = gl.where(k < W, first, right + (k - W))
-        step = gl.where(k < W, step, right_step)
-    return first + rm[:, None] * (step * 8) + columns[None, :]
+def _load_down(down, k, bar, target, RANK: gl.constexpr, WIDTH: gl.constexpr):
+    mbarrier.expect(bar, RANK * WIDTH * 2)
+    _load(down, [0, k], bar, target)
+
+
+@gluon.jit
+def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """Box i smoothed, as its even channels and its odd ones [ROWS, 32] fp32: words make one instruction a number."""
+    bits: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    word = _view(xs, gl.int32, [ROWS, K_TILE // 2], bits).slice(i * 32, 32, 1).load(layout)
+    if DTYPE == gl.bfloat16:
+        even = (word << 16).to(gl.float32, bitcast=True)
+        odd = (word & -65536).to(gl.float32, bitcast=True)
+    else:
+        even = word.to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+        odd = (word >> 16).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+    columns: gl.constexpr = gl.SliceLayout(0, layout)
+    even *= inverses.slice(i * 32, 32).load(columns)[None, :]
+    odd *= inverses.slice(K_TILE // 2 + i * 32, 32).load(columns)[None, :]
+    return even, odd
 
 
 @gluon.jit(do_not_specialize=["M", "S"])  # a 1 stays a run-time value: Triton's constants have no methods
 def _quantize_kernel(
-    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, x_step, right_step, a_row, a_group,
-    shift,
+    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexpr,
     SLICE: gl.constexpr, FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr, JOINED: gl.constexpr,
     HOOK: gl.constexpr,
 ):  # fmt: skip
     BY_ROW: gl.constexpr = FORMAT == "w4a8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
-    RING: gl.constexpr = SLOTS < BOXES
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
     PIECE: gl.constexpr = 32 if EXACT else 16
-    NARROW: gl.constexpr = HOOK is not None or (RING and not EXACT) or RANK > 128
-    DTYPE: gl.constexpr = x.dtype.element_ty
+    NARROW: gl.constexpr = HOOK is not None or RANK > 64
+    DTYPE: gl.constexpr = x.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
     # Few parts: each thread adds up its own columns. Many: the slices are short, and warps take parts instead.
     parted: gl.constexpr = [1, WARPS] if PARTS <= 16 else [WARPS, 1]
     lanes: gl.constexpr = [1, 32] if PARTS <= 16 or SLICE >= 128 else [2, 16] if SLICE == 64 else [8, 4]
-    words: gl.constexpr = 4 if PARTS > 16 or SLICE >= 512 else 2 if SLICE == 256 else 1
-    tall: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], parted, [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1, words], lanes, parted, [1, 0])
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    run: gl.constexpr = 4 if PARTS > 16 or SLICE >= 512 else 2 if SLICE == 256 else 1
+    flat: gl.constexpr = gl.BlockedLayout([1, run], lanes, parted, [1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row: gl.constexpr = gl.SliceLayout(1, wide)
-    column: gl.constexpr = gl.SliceLayout(0, wide)
+    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])  # of 32-bit words
+    row: gl.constexpr = gl.SliceLayout(1, pairs if BY_ROW else wide)
+    column: gl.constexpr = gl.SliceLayout(0, pairs if BY_ROW else wide)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    xs = gl.allocate_shared_memory(DTYPE, [BOXES, ROWS, 64], swizzled)
-    ds = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK, 64], swizzled)
-    factors = gl.allocate_shared_memory(gl.float32, [BOXES, 64], plain)
-    inverses = gl.allocate_shared_memory(gl.float32, [BOXES, 64], plain)
-    full = gl.allocate_shared_memory(gl.int64, [BOXES, 1], mbarrier.MBarrierLayout())
-    block = gl.program_id(0) // S
-    part = gl.program_id(0) % S
-    begin = block.to(gl.int64) * ROWS
-    first = part * BOXES * 64
-    rm = begin + gl.arange(0, ROWS, row)
-    alive = _below(rm, M, EXACT)
-    rc = gl.arange(0, 64, column)
+    RING: gl.constexpr = SLOTS < BOXES
+    K_TILE: gl.constexpr = BOXES * 64
+    xs = gl.allocate_shared_memory(DTYPE, [ROWS, K_TILE], x.layout)
+    ds = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK, 64] if RING else [1, RANK, K_TILE], down.layout)
+    factors = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
+    inverses = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [BOXES, 1], mbarrier.MBarrierLayout())
+    part = gl.program_id(0)
+    block = gl.program_id(1)
+    begin = block * ROWS
+    first = part * K_TILE
+    mbarrier.init(full, count=1)
     if RING:
         for i in gl.static_range(BOXES):
-            mbarrier.init(full.index(i), count=1)
-        fence_async_shared()
-        for i in gl.static_range(SLOTS):
-            mbarrier.expect(full.index(i), RANK * 128)
-            _load(down, [0, first + i * 64], full.index(i), ds.index(i))
-    for i in gl.static_range(BOXES):
-        k = first + i * 64
-        there = _below(rc + k, K, EXACT)[None, :]
-        _copy(xs.index(i), _box(x, right, rm, rc, k, W, x_step, right_step, JOINED), mask=alive[:, None] & there)
-        if R > 0 and not RING:
-            rr = gl.arange(0, RANK, row)[:, None]
-            _copy(ds.index(i), down + rr * K + (rc + k)[None, :], mask=(rr < R) & there)
-        async_copy.commit_group()
-    for i in gl.static_range(BOXES):
-        rk = first + i * 64 + gl.arange(0, 64, line)
-        factor = gl.load(smooth + rk, mask=_below(rk, K, EXACT), other=1.0)
-        if BY_ROW:
-            inverses.index(i).store(1.0 / factor)
+            mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else RANK * K_TILE * 2))
+    if JOINED:  # no program straddles the two parts
+        if first < W:
+            _load(x, [begin, first], full, xs)
         else:
-            factors.index(i).store(factor)
-            inverses.index(i).store(gl.div_rn(gl.full_like(factor, 1.0), factor))
-    peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 64], 0.0, gl.float32, wide)
-    acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
-    for i in gl.static_range(BOXES):
-        k = first + i * 64
-        columns = (rc + first + i * 64)[None, :]  # not rc + k: kept since the copies, that would cost registers
-        async_copy.wait_group(BOXES - 1)
-        if HOOK is not None:  # a thread loads what it copied itself
-            for j in gl.static_range(0, ROWS, PIECE):
-                piece = xs.index(i).slice(j, PIECE)
-                rows = (begin + j + gl.arange(0, PIECE, row))[:, None]
+            _load(right, [begin, first - W], full, xs)
+    else:
+        _load(x, [begin, first], full, xs)
+    if RING:
+        for i in gl.static_range(SLOTS):
+            _load_down(down, first + i * 64, ready.index(i), ds.index(i), RANK, 64)
+    elif R > 0:
+        _load(down, [0, first], full, ds.index(0))
+    if BY_ROW:
+        for i in gl.static_range(2):  # of the even channels, then of the odd ones
+            rk = 2 * gl.arange(0, K_TILE // 2, line) + i
+            factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
+            inverses.slice(i * (K_TILE // 2), K_TILE // 2).store(1.0 / factor)
+    else:
+        rk = gl.arange(0, K_TILE, line)
+        factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
+        factors.store(factor)
+        inverses.store(gl.div_rn(gl.full_like(factor, 1.0), factor))
+    _barrier()
+    r = gl.arange(0, ROWS, row)
+    rc = gl.arange(0, 32 if BY_ROW else 64, column)
+    alive = _below(r, M - begin, EXACT)
+    mbarrier.wait(full, 0)
+    if HOOK is not None:
+        for i in gl.static_range(BOXES):
+            columns = (first + i * 64 + gl.arange(0, 64, gl.SliceLayout(0, wide)))[None, :]
+            for j in gl.static_range(0, ROWS, PIECE):  # a thread stores where it alone has loaded
+                piece = xs.slice(i * 64, 64, 1).slice(j, PIECE)
+                rows = (begin.to(gl.int64) + j + gl.arange(0, PIECE, gl.SliceLayout(1, wide)))[:, None]
                 there = _below(rows, M, EXACT) & _below(columns, K, EXACT)
                 piece.store(prologue(piece.load(wide), rows, columns, there, extra, HOOK))
         fence_async_shared()
         _barrier()
-        async_copy.commit_group()  # of nothing: as many groups stay behind box i + 1 as did behind this one
+    target = qx + (begin.to(gl.int64) * KP + first)
+    peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 32], 0.0, gl.float32, pairs)
+    acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
+    if R > 0 and not RING:
+        acc = warpgroup_mma(xs, ds.index(0).permute([1, 0]), acc, is_async=True)
+    for i in gl.static_range(BOXES):
+        k = first + i * 64
+        box = xs.slice(i * 64, 64, 1)
         if RING:
-            if i > 0 and i - 1 + SLOTS < BOXES:
-                ahead = i - 1 + SLOTS
-                mbarrier.expect(full.index(ahead), RANK * 128)
-                _load(down, [0, first + ahead * 64], full.index(ahead), ds.index(ahead % SLOTS))
-            mbarrier.wait(full.index(i), 0)
-        if R > 0:
-            acc = warpgroup_mma(xs.index(i), ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
-        v = xs.index(i).load(wide).to(gl.float32)
-        inverse = inverses.index(i).load(column)[None, :]
-        if not BY_ROW:
+            mbarrier.wait(ready.index(i), 0)
+            acc = warpgroup_mma(box, ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
+        if BY_ROW:
+            even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
+            largest = gl.maximum(gl.abs(even), gl.abs(odd))
+            peak = gl.maximum(peak, gl.max(largest, 1) if NARROW else largest)
+        else:
+            v = box.load(wide).to(gl.float32)
             if UNSIGNED:
                 v += shift
-            v = quotient(v, factors.index(i).load(column)[None, :], inverse)
-            v = gl.where(alive[:, None] & _below(columns, K, EXACT), v, 0.0)
+            inverse = inverses.slice(i * 64, 64).load(column)[None, :]
+            v = quotient(v, factors.slice(i * 64, 64).load(column)[None, :], inverse)
+            v = gl.where(alive[:, None] & _below(rc, K - k, EXACT)[None, :], v, 0.0)
             q, scale = int4_codes(v, UNSIGNED, qx.dtype.element_ty == gl.float8e4nv)
             stored = alive if EXACT else alive & (k < KP)
-            gl.store(qx + rm[:, None] * KP + columns, q, mask=stored[:, None])
-            gl.store(ascales + rm * a_row + k // 64 * a_group, scale, mask=stored)
-        elif NARROW:
-            peak = gl.maximum(peak, gl.max(gl.abs(v * inverse), 1))
-        else:
-            peak = gl.maximum(peak, gl.abs(v * inverse))
-        if R > 0:
+            gl.store(target + i * 64 + (r[:, None] * KP + rc[None, :]), q, mask=stored[:, None])
+            gl.store(ascales + (begin + r).to(gl.int64) * a_row + k // 64 * a_group, scale, mask=stored)
+        if RING and i + SLOTS < BOXES:
             acc = warpgroup_mma_wait(0, deps=(acc,))
-    size = M.to(gl.int64) * R  # of a part of xd
-    peaks = work + S * size
+            _barrier()
+            _load_down(down, k + SLOTS * 64, ready.index(i + SLOTS), ds.index(i % SLOTS), RANK, 64)
+    peaks = counters + begin
+    here = counters + gl.num_programs(1) * ROWS + block
+    there = here + gl.num_programs(1)
+    sums = work + (block * S).to(gl.int64) * (ROWS * R)
     if BY_ROW:
-        gl.store(peaks + part.to(gl.int64) * M + rm, peak if NARROW else gl.max(peak, 1), mask=alive)
+        most = peak if NARROW else gl.max(peak, 1)
+        if MEET:
+            gl.atomic_max(peaks + r, most.to(gl.int32, bitcast=True), sem="relaxed")  # bits are in the numbers' order
+            _arrive(here, S)
     if R > 0:
-        am = begin + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-        ar = gl.arange(0, RANK, gl.SliceLayout(0, mma))
-        gl.store(work + part * size + am[:, None] * R + ar[None, :], acc,
-                 mask=_below(am, M, EXACT)[:, None] & (ar < R)[None, :])  # fmt: skip
-    if MEET:
-        _meet(counters + block, S)
-    else:
-        _barrier()
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        am = gl.arange(0, ROWS, gl.SliceLayout(1, mma))[:, None]
+        ar = gl.arange(0, RANK, gl.SliceLayout(0, mma))[None, :]
+        gl.store(sums + part * (ROWS * R) + (am * R + ar), acc, mask=ar < R)
+        if MEET:
+            _arrive(there, S)
     # What other multiprocessors wrote is loaded past the L1 cache.
     if BY_ROW:
-        ps = gl.arange(0, PARTS, gl.SliceLayout(1, tall))[:, None]
-        tm = begin + gl.arange(0, ROWS, gl.SliceLayout(0, tall))
-        some = gl.load(peaks + ps.to(gl.int64) * M + tm[None, :], mask=(ps < S) & (tm < M)[None, :], other=0.0,
-                       cache_modifier=".cg")  # fmt: skip
-        scale, reciprocal = int8_scale(gl.max(some, 0))
+        if MEET:
+            _await(here, S)
+            most = gl.load(peaks + r, cache_modifier=".cg").to(gl.float32, bitcast=True)
+        scale, reciprocal = int8_scale(most)
         if part == 0:
-            gl.store(ascales + tm, scale, mask=tm < M)
-        reciprocal = gl.convert_layout(reciprocal, row)
+            gl.store(ascales + begin + r, scale, mask=alive)
+        words = target.cast(gl.pointer_type(gl.int16), bitcast=True) + (r[:, None] * (KP // 2) + rc[None, :])
         for i in gl.static_range(BOXES):
-            k = first + i * 64
-            q = int8_codes(xs.index(i).load(wide), inverses.index(i).load(column)[None, :], reciprocal[:, None])
-            stored = alive[:, None] & _below(rc + k, KP, EXACT)[None, :]
-            gl.store(qx + rm[:, None] * KP + (rc + k)[None, :], q, mask=stored)
+            even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
+            stored = alive[:, None] & _below(rc, (KP - first) // 2 - i * 32, EXACT)[None, :]
+            gl.store(words + i * 32, int8_pair(even, odd, reciprocal[:, None]), mask=stored)
     if R > 0:  # each program adds up a slice of the row block's xd
+        if MEET:
+            _await(there, S)
+        else:
+            _barrier()
         e = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))
         fp = gl.arange(0, PARTS, gl.SliceLayout(1, flat))[:, None]
-        start = begin * R
-        inside = (e < ROWS * R) & (start + e < size)
-        values = gl.load(work + start + e[None, :] + fp * size, mask=inside[None, :] & (fp < S), other=0.0,
+        inside = e < ROWS * R
+        values = gl.load(sums + (fp * (ROWS * R) + e[None, :]), mask=inside[None, :] & (fp < S), other=0.0,
                          cache_modifier=".cg")  # fmt: skip
-        gl.store(xd + start + e, gl.sum(values, 0).to(xd.dtype.element_ty), mask=inside)
-    if MEET:
-        _at_counter(counters + block, 2 * S - 1, LEAVE)
+        inside &= _below(e, (M - begin) * R, EXACT)
+        gl.store(xd + begin.to(gl.int64) * R + e, gl.sum(values, 0).to(xd.dtype.element_ty), mask=inside)
+        if MEET:
+            _leave(there, S)
+    if MEET and BY_ROW:
+        _barrier()  # every warp has read the peaks
+        _leave_peaks(here, S, peaks)
 
 
-def _boxes(r: int) -> tuple[int, int]:
-    """Boxes of x, and buffers for those of `down`: measured best on an H100 for ranks 32 and 128.
+def _boxes(m: int, k: int, r: int, width: int, alone: bool) -> tuple[int, int]:
+    """Boxes of x, and buffers for those of `down`: measured best on an H200 for ranks 32 and 96, on an H100 for 128.
 
-    Above 128 more boxes would leave room for one program on a multiprocessor only; not measured.
+    width  columns of the first of two parts, else k
+    alone  w4a8 without a prologue: wide programs leave less behind to add up, but do more before they let others go on
+
+    Above rank 128 more boxes would leave room for one program on a multiprocessor only; not measured.
     """
     if r <= 64:
-        return 4, 4
-    return (8, 2) if r <= 128 else (4, 2)
+        boxes = slots = 8 if alone and m > 1024 and k > 8192 else 4
+    else:
+        boxes, slots = (8, 2) if r <= 128 else (4, 2)
+    while width < k and width % (64 * boxes):
+        boxes //= 2
+    return boxes, min(boxes, slots)
 
 
-def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str) -> bool:
-    """Whether rows can be copied 16 bytes at a time, as the compiler sees it, and a row block's programs run at once.
+def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, prologue: Hook | None) -> bool:
+    """Whether TMA can copy the rows, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
-    (r, k), m = down.shape, x.shape[0]
-    if k % 16 or down.data_ptr() % 16 or r > MAX_RANK[precision] or m > ROWS.value * MAX_BLOCKS:
+    (r, k), (m, width) = down.shape, x.shape
+    if k % 8 or down.data_ptr() % 16 or r > MAX_RANK[precision] or m > ROWS.value * MAX_BLOCKS:
         return False
-    if x.data_ptr() % 16 or x.stride(0) % 8:
+    if right is not None and width % 64:
         return False
-    if right is not None and (x.shape[1] % 64 or right.data_ptr() % 16 or right.stride(0) % 8):
-        return False
-    return -(-k // (64 * _boxes(r)[0])) * 2 <= processors(x.device)
+    for part in (x, right):
+        if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8):
+            return False
+    boxes, _ = _boxes(m, k, r, width, precision == "w4a8" and prologue is None)
+    return -(-k // (64 * boxes)) * 2 <= processors(x.device)
 
 
-def constants(m: int, k: int, r: int, precision: str, shift: float, joined: bool, hook: Hook | None) -> tuple:
+def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, hook: Hook | None) -> tuple:
     """The kernel's compile-time parameters."""
-    boxes, slots = _boxes(r)
+    boxes, slots = _boxes(m, k, r, width, precision == "w4a8" and hook is None)
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
-    return (boxes, slots, r, triton.next_power_of_2(max(r, 16)), triton.next_power_of_2(programs), piece, precision,
-            bool(shift), exact, joined, None if hook is None else hook.function)  # fmt: skip
+    return (boxes, slots, r, _padded_rank(r), triton.next_power_of_2(programs), piece, precision, bool(shift), exact,
+            width < k, None if hook is None else hook.function)  # fmt: skip
+
+
+def _padded_rank(r: int) -> int:
+    return triton.next_power_of_2(max(r, 16))
 
 
 # One object: `launch` knows a layout by its identity.
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-def describe_down(down: Tensor, r: int) -> Descriptor:
-    return Descriptor(down, down.shape, down.stride(), (triton.next_power_of_2(r), 64), _SWIZZLED)
+def describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
+    """What TMA copies in blocks."""
+    return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _SWIZZLED)
+
+
+def describe_down(down: Tensor, boxes: int) -> Descriptor:
+    return describe(down, _padded_rank(down.shape[0]), 64 * boxes)
 
 
 def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
              prologue: Hook | None, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
     """Checked operands, `can_quantize` -> into qx, ascales and xd."""
     (r, k), (m, kp) = down.shape, qx.shape
-    boxes, slots = _boxes(r)
+    width = x.shape[1]
+    boxes, slots = _boxes(m, k, r, width, precision == "w4a8" and prologue is None)
     blocks, programs = -(-m // ROWS.value), -(-k // (64 * boxes))
-    work = torch.empty(programs * m * (r + 1), device=x.device, dtype=torch.float32)
-    more = x if right is None else right
-    arguments = (x, more, smooth, down if slots == boxes else describe_down(down, r), qx, ascales, xd, work,
-                 zeroed_counters(x.device), () if prologue is None else prologue.operands, m, k, kp, programs,
-                 x.shape[1], x.stride(0) // 8, more.stride(0) // 8, *ascales.stride(), float(shift))  # fmt: skip
-    launch(_quantize_kernel, (blocks * programs, 1, 1), arguments,
-           constants(m, k, r, precision, shift, right is not None, prologue), num_warps=WARPS.value)  # fmt: skip
+    work = torch.empty(blocks * programs * ROWS.value * r, device=x.device, dtype=torch.float32)
+    left = describe(x, ROWS.value, 64 * boxes)
+    arguments = (left, left if right is None else describe(right, ROWS.value, 64 * boxes), smooth,
+                 describe_down(down, boxes if slots == boxes else 1) if r else left, qx, ascales, xd, work,
+                 zeroed_counters(x.device), () if prologue is None else prologue.operands, m, k, kp, programs, width,
+                 *ascales.stride(), float(shift))  # fmt: skip
+    launch(_quantize_kernel, (programs, blocks, 1), arguments,
+           constants(m, k, r, precision, shift, width, prologue), num_warps=WARPS.value)  # fmt: skip

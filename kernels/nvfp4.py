@@ -26,18 +26,22 @@ CLIP = (1.0, 0.9, 0.8)
 
 def encode_e2m1(x: Tensor) -> Tensor:
     """Nearest e2m1 code of each value, ties to the even code, saturating at 6: [...] fp32 -> [...] uint8."""
-    bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=x.device)
     magnitude = x.abs()
-    code = torch.bucketize(magnitude, bounds)  # a tie falls to the lower code
-    tie = magnitude == bounds[code.clamp_max(len(bounds) - 1)]
-    code = code + (tie & (code % 2 == 1)).to(code.dtype)
-    return (code + 8 * torch.signbit(x).to(code.dtype)).to(torch.uint8)
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for lower, (a, b) in enumerate(itertools.pairwise(E2M1)):
+        middle = (a + b) / 2
+        code += magnitude > middle if lower % 2 == 0 else magnitude >= middle
+    return code + 8 * torch.signbit(x).to(torch.uint8)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
-    """[...] uint8 -> [...] fp32; the inverse of `encode_e2m1` on the 15 values e2m1 has."""
-    table = torch.tensor(E2M1 + tuple(-v for v in E2M1), device=codes.device)
-    return table[codes.long()]
+    """[...] uint8 -> [...] fp32; the inverse of `encode_e2m1` on the 15 values e2m1 has.
+
+    By arithmetic: a table would have to be copied to the device, which a CUDA graph does not allow.
+    """
+    m = (codes & 7).float()
+    magnitude = torch.where(m < 4, m / 2, torch.where(m < 6, m - 2, 2 * m - 8))
+    return torch.where(codes > 7, -magnitude, magnitude)
 
 
 def _e4m3(scale: Tensor) -> Tensor:

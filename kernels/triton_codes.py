@@ -30,6 +30,16 @@ def int8_codes(v, inverse, reciprocal):
 
 
 @triton.jit
+def int8_pair(even, odd, reciprocal):
+    """Neighbours, each with one over its smoothing factor -> their int8 codes, the even one's in the low byte of int16."""
+    even = (even * reciprocal + ROUND).to(tl.int32, bitcast=True)
+    odd = (odd * reciprocal + ROUND).to(tl.int32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x0040;", "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+    ).to(tl.int16)
+
+
+@triton.jit
 def quotient(a, b, inverse):
     """a / b as a division rounds it, signed zeros too, in three operations; inverse is 1 / b rounded."""
     q = a * inverse

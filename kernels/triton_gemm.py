@@ -213,7 +213,7 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
         ascales if offset is None else offset, y, y if beside is None else beside, extra, m, n, kp, r, sibling,
         xd.stride(0), n if beside is None else beside.stride(0), weight[1].stride(0),
     )  # fmt: skip
-    rank = min(64, triton.next_power_of_2(r)) if r else 0
+    rank = min(64, max(16, triton.next_power_of_2(r))) if r else 0
     constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, beside is not None)
     grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
     launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)

@@ -13,6 +13,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Started(NamedTuple):
 _started: dict[tuple, Started] = {}
 recording = threading.local()  # its `calls`, a list while lowering/replay.py looks on: what is launched how
 
+COUNTERS = 66 * 1024
 MAX_ENCODED = 4096  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
 
 
@@ -233,17 +235,25 @@ def check_low_rank(xd: Tensor, up: Tensor, rows: int, features: int) -> None:
 
 @cache
 def _kept_counters(device: torch.device, stream: int | None) -> Tensor:
-    return torch.zeros(1024, dtype=torch.int32, device=device)
+    """By a thread of its own: what this one allocates while Inductor warms a CUDA graph up belongs to the graph."""
+
+    def allocate() -> Tensor:
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        return counters
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
 
 
 def zeroed_counters(device: torch.device) -> Tensor:
-    """1024 int32 zeros for programs of one launch to count themselves; the kernel leaves them zero again.
+    """COUNTERS int32 zeros for programs of one launch to count themselves; the kernel leaves them zero again.
 
     Each stream has its own, so that launches which may overlap never share them; a CUDA graph, which may run on any
     stream, gets its own for each launch.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1024, dtype=torch.int32, device=device)
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return _kept_counters(device, gpu()[1](device.index))
 
 

@@ -217,7 +217,7 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     if precision != "nvfp4" and _one_kernel(x.device):
         from . import gluon_quantize
 
-        if gluon_quantize.can_quantize(x, right, down, precision):
+        if gluon_quantize.can_quantize(x, right, down, precision, prologue):
             gluon_quantize.quantize(x, right, smooth, down, precision, shift, prologue, *outputs)
             return outputs
     in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)

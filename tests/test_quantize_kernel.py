@@ -224,13 +224,16 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
 
     from svdq_compile.kernels import gluon_quantize as gq
 
-    values = gq.constants(m, k, rank, precision, float(precision == "int4"), joined, hook and Hook(hook))
+    width = 3072 if joined else k
+    values = gq.constants(m, k, rank, precision, float(precision == "int4"), width, hook and Hook(hook))
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
-    types = TYPES | {"x": "*bf16", "right": "*bf16", "work": "*fp32", "extra": HOOK_TYPES if hook is modulated else ()}
+    types = TYPES | {"work": "*fp32", "extra": HOOK_TYPES if hook is modulated else ()}
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
-    if rank > 64:
-        block = gq.describe_down(torch.empty(rank, k, dtype=torch.bfloat16), rank)
-        types["down"] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
+    boxes, slots, *_ = values
+    x = gq.describe(torch.empty(m, width, dtype=torch.bfloat16), 64, 64 * boxes)
+    down = gq.describe_down(torch.empty(rank, k, dtype=torch.bfloat16), boxes if boxes == slots else 1) if rank else x
+    for name, block in (("x", x), ("right", x), ("down", down)):
+        types[name] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
 
 
@@ -247,7 +250,7 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     assert 2 * (built.shared + 1024) <= 227 * 1024
     assert built.registers * 128 * 2 <= 65536
     assert ("wgmma.mma_async" in built.ptx) == (rank > 0)
-    assert "cp.async.cg.shared.global" in built.ptx
+    assert "cp.async.bulk.tensor" in built.ptx
 
 
 @compiled
@@ -260,4 +263,4 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, hook):
     built = compile_gluon(rank, k, joined, hook)
     assert not built.spilled
     assert built.registers * 128 * 2 <= 65536
-    assert "cp.async.cg.shared.global" in built.ptx  # 16 bytes at a time, out of either part
+    assert "cp.async.bulk.tensor" in built.ptx

@@ -23,6 +23,7 @@ def test_each_is_exact(kind: str, is_causal: bool) -> None:
 
 def test_the_choice_is_measured_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    monkeypatch.delenv("SVDQ_TUNE", raising=False)
     monkeypatch.setattr(tuning, "_chosen", {})
     tuning._file.cache_clear()
     tuning._known.cache_clear()

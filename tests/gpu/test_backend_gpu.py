@@ -115,7 +115,8 @@ def test_loading_onto_the_gpu_makes_no_16_bit_weight(tmp_path) -> None:
     torch.cuda.reset_peak_memory_stats()
     svdq.load(twin, tmp_path / "m", device="cuda", progress=False)
     size = (tmp_path / "m").stat().st_size
-    assert torch.cuda.max_memory_allocated() - base < 1.05 * size
+    reordering = 2048 * 2048 * 2  # one weight's codes, a byte each, in two orders
+    assert torch.cuda.max_memory_allocated() - base < 1.05 * size + reordering
 
 
 def test_eager_use_raises() -> None:
