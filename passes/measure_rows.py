@@ -63,7 +63,15 @@ def _rows(w: object) -> fx.Node | None:
         return None
     columns = value.shape[-1]
     fits = isinstance(columns, int) and MIN_COLUMNS <= columns <= MAX_COLUMNS
-    return w if fits and operation(w) is None and w.target is not aten.cat.default else None
+    return w if fits and operation(w) is None and not _joins_columns(w, value) else None
+
+
+def _joins_columns(node: fx.Node, value: Tensor) -> bool:
+    """Whether Inductor would put rows together in the kernel that measures them; whole rows it copies, and reads again."""
+    if node.target is not aten.cat.default:
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return isinstance(dim, int) and dim % value.dim() == value.dim() - 1
 
 
 def _moments(graph: fx.Graph, made: dict[fx.Node, list[fx.Node]], x: fx.Node, like: fx.Node) -> list[fx.Node]:
