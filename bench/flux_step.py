@@ -4,7 +4,8 @@
     python bench/flux_step.py --model flux --methods ours --profile ours    also where the time of a step goes
     python bench/flux_step.py --table [docs/performance.md]                 the results as tables, into a document
 
-Each method has a process of its own with empty compile caches, and a second one that finds them full. The row of the
+Each method has a process of its own with empty compile caches, and a second one that finds them full; with --together
+there is no second one, and first_step_s is what it took beside the others (processes_at_once). The row of the
 same model and method in an existing file is replaced; ratios are made of rows of one call only ("run"). A row has
     ms              median of steps one after another, the GPU's time between events; ms_all: each of them
     first_step_s    from the 16-bit model in memory until the first step in the method's own form is done: quantizing,
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,8 @@ class Measurement:
         error = float((output - reference).norm() / reference.norm())
         self.put(rel_err=round(error, 5) if output.isfinite().all() else "not finite")
         del output, reference
+        if self.options.turn:
+            wait_for_turn(self.options.turn)
         self.times()
         if self.on_gpu:
             self.kernels(blocks if profiling else None)
@@ -163,6 +167,21 @@ class Measurement:
         step_profile.show(found)
 
 
+def wait_for_turn(turn: Path) -> None:
+    """Say that this process is ready to be timed, and wait until no other one is."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    ready(turn).touch()
+    while not turn.exists():
+        time.sleep(0.05)
+
+
+def ready(turn: Path) -> Path:
+    return turn.with_suffix(".ready")
+
+
 def child(options: argparse.Namespace) -> None:
     """Measure one method; the row goes to the file that the parent named."""
     measurement = None
@@ -176,7 +195,12 @@ def child(options: argparse.Namespace) -> None:
 
 
 def run_child(
-    options: argparse.Namespace, method: str, caches: Path, first_only: bool, saved: Path | None = None
+    options: argparse.Namespace,
+    method: str,
+    caches: Path,
+    first_only: bool,
+    saved: Path | None = None,
+    turn: Path | None = None,
 ) -> dict[str, Any]:
     """Start a process for one method and wait for its row; it and all it started end at the limit."""
     limit = min(options.limit, options.total - time.perf_counter())
@@ -188,6 +212,7 @@ def run_child(
     command += ["--tiny"] if options.tiny else []
     command += ["--first-only"] if first_only else []
     command += ["--saved", str(saved)] if saved else []
+    command += ["--turn", str(turn)] if turn else []
     command += ["--profile", options.profile] if options.profile else []
     environment = os.environ | {name: str(caches / name) for name in CACHES}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -209,7 +234,13 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a method, in the order named, all of one run."""
     run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     model = options.model + (" (tiny)" if options.tiny else "")
-    for method in options.methods.split(","):
+    methods = options.methods.split(",")
+    for method, row in (together if options.together else one_by_one)(options, model, methods):
+        yield {"model": model, "method": method, "run": run, "device": record.environment()["device"]} | row
+
+
+def one_by_one(options: argparse.Namespace, model: str, methods: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for method in methods:
         print(f"{model}, {method}", flush=True)
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -223,7 +254,31 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 again = run_child(options, method, Path(folder), first_only=True, saved=saved)
                 row["loaded_process_s"] = again.get("first_step_s")
         print(f"  {method:14} took {time.perf_counter() - begin:.0f} s in all  {row.get('error', '')}", flush=True)
-        yield {"model": model, "method": method, "run": run, "device": record.environment()["device"]} | row
+        yield method, row
+
+
+def together(options: argparse.Namespace, model: str, methods: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Some processes compile at once, which makes each slower; their steps are timed when all have done so, in turn."""
+    print(f"{model}, {options.methods}, {options.together} at once", flush=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ThreadPoolExecutor(len(methods)) as pool:
+        turns = {method: Path(folder) / method / "turn" for method in methods}
+        waiting, futures = list(methods), {}
+
+        def is_ready(method: str) -> bool:
+            return method in futures and (futures[method].done() or ready(turns[method]).exists())
+
+        while not all(is_ready(method) for method in methods):
+            if waiting and sum(not is_ready(method) for method in futures) < options.together:
+                method = waiting.pop(0)
+                turn = turns[method]
+                turn.parent.mkdir()
+                futures[method] = pool.submit(run_child, options, method, turn.parent, False, None, turn)
+            time.sleep(0.1)
+        for method, future in futures.items():
+            turns[method].touch()
+            row = future.result()
+            print(f"  {method:14} {row.get('error', '')}", flush=True)
+            yield method, row | {"warm_process_s": None, "loaded_process_s": None, "processes_at_once": options.together}
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
@@ -247,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--total", type=float, default=float("inf"), metavar="SECONDS", help="for all processes")
     parser.add_argument("--no-warm", dest="warm", action="store_false", help="no second process with full caches")
     parser.add_argument("--load", action="store_true", help="save ours, and load it in another process")
+    parser.add_argument("--together", type=int, default=0, metavar="N", help="compile N at once, then time one by one")
     parser.add_argument("--profile", metavar="METHODS", help="also profile a step of these of the methods")
     parser.add_argument("--tiny", action="store_true", help="a small model of the same structure, to try the script")
     parser.add_argument("--first-only", action="store_true", help="no more than the first step")
@@ -254,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="print the tables of --out, or put them into a document, between its markers")  # fmt: skip
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--saved", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = set(options.methods.split(",")) - set(METHODS)
     if unknown:

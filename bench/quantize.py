@@ -23,10 +23,10 @@ from svdq_compile.kernels.triton_quantize import quantize
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 4608, k, 32, "") for k in (3072, 12288, 15360)]
-CASES += [("w4a8", 4608, 3072, rank, "") for rank in (0, 96, 128, 192)]
+CASES += [("w4a8", 4608, 3072, rank, "") for rank in (0, 48, 96, 128, 144, 192)]
 CASES += [("w4a8", 512, k, 32, "") for k in (3072, 12288, 15360)]
 CASES += [("w4a8", 4608, 12288, 32, "gelu"), ("w4a8", 4608, 15360, 32, "two parts")]
-CASES += [("w4a8", 4608, 3072, rank, "norm modulate") for rank in (32, 96, 192)]
+CASES += [("w4a8", 4608, 3072, rank, "norm modulate") for rank in (32, 96, 128, 144, 192)]
 CASES += [("int4", 4608, 3072, 32, ""), ("int4", 4608, 12288, 32, ""), ("nvfp4", 4608, 3072, 32, "")]
 
 

@@ -104,9 +104,19 @@ def _below(index, limit, EXACT: gl.constexpr):
 
 
 @gluon.jit
-def _load_down(down, k, bar, target, RANK: gl.constexpr, WIDTH: gl.constexpr):
-    mbarrier.expect(bar, RANK * WIDTH * 2)
-    _load(down, [0, k], bar, target)
+def _load_down(down, rest, k, bar, ds, es, slot, RANK: gl.constexpr, REST: gl.constexpr):
+    _load(down, [0, k], bar, ds.index(slot))
+    if REST > 0:
+        _load(rest, [RANK, k], bar, es.index(slot))
+
+
+@gluon.jit
+def _store_part(target, acc, first, R: gl.constexpr):
+    """Columns from `first` on of a part of xd."""
+    layout: gl.constexpr = acc.type.layout
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    columns = first + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))[None, :]
+    gl.store(target + (rows * R + columns), acc, mask=columns < R)
 
 
 @gluon.jit
@@ -128,8 +138,8 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
 
 @gluon.jit(do_not_specialize=["M", "S"])  # a 1 stays a run-time value: Triton's constants have no methods
 def _quantize_kernel(
-    x, right, smooth, down, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
-    BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, PARTS: gl.constexpr,
+    x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
+    BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr, PARTS: gl.constexpr,
     SLICE: gl.constexpr, FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr, JOINED: gl.constexpr,
     HOOK: gl.constexpr,
 ):  # fmt: skip
@@ -137,10 +147,11 @@ def _quantize_kernel(
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
     PIECE: gl.constexpr = 32 if EXACT else 16
-    NARROW: gl.constexpr = HOOK is not None or RANK > 64
+    NARROW: gl.constexpr = HOOK is not None or RANK + REST > 64
     DTYPE: gl.constexpr = x.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
+    mma_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, REST if REST > 0 else 16, 16])
     # Few parts: each thread adds up its own columns. Many: the slices are short, and warps take parts instead.
     parted: gl.constexpr = [1, WARPS] if PARTS <= 16 else [WARPS, 1]
     lanes: gl.constexpr = [1, 32] if PARTS <= 16 or SLICE >= 128 else [2, 16] if SLICE == 64 else [8, 4]
@@ -155,6 +166,9 @@ def _quantize_kernel(
     K_TILE: gl.constexpr = BOXES * 64
     xs = gl.allocate_shared_memory(DTYPE, [ROWS, K_TILE], x.layout)
     ds = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK, 64] if RING else [1, RANK, K_TILE], down.layout)
+    es = ds
+    if REST > 0:
+        es = gl.allocate_shared_memory(DTYPE, [SLOTS, REST, 64] if RING else [1, REST, K_TILE], down.layout)
     factors = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
     inverses = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -168,7 +182,7 @@ def _quantize_kernel(
         for i in gl.static_range(BOXES):
             mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else RANK * K_TILE * 2))
+    mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else (RANK + REST) * K_TILE * 2))
     if JOINED:  # no program straddles the two parts
         if first < W:
             _load(x, [begin, first], full, xs)
@@ -178,9 +192,10 @@ def _quantize_kernel(
         _load(x, [begin, first], full, xs)
     if RING:
         for i in gl.static_range(SLOTS):
-            _load_down(down, first + i * 64, ready.index(i), ds.index(i), RANK, 64)
+            mbarrier.expect(ready.index(i), (RANK + REST) * 128)
+            _load_down(down, rest, first + i * 64, ready.index(i), ds, es, i, RANK, REST)
     elif R > 0:
-        _load(down, [0, first], full, ds.index(0))
+        _load_down(down, rest, first, full, ds, es, 0, RANK, REST)
     if BY_ROW:
         for i in gl.static_range(2):  # of the even channels, then of the odd ones
             rk = 2 * gl.arange(0, K_TILE // 2, line) + i
@@ -209,14 +224,19 @@ def _quantize_kernel(
     target = qx + (begin.to(gl.int64) * KP + first)
     peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 32], 0.0, gl.float32, pairs)
     acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
+    acc_rest = gl.full([ROWS, REST if REST > 0 else 16], 0.0, gl.float32, mma_rest)
     if R > 0 and not RING:
         acc = warpgroup_mma(xs, ds.index(0).permute([1, 0]), acc, is_async=True)
+        if REST > 0:
+            acc_rest = warpgroup_mma(xs, es.index(0).permute([1, 0]), acc_rest, is_async=True)
     for i in gl.static_range(BOXES):
         k = first + i * 64
         box = xs.slice(i * 64, 64, 1)
         if RING:
             mbarrier.wait(ready.index(i), 0)
             acc = warpgroup_mma(box, ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
+            if REST > 0:
+                acc_rest = warpgroup_mma(box, es.index(i % SLOTS).permute([1, 0]), acc_rest, is_async=True)
         if BY_ROW:
             even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
             largest = gl.maximum(gl.abs(even), gl.abs(odd))
@@ -233,9 +253,10 @@ def _quantize_kernel(
             gl.store(target + i * 64 + (r[:, None] * KP + rc[None, :]), q, mask=stored[:, None])
             gl.store(ascales + (begin + r).to(gl.int64) * a_row + k // 64 * a_group, scale, mask=stored)
         if RING and i + SLOTS < BOXES:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
             _barrier()
-            _load_down(down, k + SLOTS * 64, ready.index(i + SLOTS), ds.index(i % SLOTS), RANK, 64)
+            mbarrier.expect(ready.index(i + SLOTS), (RANK + REST) * 128)
+            _load_down(down, rest, k + SLOTS * 64, ready.index(i + SLOTS), ds, es, i % SLOTS, RANK, REST)
     peaks = counters + begin
     here = counters + gl.num_programs(1) * ROWS + block
     there = here + gl.num_programs(1)
@@ -246,10 +267,10 @@ def _quantize_kernel(
             gl.atomic_max(peaks + r, most.to(gl.int32, bitcast=True), sem="relaxed")  # bits are in the numbers' order
             _arrive(here, S)
     if R > 0:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        am = gl.arange(0, ROWS, gl.SliceLayout(1, mma))[:, None]
-        ar = gl.arange(0, RANK, gl.SliceLayout(0, mma))[None, :]
-        gl.store(sums + part * (ROWS * R) + (am * R + ar), acc, mask=ar < R)
+        acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
+        _store_part(sums + part * (ROWS * R), acc, 0, R)
+        if REST > 0:
+            _store_part(sums + part * (ROWS * R), acc_rest, RANK, R)
         if MEET:
             _arrive(there, S)
     # What other multiprocessors wrote is loaded past the L1 cache.
@@ -285,17 +306,18 @@ def _quantize_kernel(
 
 
 def _boxes(m: int, k: int, r: int, width: int, alone: bool) -> tuple[int, int]:
-    """Boxes of x, and buffers for those of `down`: measured best on an H200 for ranks 32 and 96, on an H100 for 128.
+    """Boxes of x, and buffers for those of `down`, as measured best on an H200; two programs share a multiprocessor.
 
     width  columns of the first of two parts, else k
     alone  w4a8 without a prologue: wide programs leave less behind to add up, but do more before they let others go on
-
-    Above rank 128 more boxes would leave room for one program on a multiprocessor only; not measured.
     """
-    if r <= 64:
-        boxes = slots = 8 if alone and m > 1024 and k > 8192 else 4
+    rank = sum(_pieces(r))
+    if rank > 64:
+        boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
+    elif alone and m > 1024 and k > 8192:
+        boxes, slots = (8, 8) if rank <= 32 else (8, 4)
     else:
-        boxes, slots = (8, 2) if r <= 128 else (4, 2)
+        boxes, slots = 4, 4
     while width < k and width % (64 * boxes):
         boxes //= 2
     return boxes, min(boxes, slots)
@@ -324,12 +346,15 @@ def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, 
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
-    return (boxes, slots, r, _padded_rank(r), triton.next_power_of_2(programs), piece, precision, bool(shift), exact,
+    return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, precision, bool(shift), exact,
             width < k, None if hook is None else hook.function)  # fmt: skip
 
 
-def _padded_rank(r: int) -> int:
-    return triton.next_power_of_2(max(r, 16))
+def _pieces(r: int) -> tuple[int, int]:
+    """Powers of two that a product's width is put together of: 96 -> 64 and 32, 144 -> 128 and 16, 128 -> 128 and 0."""
+    first = 1 << max(r, 16).bit_length() - 1
+    rest = triton.next_power_of_2(r - first) if r > first else 0
+    return (2 * first, 0) if rest == first else (first, rest)
 
 
 # One object: `launch` knows a layout by its identity.
@@ -341,8 +366,9 @@ def describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
     return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _SWIZZLED)
 
 
-def describe_down(down: Tensor, boxes: int) -> Descriptor:
-    return describe(down, _padded_rank(down.shape[0]), 64 * boxes)
+def describe_down(down: Tensor, boxes: int) -> tuple[Descriptor, Descriptor]:
+    first, rest = _pieces(down.shape[0])
+    return describe(down, first, 64 * boxes), describe(down, rest or first, 64 * boxes)
 
 
 def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
@@ -355,7 +381,7 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prec
     work = torch.empty(blocks * programs * ROWS.value * r, device=x.device, dtype=torch.float32)
     left = describe(x, ROWS.value, 64 * boxes)
     arguments = (left, left if right is None else describe(right, ROWS.value, 64 * boxes), smooth,
-                 describe_down(down, boxes if slots == boxes else 1) if r else left, qx, ascales, xd, work,
+                 *(describe_down(down, boxes if slots == boxes else 1) if r else (left, left)), qx, ascales, xd, work,
                  zeroed_counters(x.device), () if prologue is None else prologue.operands, m, k, kp, programs, width,
                  *ascales.stride(), float(shift))  # fmt: skip
     launch(_quantize_kernel, (programs, blocks, 1), arguments,

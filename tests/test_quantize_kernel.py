@@ -231,8 +231,9 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
     boxes, slots, *_ = values
     x = gq.describe(torch.empty(m, width, dtype=torch.bfloat16), 64, 64 * boxes)
-    down = gq.describe_down(torch.empty(rank, k, dtype=torch.bfloat16), boxes if boxes == slots else 1) if rank else x
-    for name, block in (("x", x), ("right", x), ("down", down)):
+    down = torch.empty(rank, k, dtype=torch.bfloat16)
+    first, rest = gq.describe_down(down, boxes if boxes == slots else 1) if rank else (x, x)
+    for name, block in (("x", x), ("right", x), ("down", first), ("rest", rest)):
         types[name] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
 
@@ -241,8 +242,8 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
 @pytest.mark.parametrize("m", [4608, 77])
 @pytest.mark.parametrize(
-    ("rank", "k"), [(0, 3072), (32, 15360), (64, 96), (96, 3072), (128, 15360), (192, 3072), (240, 15360)]
-)
+    ("rank", "k"), [(0, 3072), (32, 15360), (64, 96), (96, 3072), (128, 15360), (144, 3072), (192, 3072), (240, 15360)]
+)  # fmt: skip
 def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     """Several programs share a multiprocessor, or nothing would be copied while one waits."""
     built = compile_gluon(rank, k, precision=precision, m=m)
