@@ -1,6 +1,6 @@
 """One denoising step of a transformer with random weights: our backend, 16-bit, and the peers, in one run.
 
-    python bench/flux_step.py --model flux --methods eager,compile,ours --out bench/results/flux-step-h100.json
+    python bench/flux_step.py --model flux --methods eager,compile,ours --out bench/results/flux-step-h200.json
     python bench/flux_step.py --model flux --methods ours --profile ours    also where the time of a step goes
     python bench/flux_step.py --table [docs/performance.md]                 the results as tables, into a document
 
@@ -278,7 +278,8 @@ def together(options: argparse.Namespace, model: str, methods: list[str]) -> Ite
             turns[method].touch()
             row = future.result()
             print(f"  {method:14} {row.get('error', '')}", flush=True)
-            yield method, row | {"warm_process_s": None, "loaded_process_s": None, "processes_at_once": options.together}
+            row |= {"warm_process_s": None, "loaded_process_s": None, "processes_at_once": options.together}
+            yield method, row
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flux", choices=MODELS)
     parser.add_argument("--methods", default="eager,compile,ours", help="comma-separated, in this order")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "flux-step-h100.json")
+    parser.add_argument("--out", type=Path, default=record.results("flux-step"))
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for each process")
     parser.add_argument("--total", type=float, default=float("inf"), metavar="SECONDS", help="for all processes")
     parser.add_argument("--no-warm", dest="warm", action="store_false", help="no second process with full caches")

@@ -1,6 +1,6 @@
 """The GEMM kernels on this GPU, against cuBLAS bf16 and fp8 row-wise and torch._int_mm in the same process.
 
-    python bench/gemm.py [--out bench/results/gemm-h100.json] [--tiles]
+    python bench/gemm.py [--out bench/results/gemm-h200.json] [--tiles]
 
 Random data; every result is checked against a float64 product of the same quantized operands before it is timed. Times
 are medians of many launches with a cold L2, the rank-32 branch and the bias included in ours and in no other. --tiles
@@ -216,7 +216,7 @@ def compare_tiles() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/gemm-h100.json"))
+    parser.add_argument("--out", type=Path, default=record.results("gemm"))
     parser.add_argument("--tiles", action="store_true", help="time every tile shape instead")
     options = parser.parse_args()
     torch.manual_seed(0)

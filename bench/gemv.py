@@ -1,6 +1,6 @@
 """The w4a16 GEMV kernel on this GPU, low rank and bias included, against a device copy of the same number of bytes.
 
-    python bench/gemv.py [--out bench/results/gemv-h100.json] [--splits]
+    python bench/gemv.py [--out bench/results/gemv-h200.json] [--splits]
 
 Random data; every result is checked against a float64 product before it is timed. Medians with a cold L2. The bytes are
 what must move: packed weights, up, x and the result. --splits times other ways to divide K instead.

@@ -1,6 +1,6 @@
 """What a call of an operator costs the host, from the operator down to the launch of its kernel.
 
-    python bench/host.py [--out bench/results/host-h100.json]
+    python bench/host.py [--out bench/results/host-h200.json]
 
     operator  through torch.ops, as compiled code calls it
     lowering  the function behind it: which kernel, views of the operands
@@ -118,9 +118,8 @@ def measure(op: str, m: int, n: int, k: int) -> dict:
 
 
 def main() -> None:
-    card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(f"bench/results/host-{card}.json"))
+    parser.add_argument("--out", type=Path, default=record.results("host"))
     options = parser.parse_args()
     torch.manual_seed(0)
     print("                                operator  lowering  launcher    launch    triton   us", flush=True)

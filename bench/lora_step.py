@@ -1,6 +1,6 @@
 """What adapters cost a quantized model: the time of a step with and without, and switching one for another.
 
-    python bench/lora_step.py --model flux --out bench/results/lora-h100.json
+    python bench/lora_step.py --model flux --out bench/results/lora-h200.json
 
 Compiled by repeated blocks, `precision="w4a8"`, random weights; an adapter is rank 16 on every linear, in bfloat16. The
 output with each adapter is checked against PEFT's own products beside the quantized linears. The file has
@@ -158,12 +158,12 @@ def measure(name: str, tiny: bool) -> list[dict[str, Any]]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The ratios first: of steps as they come, and of the GPU's work in them."""
     ratios = {}
-    for time in ("ms", "gpu_ms"):
-        ms = {row["event"]: row[time] for row in rows if time in row}
+    for kind in ("ms", "gpu_ms"):
+        ms = {row["event"]: row[kind] for row in rows if kind in row}
         if ms:
             without = statistics.mean(v for k, v in ms.items() if "without" in k)
-            ratios[f"slower_{time}"] = round(ms["a step with an adapter"] / without - 1, 4)
-            ratios[f"slower_hotswappable_{time}"] = round(ms["a step with a hotswappable adapter"] / without - 1, 4)
+            ratios[f"slower_{kind}"] = round(ms["a step with an adapter"] / without - 1, 4)
+            ratios[f"slower_hotswappable_{kind}"] = round(ms["a step with a hotswappable adapter"] / without - 1, 4)
     return ratios
 
 
@@ -171,7 +171,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flux", choices=MODELS)
     parser.add_argument("--tiny", action="store_true", help="a small model of the same structure, to try the script")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "lora-h100.json")
+    parser.add_argument("--out", type=Path, default=record.results("lora"))
     arguments = parser.parse_args()
     with torch.no_grad():
         rows = measure(arguments.model, arguments.tiny)

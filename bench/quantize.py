@@ -1,6 +1,6 @@
 """The quantize kernels on this GPU, with the low-rank product, against a device copy of the same number of bytes.
 
-    python bench/quantize.py [--out bench/results/quantize-h100.json]
+    python bench/quantize.py [--out bench/results/quantize-h200.json]
 
 Random data; every result is checked before it is timed. Medians with a cold L2. Prologues: the tanh GELU, and a norm
 with modulation whose row statistics are given. "two parts": the first 3072 channels and the others are slices of two
@@ -98,9 +98,8 @@ def measure(precision: str, m: int, k: int, rank: int, kind: str) -> dict:
 
 
 def main() -> None:
-    card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(f"bench/results/quantize-{card}.json"))
+    parser.add_argument("--out", type=Path, default=record.results("quantize"))
     options = parser.parse_args()
     torch.manual_seed(0)
     record.write(options.out, [measure(*case) for case in CASES])

@@ -27,9 +27,21 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_without_out(sys.argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def _without_out(arguments: list[str]) -> list[str]:
+    """Where the file was written is no part of how it was measured."""
+    at = arguments.index("--out") if "--out" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def results(kind: str) -> Path:
+    """The file for what is measured on this machine: gemm-h200.json."""
+    card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if torch.cuda.is_available() else "cpu"
+    return RESULTS / f"{kind}-{card.lower()}.json"
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -29,9 +29,9 @@ def milliseconds(step: Callable[[], object], repeats: int) -> list[float]:
 
 
 def gpu_milliseconds(step: Callable[[], object], repeats: int) -> list[float]:
-    """Of each step the GPU's time, everything it runs queued by the host while the GPU sleeps: a slow host does not count.
+    """Of each step the GPU's time, its kernels queued by the host while the GPU sleeps: a slow host does not count.
 
-    Nothing on a CPU.
+    On a CPU nothing.
     """
     if not torch.cuda.is_available():
         return []

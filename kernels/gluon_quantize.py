@@ -55,13 +55,14 @@ AWAIT = gl.constexpr("""{
     again: ld.acquire.gpu.global.u32 t, [$1]; setp.ge.u32 p, t, $2; @p bra done; nanosleep.u32 40; bra again;
     done: mov.u32 $0, 0;
 }""")
-CLEAR = gl.constexpr("""{
+CLEAR = """{
     .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra done;
     atom.relaxed.gpu.global.inc.u32 t, [$1], $2; setp.ne.u32 p, t, $2; @p bra done;
-    mov.u32 t, 0;
-    STORES
+    mov.u32 t, 0; STORES
     done: mov.u32 $0, 0;
-}""".replace("STORES", " ".join(f"st.global.v4.u32 [$3 + {i}], {{t, t, t, t}};" for i in range(0, 256, 16))))
+}"""
+STORES = " ".join(f"st.global.v4.u32 [$3 + {i}], {{t, t, t, t}};" for i in range(0, 4 * ROWS.value, 16))
+CLEAR = gl.constexpr(CLEAR.replace("STORES", STORES))
 
 
 @gluon.jit
@@ -139,9 +140,9 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
 @gluon.jit(do_not_specialize=["M", "S"])  # a 1 stays a run-time value: Triton's constants have no methods
 def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
-    BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr, PARTS: gl.constexpr,
-    SLICE: gl.constexpr, FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr, JOINED: gl.constexpr,
-    HOOK: gl.constexpr,
+    BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr,
+    PARTS: gl.constexpr, SLICE: gl.constexpr, FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr,
+    JOINED: gl.constexpr, HOOK: gl.constexpr,
 ):  # fmt: skip
     BY_ROW: gl.constexpr = FORMAT == "w4a8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)

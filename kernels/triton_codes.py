@@ -31,7 +31,7 @@ def int8_codes(v, inverse, reciprocal):
 
 @triton.jit
 def int8_pair(even, odd, reciprocal):
-    """Neighbours, each with one over its smoothing factor -> their int8 codes, the even one's in the low byte of int16."""
+    """Neighbours, smoothed, with one over their row's scale -> int8 codes, the even one's in the low byte of int16."""
     even = (even * reciprocal + ROUND).to(tl.int32, bitcast=True)
     odd = (odd * reciprocal + ROUND).to(tl.int32, bitcast=True)
     return tl.inline_asm_elementwise(

@@ -67,7 +67,10 @@ def _rows(w: object) -> fx.Node | None:
 
 
 def _joins_columns(node: fx.Node, value: Tensor) -> bool:
-    """Whether Inductor would put rows together in the kernel that measures them; whole rows it copies, and reads again."""
+    """Whether rows are put together of parts, which Inductor does in the kernel that measures them.
+
+    Whole rows, of text and image tokens, are in memory anyway when a residual reads them too.
+    """
     if node.target is not aten.cat.default:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

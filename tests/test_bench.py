@@ -57,6 +57,15 @@ def test_flux_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(line.startswith("| ours |") for line in lines) == 1
 
 
+def test_processes_that_compile_at_once_are_timed_in_turn(tmp_path: Path) -> None:
+    out = tmp_path / "steps.json"
+    flux_step.main(["--tiny", "--together", "1", "--methods", "eager", "--limit", "120", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row.keys() >= FIELDS
+    assert row["ms"] > 0
+    assert row["processes_at_once"] == 1
+
+
 def test_merge_replaces_the_same_row(tmp_path: Path) -> None:
     out = tmp_path / "steps.json"
     for method, ms in (("eager", 3.0), ("ours", 1.0), ("eager", 2.0)):
@@ -129,4 +138,7 @@ def test_lora_ratios_are_against_both_steps_without() -> None:
     events = [("a step without an adapter", 10.0), ("a step with an adapter", 12.0)]
     events += [("a step without an adapter, again", 14.0), ("a step with a hotswappable adapter", 13.2)]
     rows = [{"event": event, "ms": ms} for event, ms in events]
-    assert lora_step.summary(rows) == {"slower": 0.0, "slower_hotswappable": 0.1}
+    expected = {"slower_ms": 0.0, "slower_hotswappable_ms": 0.1}
+    assert lora_step.summary(rows) == expected  # no GPU
+    rows = [row | {"gpu_ms": row["ms"] ** 2} for row in rows]
+    assert lora_step.summary(rows) == expected | {"slower_gpu_ms": -0.027, "slower_hotswappable_gpu_ms": 0.1773}
