@@ -8,8 +8,9 @@ at once, or they would wait for ever: `can_quantize`. The maxima are waited for 
 product is stored, and while that is on its way the codes are.
 
     x, right  copied by TMA. No program straddles the two
-    down      up to rank 64 all that a program needs is copied at once; above, boxes of 64 channels take turns in SLOTS
-              buffers
+    down, rest the first RANK rows of the low-rank matrix and the REST others, powers of two: 144 rows are 128 and 16.
+              Up to rank 32 or 64 all that a program needs is copied at once; above, boxes of 64 channels take turns in
+              SLOTS buffers
     work      [blocks, S, 64, R]  fp32, parts of xd; S = programs a row block
     counters  [blocks, 64]        int32, the rows' largest magnitudes as bits, which have the order of the numbers
               [2, blocks]         int32, arrivals and then departures
@@ -55,14 +56,15 @@ AWAIT = gl.constexpr("""{
     again: ld.acquire.gpu.global.u32 t, [$1]; setp.ge.u32 p, t, $2; @p bra done; nanosleep.u32 40; bra again;
     done: mov.u32 $0, 0;
 }""")
-CLEAR = """{
+ZEROS = " ".join(f"st.global.v4.u32 [$3 + {i}], {{t, t, t, t}};" for i in range(0, 4 * ROWS.value, 16))
+CLEAR = gl.constexpr(
+    """{
     .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra done;
     atom.relaxed.gpu.global.inc.u32 t, [$1], $2; setp.ne.u32 p, t, $2; @p bra done;
-    mov.u32 t, 0; STORES
+    mov.u32 t, 0; ZEROS
     done: mov.u32 $0, 0;
-}"""
-STORES = " ".join(f"st.global.v4.u32 [$3 + {i}], {{t, t, t, t}};" for i in range(0, 4 * ROWS.value, 16))
-CLEAR = gl.constexpr(CLEAR.replace("STORES", STORES))
+}""".replace("ZEROS", ZEROS)
+)
 
 
 @gluon.jit
@@ -86,6 +88,7 @@ def _await(counter, programs):
 
 @gluon.jit
 def _leave(counter, programs):
+    """Nobody waits for this program any more."""
     _at_counter(counter, 2 * programs - 1, LEAVE)
 
 
@@ -106,6 +109,7 @@ def _below(index, limit, EXACT: gl.constexpr):
 
 @gluon.jit
 def _load_down(down, rest, k, bar, ds, es, slot, RANK: gl.constexpr, REST: gl.constexpr):
+    """Channels from k on of both pieces of `down` into a slot."""
     _load(down, [0, k], bar, ds.index(slot))
     if REST > 0:
         _load(rest, [RANK, k], bar, es.index(slot))
@@ -335,7 +339,7 @@ def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, 
     if right is not None and width % 64:
         return False
     for part in (x, right):
-        if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8):
+        if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8 or part.stride(0) < part.shape[1]):
             return False
     boxes, _ = _boxes(m, k, r, width, precision == "w4a8" and prologue is None)
     return -(-k // (64 * boxes)) * 2 <= processors(x.device)

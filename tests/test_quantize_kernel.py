@@ -265,3 +265,36 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, hook):
     assert not built.spilled
     assert built.registers * 128 * 2 <= 65536
     assert "cp.async.bulk.tensor" in built.ptx
+
+
+@compiled
+def test_what_the_single_kernel_takes(monkeypatch):
+    from svdq_compile.kernels import gluon_quantize as gq
+
+    monkeypatch.setattr(gq, "processors", lambda device: 132)
+    x, wide = torch.zeros(8, 256, dtype=torch.bfloat16), torch.zeros(8, 1024, dtype=torch.bfloat16)
+
+    def takes(x, right=None, rank=32, k=256, precision="w4a8"):
+        return gq.can_quantize(x, right, torch.zeros(rank, k, dtype=torch.bfloat16), precision, None)
+
+    assert takes(x)
+    assert takes(wide[:, 512:768])
+    assert takes(x, wide[:, 64:320], k=512)
+    assert takes(x, rank=256)
+    assert not takes(x[:1].expand(8, 256))  # TMA wants rows apart
+    assert not takes(wide[:, 3:259])  # and 16 bytes
+    assert not takes(x[:, :100], wide[:, :156])  # a box of both
+    assert not takes(x, rank=256, precision="int4")
+    assert not takes(torch.zeros(2, 20000, dtype=torch.bfloat16), k=20000)  # a row block is half the GPU
+
+
+@compiled
+def test_a_rank_is_two_powers_of_two():
+    from svdq_compile.kernels import gluon_quantize as gq
+
+    pieces = {r: gq._pieces(r) for r in range(0, 257, 16)}
+    assert pieces[0] == (16, 0)
+    assert (pieces[48], pieces[96], pieces[112], pieces[144], pieces[256]) == (
+        (32, 16), (64, 32), (128, 0), (128, 16), (256, 0),
+    )  # fmt: skip
+    assert all(r <= sum(p) and p[0] & (p[0] - 1) == 0 == p[1] & (p[1] - 1) for r, p in pieces.items())
