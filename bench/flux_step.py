@@ -170,9 +170,7 @@ class Measurement:
 def wait_for_turn(turn: Path) -> None:
     """Say that this process is ready to be timed, and wait until no other one is."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     ready(turn).touch()
     while not turn.exists():
         time.sleep(0.05)

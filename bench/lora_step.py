@@ -59,14 +59,14 @@ class Run:
         return y
 
     def measure(self, title: str) -> None:
-        self.rows.append({"event": title})
         for _ in range(WARM_UP):
             self.output()
         step = partial(self.model, **self.call)
+        values: dict[str, Any] = {}
         for name, times in (("ms", milliseconds(step, REPEATS)), ("gpu_ms", gpu_milliseconds(step, REPEATS))):
             if times:
-                self.rows[-1] |= {name: round(statistics.median(times), 3), f"{name}_all": [round(t, 3) for t in times]}
-        print({k: v for k, v in self.rows[-1].items() if not k.endswith("_all")}, flush=True)
+                values |= {name: round(statistics.median(times), 3), f"{name}_all": [round(t, 3) for t in times]}
+        self.put(title, **values)
 
     def event(self, title: str, do: Callable[[], object]) -> Tensor:
         graphs, begin = self.graphs, time.perf_counter()
@@ -82,7 +82,7 @@ class Run:
 
     def put(self, title: str, **values: Any) -> None:
         self.rows.append({"event": title} | values)
-        print(self.rows[-1], flush=True)
+        print(title, {k: v for k, v in values.items() if not k.endswith("_all")}, flush=True)
 
 
 def linears(model: nn.Module) -> list[str]:

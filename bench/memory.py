@@ -16,7 +16,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import svdq_compile as svdq
-from record import RESULTS, write
+from record import results, write
 
 GIB = 2**30
 DEV = {"guidance_embeds": True}  # the class's defaults are FLUX.1's: 19 + 38 blocks, width 3072
@@ -94,7 +94,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory-h200.json")
+    parser.add_argument("--output", type=Path, default=results("memory"))
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--precision", default="w4a8")
     args = parser.parse_args()

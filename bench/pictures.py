@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from record import RESULTS, write
+from record import results, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
@@ -33,7 +33,7 @@ def decibels(mse: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "pictures-h200.json")
+    parser.add_argument("--output", type=Path, default=results("pictures"))
     parser.add_argument("--prompts", type=int, default=64)
     args = parser.parse_args()
     captions = (demo.EMOJI / "prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -44,7 +44,8 @@ def main() -> None:
     reference: np.ndarray | None = None
     with Progress() as progress:
         for recipe in (*demo.RECIPES, BRANCHLESS):
-            line = demo.Line(progress, recipe, job)
+            steps = (demo.CALIBRATION_STEPS if recipe.config else 0) + STEPS
+            line = demo.Line(progress, recipe.name, steps)
             pipe = demo.prepare(recipe, job, line)
             pictures = demo.draw(pipe, shown, STEPS, FIRST_SEED, line)
             if reference is None:

@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
 
 def _without_out(arguments: list[str]) -> list[str]:
     """Where the file was written is no part of how it was measured."""
-    at = arguments.index("--out") if "--out" in arguments else len(arguments)
+    at = next((i for i, a in enumerate(arguments) if a in ("--out", "--output")), len(arguments))
     return arguments[:at] + arguments[at + 2 :]
 
 

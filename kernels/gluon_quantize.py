@@ -310,13 +310,14 @@ def _quantize_kernel(
         _leave_peaks(here, S, peaks)
 
 
-def _boxes(m: int, k: int, r: int, width: int, alone: bool) -> tuple[int, int]:
+def _boxes(m: int, k: int, r: int, width: int, precision: str, hook: Hook | None) -> tuple[int, int]:
     """Boxes of x, and buffers for those of `down`, as measured best on an H200; two programs share a multiprocessor.
 
     width  columns of the first of two parts, else k
-    alone  w4a8 without a prologue: wide programs leave less behind to add up, but do more before they let others go on
+
+    Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
     """
-    rank = sum(_pieces(r))
+    rank, alone = sum(_pieces(r)), precision == "w4a8" and hook is None
     if rank > 64:
         boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
     elif alone and m > 1024 and k > 8192:
@@ -341,13 +342,13 @@ def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, 
     for part in (x, right):
         if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8 or part.stride(0) < part.shape[1]):
             return False
-    boxes, _ = _boxes(m, k, r, width, precision == "w4a8" and prologue is None)
+    boxes, _ = _boxes(m, k, r, width, precision, prologue)
     return -(-k // (64 * boxes)) * 2 <= processors(x.device)
 
 
 def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, hook: Hook | None) -> tuple:
     """The kernel's compile-time parameters."""
-    boxes, slots = _boxes(m, k, r, width, precision == "w4a8" and hook is None)
+    boxes, slots = _boxes(m, k, r, width, precision, hook)
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
@@ -371,9 +372,11 @@ def describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
     return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _SWIZZLED)
 
 
-def describe_down(down: Tensor, boxes: int) -> tuple[Descriptor, Descriptor]:
+def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Descriptor]:
+    """Both pieces; where there is no second one, the first again."""
     first, rest = _pieces(down.shape[0])
-    return describe(down, first, 64 * boxes), describe(down, rest or first, 64 * boxes)
+    columns = 64 * boxes if slots == boxes else 64
+    return describe(down, first, columns), describe(down, rest or first, columns)
 
 
 def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
@@ -381,13 +384,13 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prec
     """Checked operands, `can_quantize` -> into qx, ascales and xd."""
     (r, k), (m, kp) = down.shape, qx.shape
     width = x.shape[1]
-    boxes, slots = _boxes(m, k, r, width, precision == "w4a8" and prologue is None)
+    parameters = constants(m, k, r, precision, shift, width, prologue)
+    boxes, slots, *_ = parameters
     blocks, programs = -(-m // ROWS.value), -(-k // (64 * boxes))
     work = torch.empty(blocks * programs * ROWS.value * r, device=x.device, dtype=torch.float32)
     left = describe(x, ROWS.value, 64 * boxes)
     arguments = (left, left if right is None else describe(right, ROWS.value, 64 * boxes), smooth,
-                 *(describe_down(down, boxes if slots == boxes else 1) if r else (left, left)), qx, ascales, xd, work,
+                 *(describe_down(down, boxes, slots) if r else (left, left)), qx, ascales, xd, work,
                  zeroed_counters(x.device), () if prologue is None else prologue.operands, m, k, kp, programs, width,
                  *ascales.stride(), float(shift))  # fmt: skip
-    launch(_quantize_kernel, (programs, blocks, 1), arguments,
-           constants(m, k, r, precision, shift, width, prologue), num_warps=WARPS.value)  # fmt: skip
+    launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value)

@@ -59,7 +59,7 @@ class Started(NamedTuple):
 _started: dict[tuple, Started] = {}
 recording = threading.local()  # its `calls`, a list while lowering/replay.py looks on: what is launched how
 
-COUNTERS = 66 * 1024
+COUNTERS = 66 * 1024  # for gluon_quantize.py: 64 rows and two counters of each of 1024 row blocks
 MAX_ENCODED = 4096  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
 
 

@@ -46,7 +46,7 @@ from .triton_codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prolo
 from .triton_launch import check_tensor, launch, processors, zeroed_counters
 
 MAX_RANK = 256
-MAX_BLOCKS = 1024  # counters there are
+MAX_BLOCKS = 1024  # with a counter each
 GROUP_SIZE = {"w4a8": 64, "int4": 64, "nvfp4": 16}
 
 

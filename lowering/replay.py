@@ -30,7 +30,7 @@ log = logging.getLogger("svdq_compile.lowering")
 
 MAX_PLANS = 4096  # for each operator
 MAX_ADDRESSES = 2048  # whose descriptors a plan keeps, for each of its parameters
-ATTEMPTS = 3  # at recording: the first may meet a measurement of tiles, or counters being allocated
+ATTEMPTS = 3  # at recording: the first may meet a measurement of tiles
 
 _ALLOCATIONS = (
     torch.ops.aten.empty.memory_format,

@@ -30,7 +30,7 @@ from ..lowering import heads, ops
 from ..lowering.region import COLUMN, FULL, IN_THE_MIDDLE, NEIGHBOURS, ROW, SCALAR, TOKEN, Region, Step
 from ..lowering.torch_private import describe
 from .pipeline import log
-from .pointwise import FLOATS, SIXTEEN_BIT, is_widening, operation, value_of
+from .pointwise import FLOATS, SIXTEEN_BIT, cat_of, is_widening, operation, value_of
 
 MAX_LINES = 96
 UNTURNED = (0, 1, 2, 3)
@@ -101,7 +101,7 @@ def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     if not (names.isdisjoint(IN_THE_MIDDLE) or names.isdisjoint(NEIGHBOURS | {"complex_mul"})):
         return False
     turn = _turn(parts[0].x)
-    if any(_turn(part.x) != turn for part in parts) or (joined and turn[_tokens(joined)] != 1):  # type: ignore[index]
+    if any(_turn(part.x) != turn for part in parts) or (joined and turn[cat_of(joined)[1]] != 1):  # type: ignore[index]
         return False
     heads_first = _is_heads_first(block, turn)
     if heads_first is None:
@@ -134,11 +134,12 @@ def _parts(end: fx.Node, place: dict[fx.Node, int]) -> tuple[list[_Part], fx.Nod
     if x is None:
         return [], None
     inside = {node for node, _, _ in below}
-    dim = _tokens(x)
-    if dim is None or not (x is end or inside.issuperset(x.users)):
+    tokens = _tokens(x)
+    if tokens is None or not (x is end or inside.issuperset(x.users)):
         return [_Part(x, [_Piece(below, end)], end)], None
+    operands, dim = tokens
     parts, start = [], 0
-    for operand in _cat(x)[0]:
+    for operand in operands:
         above = _grow(operand, {x}, place)
         first = _beginning(above, operand)
         if first is None:
@@ -173,21 +174,15 @@ def _window(node: fx.Node, dim: int) -> tuple[fx.Node | None, int]:
     return (None, 0) if kept is None or kept.step != 1 else (args[0], kept.start)
 
 
-def _tokens(node: fx.Node) -> int | None:
-    """The dimension along which a `cat` puts 16-bit blocks of known lengths side by side."""
-    value = value_of(node)
-    if node.target is not aten.cat.default or value is None:
+def _tokens(node: fx.Node) -> tuple[tuple[fx.Node, ...], int] | None:
+    """The 16-bit blocks of known lengths that a `cat` puts side by side, and along which dimension."""
+    value, cat = value_of(node), cat_of(node)
+    if value is None or cat is None:
         return None
-    operands, dim = _cat(node)
+    operands, dim = cat
     values = [value_of(operand) for operand in operands]
     fit = all(v is not None and v.dim() == 4 and v.dtype == value.dtype and type(v.shape[dim]) is int for v in values)
-    return dim if fit and dim < 3 else None
-
-
-def _cat(node: fx.Node) -> tuple[tuple[fx.Node, ...], int]:
-    """What a `cat` puts side by side, and along which dimension."""
-    args: Any = node.args
-    return tuple(args[0]), (args[1] if len(args) > 1 else 0) % len(_shape(node))
+    return cat if fit and dim < 3 else None
 
 
 def _grow(end: fx.Node, readers: set[fx.Node], place: dict[fx.Node, int]) -> list[Line]:
@@ -264,8 +259,9 @@ def _taken_apart(node: fx.Node, block: Tensor) -> Meaning | None:
     target: Any = node.target
     args: Any = node.args
     whole, half, pairs = block.shape, _half(block), (*_half(block), 2)
-    if target is aten.cat.default:
-        return _join(node, half)
+    cat = cat_of(node)
+    if cat is not None:
+        return _join(*cat, half)
     if target is operator.getitem and args[1] in (0, 1):
         if _is_unbound(args[0], pairs):
             return ("even", "odd")[args[1]], args[:1]
@@ -308,8 +304,7 @@ def _kept(args: tuple[Any, ...], size: int) -> range | None:
     return range(size)[slice(*bounds)] if all(isinstance(bound, int | None) for bound in bounds) else None
 
 
-def _join(node: fx.Node, half: tuple) -> Meaning | None:
-    operands, dim = _cat(node)
+def _join(operands: tuple[fx.Node, ...], dim: int, half: tuple) -> Meaning | None:
     shapes = [_shape(operand) for operand in operands]
     if len(shapes) == 2 and dim == 4 and all(_equal(shape, (*half, 1)) for shape in shapes):
         return "pair", operands

@@ -22,7 +22,7 @@ from ..lowering import ops
 from ..lowering.region import FULL
 from ..lowering.torch_private import describe
 from .pipeline import log
-from .pointwise import SIXTEEN_BIT, Program, is_widening, operand_class, operation, value_of
+from .pointwise import SIXTEEN_BIT, Program, cat_of, is_widening, operand_class, operation, value_of
 
 MAX_STEPS = 64
 
@@ -81,15 +81,13 @@ def _lies_along(argument: object, block: torch.Tensor | None) -> bool:
 
 def _is_join(node: fx.Node, block: torch.Tensor | None) -> bool:
     """Two 16-bit tensors side by side, as wide as the block."""
-    if node.target is not torch.ops.aten.cat.default or value_of(node) is None or block is None:
+    cat, value = cat_of(node), value_of(node)
+    if cat is None or value is None or block is None:
         return False
-    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    value = value_of(node)
+    parts, dim = cat
     return (
-        isinstance(parts, list | tuple)
-        and len(parts) == 2
-        and value is not None
-        and dim in (-1, value.dim() - 1)
+        len(parts) == 2
+        and dim == value.dim() - 1
         and operand_class(value, block) == FULL
         and value.dtype == block.dtype
         and all(p is not None and p.dtype == block.dtype and p.dim() == block.dim() for p in map(value_of, parts))

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..lowering import ops
 from ..lowering.torch_private import describe
-from .pointwise import SIXTEEN_BIT, aten, is_widening, operation, value_of
+from .pointwise import SIXTEEN_BIT, aten, cat_of, is_widening, operation, value_of
 
 MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
@@ -63,18 +63,11 @@ def _rows(w: object) -> fx.Node | None:
         return None
     columns = value.shape[-1]
     fits = isinstance(columns, int) and MIN_COLUMNS <= columns <= MAX_COLUMNS
-    return w if fits and operation(w) is None and not _joins_columns(w, value) else None
-
-
-def _joins_columns(node: fx.Node, value: Tensor) -> bool:
-    """Whether rows are put together of parts, which Inductor does in the kernel that measures them.
-
-    Whole rows, of text and image tokens, are in memory anyway when a residual reads them too.
-    """
-    if node.target is not aten.cat.default:
-        return False
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return isinstance(dim, int) and dim % value.dim() == value.dim() - 1
+    cat = cat_of(w)
+    # Rows put together of parts: Inductor does it in the kernel that measures them. Whole rows, of text and image
+    # tokens, are in memory anyway when a residual reads them too.
+    in_parts = cat is not None and cat[1] == value.dim() - 1
+    return w if fits and operation(w) is None and not in_parts else None
 
 
 def _moments(graph: fx.Graph, made: dict[fx.Node, list[fx.Node]], x: fx.Node, like: fx.Node) -> list[fx.Node]:

@@ -90,6 +90,16 @@ def is_widening(node: fx.Node) -> bool:
     return found is not None and found[0] == ""
 
 
+def cat_of(node: fx.Node) -> tuple[tuple[fx.Node, ...], int] | None:
+    """What a `cat` puts together, and along which dimension, counted from 0; None for another node."""
+    args: Any = node.args
+    named: Any = node.kwargs
+    value = value_of(node)
+    if node.target is not aten.cat.default or value is None:
+        return None
+    return tuple(args[0]), (args[1] if len(args) > 1 else named.get("dim", 0)) % value.dim()
+
+
 def same_shape(a: Tensor, b: Tensor) -> bool:
     """Whether two shapes are known to be equal, without a guard on symbolic sizes."""
     return a.dim() == b.dim() and all(_same(m, n) for m, n in zip(a.shape, b.shape, strict=True))

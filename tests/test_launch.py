@@ -268,7 +268,7 @@ def test_kernels_make_each_layout_once():
 
     down = torch.zeros(96, 64, dtype=torch.bfloat16)
     for describe in (
-        lambda: gluon_quantize.describe_down(down, 1)[0],
+        lambda: gluon_quantize.describe_down(down, 8, 2)[0],
         lambda: gluon_int4._describe_scales(down, 64),
         lambda: gluon_gemm._describe(down, 64, 64),
     ):

@@ -232,7 +232,7 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
     boxes, slots, *_ = values
     x = gq.describe(torch.empty(m, width, dtype=torch.bfloat16), 64, 64 * boxes)
     down = torch.empty(rank, k, dtype=torch.bfloat16)
-    first, rest = gq.describe_down(down, boxes if boxes == slots else 1) if rank else (x, x)
+    first, rest = gq.describe_down(down, boxes, slots) if rank else (x, x)
     for name, block in (("x", x), ("right", x), ("down", first), ("rest", rest)):
         types[name] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
