@@ -182,6 +182,12 @@ class Direct:
         else:
             self._call(*grid, stream, *self._fixed, (*values, *self._constants))
 
+    def text(self, grid: tuple[int, int, int], stream: str, values: list[str], name: Callable[[Any], str]) -> str:
+        """The same as an expression, of expressions for the stream and the values; name: makes one for an object."""
+        passed = ", ".join([*values, *map(name, self._constants)])
+        fixed = [*map(str, grid), stream, *map(name, self._fixed)]
+        return f"{name(self._call)}({', '.join(fixed)}, {passed if self._is_flat else f'({passed},)'})"
+
 
 def _fixed_arguments(launcher: Any, compiled: CompiledKernel) -> tuple[tuple, bool]:
     """What Triton's wrapper passes between the stream and the kernel's own arguments, the same in every call, and

@@ -12,15 +12,17 @@ from ..kernels import FORMATS
 from ..kernels.groups import padded
 from . import fused, heads, launch
 from .packed import PackedLinear
-from .replay import replayed
+from .replay import Replayed, Site
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
+IMPLEMENTATIONS: dict[str, Replayed] = {}  # by the names that Inductor has for them, without "torch.ops."
 
 
 def _define(schema: str, implementation, fake) -> None:
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, replayed(implementation), "CompositeExplicitAutograd")
+    IMPLEMENTATIONS[f"svdq.{name}.default"] = Replayed(implementation)
+    _LIBRARY.impl(name, IMPLEMENTATIONS[f"svdq.{name}.default"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
 
 
@@ -110,6 +112,11 @@ fused_gemm = torch.ops.svdq.fused_gemm.default
 gemv = torch.ops.svdq.gemv.default
 head_region = torch.ops.svdq.head_region.default
 row_moments = torch.ops.svdq.row_moments.default
+
+
+def site(name: str) -> Site:
+    """One place in Inductor's code that calls the operator `name`, "svdq.gemm.default" say, with fixed sizes."""
+    return Site(IMPLEMENTATIONS[name])
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

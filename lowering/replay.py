@@ -2,8 +2,18 @@
 
 Between an operator and its kernels lie checks, the choice of a kernel and of its tile, and the description of every
 argument. All of that follows from the operands' shapes, strides, dtypes and alignment, and costs the host more than the
-launches themselves. So it is done for the first two calls with the same of these; the second is recorded, and from the
-third on the same kernels are started with the new addresses.
+launches themselves. So it is done for the first two calls with the same of these; the second is recorded as a few lines
+of Python, the plan, and from the third on the same kernels are started with the new addresses:
+
+    def plan(a0, a1, a2, a3, a4):                            quantize(x, smooth, down, "w4a8", 0.0)
+        p0, p1, p2 = a0.data_ptr(), a1.data_ptr(), a2.data_ptr()
+        if (p0 | p1 | p2) & 15 or ...: return None           # recorded for aligned memory
+        t0, ... = allocate((4608, 3072), (3072, 1), int8), ...
+        launch(132, 1, 1, stream, ..., *descriptor(p0), p1, 4608, ...)
+        return t0, ...
+
+Compiled code calls an operator through a `Site` of its own where all sizes are fixed: there the operands look alike at
+every call, so the plan is at hand. Elsewhere it is looked up by what the operands look like.
 
 A call can be replayed if all it did on the GPU was `triton_launch.launch`, on memory that came in as an operand or was
 allocated during the call. Whatever else it asked of torch (a copy, a library product) is noticed, and such a call runs
@@ -13,7 +23,6 @@ as ever. Not noticed are numbers read from elsewhere, so a launcher must depend 
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +34,8 @@ from .torch_private import allocator
 
 if TYPE_CHECKING:
     from ..kernels.triton_launch import Direct
+
+Plan = Callable[..., Any]  # of the operands; None where it does not stand for them
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -91,94 +102,62 @@ class _Watch(TorchDispatchMode):
         return self._source[id(tensor)]
 
 
-@dataclass
-class _Launch:
-    """One kernel: its arguments with holes for the addresses, each a source's (see `Plan`) plus an offset."""
+class Replayed:
+    """An operator's implementation, of tensors, lists of them and constants, replayed where it can be."""
 
-    direct: "Direct"
-    grid: tuple[int, int, int]
-    values: list
-    pointers: list[tuple[int, int, int]] = field(default_factory=list)  # place, source, offset
-    tuples: list[tuple[int, list]] = field(default_factory=list)  # place, (source, offset) or a number each
-    descriptors: list[tuple] = field(default_factory=list)  # place, source, offset, encoded by address, encode
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._plans: dict[tuple, Plan | int] = {}  # or how often there was none
 
-    def __call__(self, sources: list[int], stream: int | None) -> None:
-        values = self.values.copy()
-        for place, source, offset in self.pointers:
-            values[place] = sources[source] + offset
-        for place, inside in self.tuples:
-            values[place] = tuple(sources[i[0]] + i[1] if type(i) is tuple else i for i in inside)
-        for place, source, offset, encoded, encode in self.descriptors:
-            address = sources[source] + offset
-            values[place : place + 1] = encoded.get(address) or encode(address)
-        self.direct(self.grid, stream, values)
+    def __call__(self, *operands: Any) -> Any:
+        return self.run(operands)[0]
 
-
-@dataclass
-class Plan:
-    """A recorded call. Sources are addresses: of the operands, then of what is allocated, then of the counters."""
-
-    device: torch.device
-    allocate: Callable[..., Tensor]
-    allocated: list[tuple]  # shape, strides, dtype
-    results: list[int] | int  # which of these are returned
-    launches: list[_Launch]
-    counts: bool  # whether a kernel takes the counters
-
-    def __call__(self, addresses: list[int]) -> Any:
-        device, launching = self.device, _triton_launch()
-        fresh = [self.allocate(*size) for size in self.allocated]
-        sources = addresses + [t.data_ptr() for t in fresh]
-        if self.counts:
-            counters = launching.zeroed_counters(device)
-            sources.append(counters.data_ptr())
-        stream = launching.gpu()[1](device.index)
-        for start in self.launches:
-            start(sources, stream)
-        if isinstance(self.results, int):
-            return fresh[self.results]
-        return tuple([fresh[i] for i in self.results])
-
-
-def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation, of tensors, lists of them and constants -> itself, replayed where it can be."""
-    plans: dict[tuple, Plan | int] = {}  # or how often there was none
-
-    @functools.wraps(function)
-    def call(*operands: Any) -> Any:
+    def run(self, operands: tuple) -> tuple[Any, Plan | None]:
+        """The result, and the plan for such operands if there is one by now."""
         entries: list = []
-        addresses: list[int] = []
-        _read(operands, entries, addresses)
+        _read(operands, entries)
         key = tuple(entries)
-        plan = plans.get(key, -1)
-        if isinstance(plan, Plan):
-            launching = _triton_launch()
-            if plan.device.index == launching.gpu()[0]() and not launching.is_observed():
-                return plan(addresses)
-        elif plan < ATTEMPTS and _is_recordable(operands):
-            if len(plans) >= MAX_PLANS:
-                plans.clear()
-            if plan < 0:
-                plans[key] = 0
-                return function(*operands)
-            result, made = record(function, operands)
-            plans[key] = plan + 1 if made is None else made
-            return result
-        return function(*operands)
-
-    return call
+        plan = self._plans.get(key, -1)
+        if callable(plan):
+            result = plan(*operands)
+            return (self._function(*operands) if result is None else result), plan
+        if plan >= ATTEMPTS or not _is_recordable(operands):
+            return self._function(*operands), None
+        if len(self._plans) >= MAX_PLANS:
+            self._plans.clear()
+        if plan < 0:
+            self._plans[key] = 0
+            return self._function(*operands), None
+        result, made = record(self._function, operands)
+        self._plans[key] = plan + 1 if made is None else made
+        return result, made
 
 
-def _read(operands: tuple | list, key: list, addresses: list[int]) -> None:
-    """Append to `key` all that a launcher may decide by, to `addresses` where the tensors are."""
+class Site:
+    """A place in compiled code that calls an operator, with operands that look alike but for their addresses."""
+
+    def __init__(self, operator: Replayed) -> None:
+        self._operator = operator
+        self._plan: Plan | None = None
+
+    def __call__(self, *operands: Any) -> Any:
+        if self._plan is not None:
+            result = self._plan(*operands)
+            if result is not None:
+                return result
+        result, self._plan = self._operator.run(operands)
+        return result
+
+
+def _read(operands: tuple | list, key: list) -> None:
+    """Append to `key` all that a launcher may decide by."""
     for a in operands:
         if isinstance(a, Tensor):
-            address = a.data_ptr()
-            addresses.append(address)
-            key += a.shape, a.stride(), a.dtype, a.get_device(), address & 15
+            key += a.shape, a.stride(), a.dtype, a.get_device(), a.data_ptr() & 15
         elif type(a) is list:
             key.append(len(a))
-            _read(a, key, addresses)
+            _read(a, key)
         else:
             key.append(a)
 
@@ -205,64 +184,121 @@ def record(function: Callable[..., Any], operands: tuple) -> tuple[Any, Plan | N
     finally:
         recording.calls = outer
     try:
-        return result, _plan(watch, calls, result)
+        return result, _plan(operands, watch, calls, result)
     except NotReplayable as reason:
         log.debug("%s runs its Python at every call: %s", getattr(function, "__name__", function), reason)
         return result, None
 
 
-def _plan(watch: _Watch, calls: list, result: Any) -> Plan:
+def _plan(operands: tuple, watch: _Watch, calls: list, result: Any) -> Plan:
     if watch.others or len({id(t) for t in watch.operands}) < len(watch.operands):
         raise NotReplayable(f"operators {watch.others}, or one tensor as two operands, which another time are two")
     if len({id(direct) for direct, _, _ in calls}) < len(calls):
         raise NotReplayable("a kernel started twice: tiles were being measured")
-    device = watch.operands[0].device
-    counters = _triton_launch().zeroed_counters(device)
+    counters = _triton_launch().zeroed_counters(watch.operands[0].device)
     watch.add(counters)
-    sources = {id(t): i for i, t in enumerate([*watch.operands, *watch.allocated, counters])}
-    located: set[int] = set()
-
-    def locate(tensor: Any) -> tuple[int, int]:
-        source = watch.source(tensor)
-        located.add(id(source))
-        offset = tensor.data_ptr() - source.data_ptr() if tensor.numel() else 0  # nothing has no address
-        return sources[id(source)], offset
-
-    launches = [_launch(locate, *call) for call in calls]
-    counts = id(counters) in located
+    text = _Text(watch, [*watch.operands, *watch.allocated, counters])
+    launches = [text.launch(*call) for call in calls]
     allocated = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
-    results = []
+    results: list[int] = []
     for t in [result] if isinstance(result, Tensor) else result:
-        source, offset = locate(t)
+        source, offset = text.locate(t)
         index = source - len(watch.operands)
         if index < 0 or index in results or offset or t.nbytes != watch.allocated[index].nbytes:
             raise NotReplayable("a result that is not the whole of an allocation")
         allocated[index] = tuple(t.shape), t.stride(), t.dtype
         results.append(index)
-    returned = results[0] if isinstance(result, Tensor) else results
-    return Plan(device, allocator(device), allocated, returned, launches, counts)
+    returned = ", ".join(f"t{i}" for i in results) + ("" if isinstance(result, Tensor) else ",")
+    lines = *text.unpacking(operands), *text.conditions(), *text.allocating(allocated), *launches
+    return text.function(len(operands), [*lines, f"return {returned}"])
 
 
-def _launch(locate: Callable[[Any], tuple[int, int]], direct: "Direct | None", grid: tuple,
-            arguments: tuple) -> _Launch:  # fmt: skip
-    if direct is None:
-        raise NotReplayable("a kernel that starts through Triton alone")
-    made = _Launch(direct, grid, list(arguments))
-    launching = _triton_launch()
-    encoders = dict(direct.encoders)
-    for place, a in enumerate(arguments):
-        if isinstance(a, launching.Descriptor):
-            encoded: dict[int, list] = {}
-            encode = functools.partial(_encode, encoded, encoders[place], a.base.dtype, a[1:])
-            made.descriptors.insert(0, (place, *locate(a.base), encoded, encode))
-        elif isinstance(a, Tensor):
-            made.pointers.append((place, *locate(a)))
-        elif isinstance(a, tuple):
-            made.tuples.append((place, [locate(i) if isinstance(i, Tensor) else i for i in a]))
-        else:
-            continue
-        made.values[place] = None
-    return made
+class _Text:
+    """A plan's lines while they are put together. In them p0, p1, ... are the addresses of the sources: the operands,
+    what is allocated (t0, t1, ...) and the counters.
+    """
+
+    def __init__(self, watch: _Watch, sources: list[Tensor]) -> None:
+        self._watch = watch
+        self._place = {id(t): i for i, t in enumerate(sources)}
+        self._device = watch.operands[0].device
+        self._counts = False
+        self._objects: dict[str, Any] = {}
+
+    def name(self, value: Any) -> str:
+        """An expression for an object."""
+        if value is None or type(value) in (int, bool):
+            return repr(value)
+        name = f"k{len(self._objects)}"
+        self._objects[name] = value
+        return name
+
+    def locate(self, tensor: Tensor) -> tuple[int, int]:
+        """In which source, and how many bytes from its beginning."""
+        source = self._watch.source(tensor)
+        place = self._place[id(source)]
+        self._counts |= place == len(self._place) - 1
+        return place, tensor.data_ptr() - source.data_ptr() if tensor.numel() else 0  # nothing has no address
+
+    def address(self, tensor: Tensor) -> str:
+        place, offset = self.locate(tensor)
+        return f"p{place} + {offset}" if offset else f"p{place}"
+
+    def unpacking(self, operands: tuple) -> list[str]:
+        lines, tensors = [], 0
+        for i, a in enumerate(operands):
+            inside = [f"a{i}_{j}" for j in range(len(a))] if isinstance(a, list) else [f"a{i}"]
+            if isinstance(a, list) and a:
+                lines.append(f"{', '.join(inside)}, = a{i}")
+            for name, t in zip(inside, a if isinstance(a, list) else [a], strict=True):
+                if isinstance(t, Tensor):
+                    lines.append(f"p{tensors} = {name}.data_ptr()")
+                    tensors += 1
+        return lines
+
+    def conditions(self) -> list[str]:
+        """What must be as it was, apart from what the operands look like."""
+        launching, low = _triton_launch(), [t.data_ptr() & 15 for t in self._watch.operands]
+        aligned = " | ".join(f"p{i}" for i, bits in enumerate(low) if not bits)
+        wrong = [f"({aligned}) & 15"] if aligned else []
+        wrong += [f"p{i} & 15 != {bits}" for i, bits in enumerate(low) if bits]
+        wrong.append(f"{self.name(launching.gpu()[0])}() != {self._device.index}")
+        return [f"if {' or '.join(wrong)} or {self.name(launching.is_observed)}(): return None"]
+
+    def allocating(self, allocated: list[tuple]) -> list[str]:
+        allocate, first, lines = self.name(allocator(self._device)), len(self._watch.operands), []
+        for i, (shape, strides, dtype) in enumerate(allocated):
+            lines += [f"t{i} = {allocate}({shape}, {strides}, {self.name(dtype)})", f"p{first + i} = t{i}.data_ptr()"]
+        launching = _triton_launch()
+        if self._counts:
+            lines.append(f"counters = {self.name(launching.zeroed_counters)}({self.name(self._device)})")
+            lines.append(f"p{len(self._place) - 1} = counters.data_ptr()")
+        return [*lines, f"stream = {self.name(launching.gpu()[1])}({self._device.index})"]
+
+    def launch(self, direct: "Direct | None", grid: tuple, arguments: tuple) -> str:
+        if direct is None:
+            raise NotReplayable("a kernel that starts through Triton alone")
+        encoders = dict(direct.encoders)
+        values = []
+        for place, a in enumerate(arguments):
+            if isinstance(a, _triton_launch().Descriptor):
+                encoded: dict[int, list] = {}
+                encode = functools.partial(_encode, encoded, encoders[place], a.base.dtype, a[1:])
+                at = self.address(a.base)  # type: ignore[arg-type]
+                values.append(f"*({self.name(encoded.get)}({at}) or {self.name(encode)}({at}))")
+            elif isinstance(a, tuple):
+                values.append(f"({''.join(f'{self.value(i)}, ' for i in a)})")
+            else:
+                values.append(self.value(a))
+        return direct.text(grid, "stream", values, self.name)
+
+    def value(self, a: Any) -> str:
+        return self.address(a) if isinstance(a, Tensor) else self.name(a)
+
+    def function(self, parameters: int, lines: list[str]) -> Plan:
+        source = "\n    ".join([f"def plan({', '.join(f'a{i}' for i in range(parameters))}):", *lines])
+        exec(compile(source, "<an svdq operator, replayed>", "exec"), self._objects)
+        return self._objects["plan"]
 
 
 def _encode(encoded: dict[int, list], encode: Callable, dtype: torch.dtype, rest: tuple, address: int) -> list:

@@ -118,10 +118,34 @@ def compile_with_inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    _call_by_sites()
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
     if rewrite is not None:
         patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
     return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+
+
+@cache
+def _call_by_sites() -> None:
+    """Have Inductor's code call our operators through a `Site` each where sizes are fixed, past torch's dispatcher,
+    which takes longer than a launch.
+    """
+    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+    from torch._inductor.codegen.wrapper import ExternKernelAllocLine
+    from torch._inductor.virtualized import V
+
+    from .ops import IMPLEMENTATIONS, site
+
+    def generate(node: Any, writeline: Callable[[Any], None]) -> None:
+        wrapper, name = V.graph.wrapper_code, f"svdq_{node.get_name()}"
+        if not any(getattr(size, "free_symbols", ()) for t in node.inputs for size in (*t.get_size(), *t.get_stride())):
+            wrapper.add_import_once(f"from {site.__module__} import site")
+            wrapper.add_import_once(f"{name} = site({str(node.op_overload)!r})")
+            node.python_kernel_name = name
+        writeline(ExternKernelAllocLine(wrapper, node))
+
+    for operator in IMPLEMENTATIONS:
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{operator}"] = CustomCodegen(python=generate)
 
 
 def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:

@@ -90,6 +90,13 @@ def is_widening(node: fx.Node) -> bool:
     return found is not None and found[0] == ""
 
 
+def before_widening(node: fx.Node) -> fx.Node:
+    """What a tensor was before it was cast to fp32: a region reads that, which is half as long."""
+    while is_widening(node) and value_of(node.args[0]) is not None:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def cat_of(node: fx.Node) -> tuple[tuple[fx.Node, ...], int] | None:
     """What a `cat` puts together, and along which dimension, counted from 0; None for another node."""
     args: Any = node.args
@@ -153,7 +160,10 @@ class Program:
         name, arguments = found
         for argument in arguments:
             if isinstance(argument, fx.Node) and argument not in self.names:
-                self.add_operand(argument, choose_name(argument))
+                source = before_widening(argument)
+                if source not in self.names:
+                    self.add_operand(source, choose_name(source))
+                self.names[argument] = self.names[source]
         read = tuple(self.names[a] if isinstance(a, fx.Node) else float(a) for a in arguments)
         if name == "":
             self.names[node] = read[0]  # type: ignore[assignment]

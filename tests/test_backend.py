@@ -12,6 +12,7 @@ from torch import nn
 import svdq_compile as svdq
 from conftest import FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import GradientsNeeded, NonFiniteWeight, OptionError, WeightsReleased
+from svdq_compile.lowering import ops, replay
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.summary import TALLY
 
@@ -137,6 +138,26 @@ def test_new_resolution_recompiles_and_requantizes_nothing() -> None:
     assert relative_error(run(*inputs(tokens=56)), net()(*inputs(tokens=56))) < 0.06
     assert counter.graphs == graphs + 1, "one more graph, with a dynamic size"
     assert all(svdq.packed(p) is packs[name] for name, p in model.named_parameters() if name in packs)
+
+
+def test_compiled_code_calls_operators_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sizes are fixed: a `Site` in the code for each call. Elsewhere through torch.ops."""
+    made: list[str] = []
+    monkeypatch.setattr(ops, "Site", lambda operator: made.append(operator.__name__) or replay.Site(operator))
+    model = net()
+    run = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet())
+    for _ in range(2):
+        fixed = run(*inputs())
+    count = len(made)
+    assert count > len(quantized_names(model)) > 0, "a product each, and what quantizes their inputs"
+    with monkeypatch.context() as patch:
+        patch.setattr(replay.Site, "__call__", lambda site, *operands: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*inputs())
+    free = run(*inputs(tokens=40))
+    assert 0 < len(made) - count < count, "only what reads the condition still has fixed sizes"
+    assert relative_error(free, net()(*inputs(tokens=40))) < 0.06
+    assert relative_error(fixed, net()(*inputs())) < 0.06
 
 
 def test_no_rows() -> None:

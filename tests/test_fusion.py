@@ -244,9 +244,9 @@ t5 = mul(t3, t4)
 t6 = add(t5, a3)
 t7 = bf16(t6)
 
-epilogue(y, a0: sample, a1: full)
+epilogue(y, a0: sample, beside: full)
 t0 = mul(y, a0)
-t1 = add(a1, t0)
+t1 = add(beside, t0)
 t2 = bf16(t1)
 
 prologue(x, a0: row, a1: row, a2: column, a3: column)

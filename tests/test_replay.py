@@ -66,7 +66,7 @@ def passed_by(fake, op, given):
 def test_replayed_as_called(fake):
     """For operands that lie elsewhere: the same launch, but for the addresses of scratch memory and of z."""
     plain, op = Operator(fake), Operator(fake)
-    fast = replay.replayed(op)
+    fast = replay.Replayed(op)
     for _ in range(2):
         plain(*operands())
         fast(*operands())
@@ -96,7 +96,7 @@ def test_other_metadata_is_another_plan(change):
     entries = []
     for given in ((x, w, b, 0.5), (*change(x, w, b), 0.5)[:4]):
         key = []
-        replay._read(given, key, [])
+        replay._read(given, key)
         entries.append(tuple(key))
     assert entries[0] != entries[1]
 
@@ -122,7 +122,7 @@ ELSEWHERE = torch.zeros(6, 128, dtype=torch.float16)
 ])  # fmt: skip
 def test_anything_else_runs_as_ever(fake, work):
     op = Impure(fake, work)
-    fast = replay.replayed(op)
+    fast = replay.Replayed(op)
     for _ in range(6):
         fast(*operands())
     assert op.calls == 6
@@ -130,8 +130,50 @@ def test_anything_else_runs_as_ever(fake, work):
 
 def test_one_tensor_as_two_operands(fake):
     op = Operator(fake)
-    fast = replay.replayed(op)
+    fast = replay.Replayed(op)
     x, (w, s), _ = operands()
     for _ in range(5):
         fast(x, [w, s], s)
     assert op.calls == 5
+
+
+def test_a_site_goes_by_its_plan(fake):
+    """Without a look at the operands, but for where they are: as an operator that looks each time."""
+    plain, op = Operator(fake), Operator(fake)
+    site = replay.Site(replay.Replayed(op))
+    for _ in range(3):
+        plain(*operands())
+        site(*operands())
+    assert site._plan is not None
+    kept = []
+    for _ in range(3):
+        given = operands()
+        (y, z), want = passed_by(fake, plain, given)
+        (y2, z2), got = passed_by(fake, site, given)
+        assert [(t.shape, t.stride(), t.dtype) for t in (y, z)] == [(t.shape, t.stride(), t.dtype) for t in (y2, z2)]
+        addresses = [t.data_ptr() for t in (given[0], given[1][1], given[2])]
+        assert [a in got for a in addresses] == [a in want for a in addresses] != [False] * 3
+        assert sum(a != b for a, b in zip(want, got, strict=True)) <= 2, "scratch memory and z"
+        kept += given, y2, z2
+    assert op.calls == 2
+
+
+@pytest.mark.parametrize("change", ["alignment", "device", "observer"])
+def test_a_site_does_not_go_by_its_plan(fake, monkeypatch, change):
+    op = Operator(fake)
+    site = replay.Site(replay.Replayed(op))
+    x, w, bias = operands()
+    for _ in range(3):
+        site(x, w, bias)
+    calls = op.calls
+    if change == "alignment":
+        bias = torch.randn(9).half()[1:]
+    elif change == "device":
+        monkeypatch.setattr(triton_launch, "gpu", lambda: (lambda: 1, fake.get_current_stream))
+        site = replay.Site(replay.Replayed(op))
+        for _ in range(3):
+            site(x, w, bias)
+    else:
+        monkeypatch.setattr(triton_launch.knobs.runtime.launch_enter_hook, "calls", [print])
+    site(x, w, bias)
+    assert op.calls > calls

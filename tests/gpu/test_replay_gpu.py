@@ -93,7 +93,7 @@ def test_bit_for_bit(name):
     """On operands that lie elsewhere each time, and hold something else."""
     function, operands = CASES[name]
     counted = Counted(function)
-    fast = replay.replayed(counted)
+    fast = replay.Replayed(counted)
     kept = []
     for _ in range(5):
         given = operands()
@@ -106,7 +106,7 @@ def test_bit_for_bit(name):
 @pytest.mark.parametrize("name", ["gemm", "quantize", "fused gemm"])
 def test_in_a_graph(name):
     function, operands = CASES[name]
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for _ in range(3):
         fast(*operands())
     given = operands()
@@ -125,7 +125,7 @@ def test_in_a_graph(name):
 def test_on_another_stream():
     """Behind what that stream has to do, and nowhere else."""
     function, operands = CASES["gemm"]
-    fast = replay.replayed(function)
+    fast = replay.Replayed(function)
     for _ in range(3):
         fast(*operands())
     given = operands()
@@ -143,7 +143,7 @@ def test_on_another_stream():
 
 def test_other_shapes_have_their_own_plan():
     counted = Counted(launch.quantize)
-    fast = replay.replayed(counted)
+    fast = replay.Replayed(counted)
     for _ in range(3):
         for rows in (1, 64, 0, 96):
             x, *rest = quantize_operands()
@@ -154,7 +154,7 @@ def test_other_shapes_have_their_own_plan():
 def test_what_also_calls_a_library_runs_as_ever():
     """A rank that the kernel does not take: the low-rank product is cuBLAS's."""
     counted = Counted(launch.quantize)
-    fast = replay.replayed(counted)
+    fast = replay.Replayed(counted)
     for _ in range(6):
         given = quantize_operands(24)
         agree(fast(*given), launch.quantize(*given))
