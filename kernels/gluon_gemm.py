@@ -493,8 +493,9 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
     function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
-    rounds = share(-(-m // t.tm) * -(-n // t.tn), k_steps, t.programs * processors(qx.device), t.parts)
-    counters = zeroed_counters(qx.device)
+    tiles = -(-m // t.tm) * -(-n // t.tn)
+    rounds = share(tiles, k_steps, t.programs * processors(qx.device), t.parts)
+    counters = zeroed_counters(qx.device, tiles - rounds.whole)
     partial = counters
     if rounds.parts > 1:
         partial = qx.new_empty(rounds.programs * t.tm * t.tn, dtype=torch.int32)

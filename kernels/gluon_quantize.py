@@ -391,6 +391,6 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prec
     left = describe(x, ROWS.value, 64 * boxes)
     arguments = (left, left if right is None else describe(right, ROWS.value, 64 * boxes), smooth,
                  *(describe_down(down, boxes, slots) if r else (left, left)), qx, ascales, xd, work,
-                 zeroed_counters(x.device), () if prologue is None else prologue.operands, m, k, kp, programs, width,
-                 *ascales.stride(), float(shift))  # fmt: skip
+                 zeroed_counters(x.device, blocks * (ROWS.value + 2)), () if prologue is None else prologue.operands,
+                 m, k, kp, programs, width, *ascales.stride(), float(shift))  # fmt: skip
     launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value)

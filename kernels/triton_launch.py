@@ -57,7 +57,8 @@ class Started(NamedTuple):
 
 
 _started: dict[tuple, Started] = {}
-recording = threading.local()  # its `calls`, a list while lowering/replay.py looks on: what is launched how
+# While lowering/replay.py looks on: `calls`, a list of what is launched how, and `counters`, how many were asked for.
+recording = threading.local()
 
 COUNTERS = 66 * 1024  # for gluon_quantize.py: 64 rows and two counters of each of 1024 row blocks
 MAX_ENCODED = 4096  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
@@ -252,14 +253,15 @@ def _kept_counters(device: torch.device, stream: int | None) -> Tensor:
         return thread.submit(allocate).result()
 
 
-def zeroed_counters(device: torch.device) -> Tensor:
-    """COUNTERS int32 zeros for programs of one launch to count themselves; the kernel leaves them zero again.
+def zeroed_counters(device: torch.device, count: int) -> Tensor:
+    """`count` int32 zeros or more, for programs of one launch to count themselves; the kernel leaves them zero again.
 
-    Each stream has its own, so that launches which may overlap never share them; a CUDA graph, which may run on any
-    stream, gets its own for each launch.
+    There are COUNTERS at most. Each stream has its own, so that launches which may overlap never share them; a CUDA
+    graph, which may run on any stream, gets its own for each launch.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    recording.counters = max(count, getattr(recording, "counters", 0))
     return _kept_counters(device, gpu()[1](device.index))
 
 

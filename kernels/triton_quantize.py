@@ -251,7 +251,7 @@ def in_launches(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, p
     bits, scales = x.view(torch.int16), ascales.view(torch.uint8) if precision == "nvfp4" else ascales
     more = bits if right is None else right.view(torch.int16)
     peaks, partial = x.new_empty(splits, m, dtype=torch.float32), x.new_empty(splits, m, r, dtype=torch.float32)
-    counters = zeroed_counters(x.device)
+    counters = zeroed_counters(x.device, blocks)
     arguments = (bits, more, smooth, down, qx, scales, peaks, partial, counters, xd, m, k, kp, r, splits, w,
                  bits.stride(0), more.stride(0), *ascales.stride(), chunk, float(shift), extra)  # fmt: skip
     constants = (dtype, tm, tk, triton.next_power_of_2(r) if r else 0, precision, bool(shift), right is not None, hook)

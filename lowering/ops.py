@@ -20,7 +20,8 @@ IMPLEMENTATIONS: dict[str, Replayed] = {}  # by the names that Inductor has for 
 
 def _define(schema: str, implementation, fake) -> None:
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     IMPLEMENTATIONS[f"svdq.{name}.default"] = Replayed(implementation)
     _LIBRARY.impl(name, IMPLEMENTATIONS[f"svdq.{name}.default"], "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)

@@ -177,7 +177,7 @@ def record(function: Callable[..., Any], operands: tuple) -> tuple[Any, Plan | N
     recording = _triton_launch().recording
     outer = getattr(recording, "calls", None)
     calls: list[tuple] = []
-    recording.calls = calls
+    recording.calls, recording.counters = calls, 0
     try:
         with _Watch(_tensors(operands)) as watch:
             result = function(*operands)
@@ -195,9 +195,11 @@ def _plan(operands: tuple, watch: _Watch, calls: list, result: Any) -> Plan:
         raise NotReplayable(f"operators {watch.others}, or one tensor as two operands, which another time are two")
     if len({id(direct) for direct, _, _ in calls}) < len(calls):
         raise NotReplayable("a kernel started twice: tiles were being measured")
-    counters = _triton_launch().zeroed_counters(watch.operands[0].device)
+    launching = _triton_launch()
+    count = launching.recording.counters
+    counters = launching.zeroed_counters(watch.operands[0].device, count)
     watch.add(counters)
-    text = _Text(watch, [*watch.operands, *watch.allocated, counters])
+    text = _Text(watch, [*watch.operands, *watch.allocated, counters], count)
     launches = [text.launch(*call) for call in calls]
     allocated = [(tuple(t.shape), t.stride(), t.dtype) for t in watch.allocated]
     results: list[int] = []
@@ -218,8 +220,8 @@ class _Text:
     what is allocated (t0, t1, ...) and the counters.
     """
 
-    def __init__(self, watch: _Watch, sources: list[Tensor]) -> None:
-        self._watch = watch
+    def __init__(self, watch: _Watch, sources: list[Tensor], count: int) -> None:
+        self._watch, self._count = watch, count
         self._place = {id(t): i for i, t in enumerate(sources)}
         self._device = watch.operands[0].device
         self._counts = False
@@ -271,7 +273,7 @@ class _Text:
             lines += [f"t{i} = {allocate}({shape}, {strides}, {self.name(dtype)})", f"p{first + i} = t{i}.data_ptr()"]
         launching = _triton_launch()
         if self._counts:
-            lines.append(f"counters = {self.name(launching.zeroed_counters)}({self.name(self._device)})")
+            lines.append(f"counters = {self.name(launching.zeroed_counters)}({self.name(self._device)}, {self._count})")
             lines.append(f"p{len(self._place) - 1} = counters.data_ptr()")
         return [*lines, f"stream = {self.name(launching.gpu()[1])}({self._device.index})"]
 

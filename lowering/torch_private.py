@@ -91,10 +91,7 @@ def without_fake_tensors() -> Any:
 
 
 def describe(node: fx.Node, instead_of: fx.Node) -> None:
-    """Give a new node of an aten graph what others read of it: where it stands, and its result as fake tensors.
-
-    Without `eager_input_vals` Inductor hands its inputs over in whatever layout they have.
-    """
+    """Give a new node of an aten graph what others read of it: where it stands, and its result as fake tensors."""
 
     def value(argument: fx.Node) -> Any:
         return argument.meta["val"]

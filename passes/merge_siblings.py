@@ -52,8 +52,6 @@ def merge_siblings(gm: fx.GraphModule) -> int:
             continue
         for node, value in values.items():
             node.meta["val"] = value
-            for user in node.users:
-                user.meta.pop("eager_input_vals", None)
         _merge(gm.graph, run, whole, place)
         count += len(run) - 1
     if count:

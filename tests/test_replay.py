@@ -20,7 +20,7 @@ def fake(request, monkeypatch):
     recorder = request.getfixturevalue("driver")
     counters = torch.zeros(4)
     monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
-    monkeypatch.setattr(triton_launch, "zeroed_counters", lambda device: counters)
+    monkeypatch.setattr(triton_launch, "zeroed_counters", lambda device, count: counters)
     monkeypatch.setattr(triton_launch, "gpu", lambda: (lambda: None, recorder.get_current_stream))
     return recorder
 
