@@ -6,8 +6,9 @@
 
 Each method has a process of its own with empty compile caches, and a second one that finds them full; with --together
 there is no second one, and first_step_s is what it took beside the others (processes_at_once). The row of the
-same model and method in an existing file is replaced; ratios are made of rows of one call only ("run"). A row has
+same model and method in an existing file is replaced. A row has
     ms              median of steps one after another, the GPU's time between events; ms_all: each of them
+    x               by method, how many times as long its step took in the same call ("run")
     first_step_s    from the 16-bit model in memory until the first step in the method's own form is done: quantizing,
                     compiling, and for ours also the 16-bit step that it observes; warm_process_s: again, caches full;
                     loaded_process_s: so too, and instead of quantizing, what the first process saved is loaded
@@ -281,7 +282,7 @@ def together(options: argparse.Namespace, model: str, methods: list[str]) -> Ite
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file, in the place of the one for the same model and method."""
+    """Put a row into the file, in the place of the one for the same model and method, and compare those of its run."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     key = (row["model"], row["method"])
     places = [i for i, old in enumerate(known) if (old["model"], old["method"]) == key]
@@ -289,6 +290,9 @@ def merge(path: Path, row: dict[str, Any]) -> None:
         known[places[0]] = row
     else:
         known.append(row)
+    timed = [r for r in known if r["run"] == row["run"] and r["model"] == row["model"] and "ms" in r]
+    for r in timed:
+        r["x"] = {other["method"]: round(other["ms"] / r["ms"], 4) for other in timed}
     record.write(path, known)
 
 

@@ -34,12 +34,6 @@ def by_model(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def ratio(row: Row, peer: str, rows: list[Row]) -> str:
-    """How many times the peer's step is this one's; '-' unless both are of one run."""
-    other = next((r for r in rows if r["method"] == peer and r["run"] == row["run"]), {})
-    return f"{other['ms'] / row['ms']:.2f}" if other.get("ms") and row.get("ms") else "-"
-
-
 def steps(rows: list[Row]) -> str:
     head = ["method", "ms a step", *(f"x {peer}" for peer in PEERS), "resident GiB", "peak GiB", "first step, s"]
     head += ["in a second process, s", "loaded, s", "rel. error", "kernels", "host ms"]
@@ -52,7 +46,7 @@ def steps(rows: list[Row]) -> str:
                 lines.append([row["method"], problem[:120], *["-"] * (len(head) - 2)])
                 continue
             lines.append(
-                [row["method"], cell(row["ms"], ".1f"), *(ratio(row, peer, own) for peer in PEERS)]
+                [row["method"], cell(row["ms"], ".1f"), *(cell(row["x"].get(peer), ".2f") for peer in PEERS)]
                 + [cell(row.get(key), ".2f") for key in ("resident_gib", "peak_gib")]
                 + [cell(row.get(key), ".0f") for key in ("first_step_s", "warm_process_s", "loaded_process_s")]
                 + [cell(row.get("rel_err"), ".3f"), cell(row.get("kernels")), cell(row.get("host_ms"), ".0f")]
@@ -63,8 +57,23 @@ def steps(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def fusions(rows: list[Row]) -> str:
+    """What each pass is worth: our step without it, over our step of the same run."""
+    parts = []
+    for model, own in by_model(rows).items():
+        without = [
+            row for row in own if "ours" in row.get("x", {}) and row["method"].startswith(("ours-un", "ours-wi"))
+        ]
+        lines = [
+            [r["method"], cell(r["ms"], ".1f"), cell(1 / r["x"]["ours"], ".3f"), str(r["kernels"])] for r in without
+        ]
+        if lines:
+            parts.append(f"{model}:\n\n{table(['method', 'ms a step', 'times as long', 'kernels'], lines)}")
+    return "\n\n".join(parts)
+
+
 def profile(rows: list[Row]) -> str:
-    """Where the time of a step goes, by kind of kernel, one column a profiled method; then the longest kernels."""
+    """Where the time of a step goes, by kind of kernel, one column a profiled method; then the first model's longest."""
     parts = []
     for model, own in by_model(rows).items():
         profiled = [row for row in own if row.get("profile")]
@@ -74,7 +83,7 @@ def profile(rows: list[Row]) -> str:
         lines = [[name, *(_group(found.get(name)) for found in groups)] for name in GATHERED]
         lines.append(["all", *(f"{row['profile']['total_ms']:.1f} ms" for row in profiled)])
         parts.append(f"{model}:\n\n" + table(["kernels", *(row["method"] for row in profiled)], lines))
-        for row in profiled:
+        for row in profiled if model == rows[0]["model"] else ():
             lines = [
                 [f"`{k['kernel'][:70]}`".replace("|", "/"), k["group"], str(k["count"]), f"{k['ms']:.2f}"]
                 + [f"{100 * k['share']:.1f} %"]
@@ -105,7 +114,7 @@ def blocks(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"steps": steps, "profile": profile, "blocks": blocks}
+TABLES = {"steps": steps, "fusions": fusions, "profile": profile, "blocks": blocks}
 
 
 def main(results: Path, document: Path) -> None:

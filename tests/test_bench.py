@@ -66,12 +66,31 @@ def test_processes_that_compile_at_once_are_timed_in_turn(tmp_path: Path) -> Non
     assert row["processes_at_once"] == 1
 
 
-def test_merge_replaces_the_same_row(tmp_path: Path) -> None:
+def test_merge_replaces_the_same_row_and_compares_those_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "steps.json"
-    for method, ms in (("eager", 3.0), ("ours", 1.0), ("eager", 2.0)):
-        flux_step.merge(out, {"model": "flux", "method": method, "ms": ms})
+    for run, method, ms in (("1", "eager", 3.0), ("1", "ours", 1.5), ("2", "eager", 2.0), ("2", "peer", 1.0)):
+        flux_step.merge(out, {"model": "flux", "method": method, "ms": ms, "run": run})
+    flux_step.merge(out, {"model": "flux", "method": "broken", "error": "none", "run": "2"})
+    flux_step.merge(out, {"model": "sdxl", "method": "ours", "ms": 4.0, "run": "2"})
     rows = json.loads(out.read_text())["rows"]
-    assert [(r["method"], r["ms"]) for r in rows] == [("eager", 2.0), ("ours", 1.0)]
+    assert [(r["method"], r.get("ms"), r.get("x")) for r in rows] == [
+        ("eager", 2.0, {"eager": 1.0, "peer": 0.5}),
+        ("ours", 1.5, {"eager": 2.0, "ours": 1.0}),
+        ("peer", 1.0, {"eager": 2.0, "peer": 1.0}),
+        ("broken", None, None),
+        ("ours", 4.0, {"ours": 1.0}),
+    ]
+
+
+def test_tables(tmp_path: Path) -> None:
+    out, document = tmp_path / "steps.json", tmp_path / "steps.md"
+    for method, ms in (("compile", 3.0), ("ours", 1.5), ("ours-unfused", 2.1)):
+        row = {"model": "flux", "method": method, "ms": ms, "run": "1", "device": "none", "kernels": 7}
+        flux_step.merge(out, row | {"resident_gib": 1.0, "peak_gib": 2.0})
+    document.write_text("<!-- table: steps -->\n<!-- end -->\n\n<!-- table: fusions -->\n<!-- end -->\n")
+    flux_step.main(["--table", str(document), "--out", str(out)])
+    assert "| ours | 1.5 | 2.00 | - | - | 1.00 | 2.00 | - | - | - | - | 7 | - |" in document.read_text()
+    assert "| ours-unfused | 2.1 | 1.400 | 7 |" in document.read_text()
 
 
 @pytest.mark.parametrize(
