@@ -73,7 +73,7 @@ def fusions(rows: list[Row]) -> str:
 
 
 def profile(rows: list[Row]) -> str:
-    """Where the time of a step goes, by kind of kernel, one column a profiled method; then the first model's longest."""
+    """Where a step's time goes, by kind of kernel, one column a profiled method; then the first model's longest."""
     parts = []
     for model, own in by_model(rows).items():
         profiled = [row for row in own if row.get("profile")]
