@@ -46,4 +46,4 @@ def gemm(
 
         hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=precision == "w4a8")
         return launch.gemm(*plain, out_dtype, epilogue=hook)
-    return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype)
+    return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype).contiguous()

@@ -79,5 +79,5 @@ def gemv(
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] -> variance (of the population), mean, and mean of squares, [..., 1] fp32 each."""
-    variance, mean = torch.var_mean(x.float(), dim=-1, correction=0, keepdim=True)
+    variance, mean = torch.var_mean(x.float().contiguous(), dim=-1, correction=0, keepdim=True)
     return variance, mean, variance + mean.square()

@@ -31,8 +31,13 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_it_is(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable | None) -> Callable:
         return gm.forward
 
+    monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
+
+
+@pytest.fixture
+def without_inductor_unless_asked_for(request: pytest.FixtureRequest) -> None:
     if not USE_INDUCTOR:
-        monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
+        request.getfixturevalue("without_inductor")
 
 
 def check(model: torch.nn.Module, run: Callable, reference: torch.Tensor) -> None:
@@ -63,13 +68,13 @@ def check_regional(name: str) -> None:
     check(model, lambda: model(**inputs)[0], reference)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("without_inductor_unless_asked_for")
 @pytest.mark.parametrize("name", ZOO)
 def test_whole(name: str) -> None:
     check_whole(name)
 
 
-@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.usefixtures("without_inductor_unless_asked_for")
 @pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.regional])
 def test_regional(name: str) -> None:
     check_regional(name)
