@@ -5,8 +5,8 @@
     python bench/flux_step.py --table [docs/performance.md]                 the results as tables, into a document
 
 Each method has a process of its own with empty compile caches, and a second one that finds them full; with --together
-there is no second one, and first_step_s is what it took beside the others (processes_at_once). The row of the
-same model and method in an existing file is replaced. A row has
+there is no second one, and first_step_s is what it took beside the others (processes_at_once). The rows of an
+earlier call for the same model and methods are replaced in the file. A row has
     ms              median of steps one after another, the GPU's time between events; ms_all: each of them
     x               by method, how many times as long its step took in the same call ("run")
     first_step_s    from the 16-bit model in memory until the first step in the method's own form is done: quantizing,
@@ -235,7 +235,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = options.model + (" (tiny)" if options.tiny else "")
     methods = options.methods.split(",")
     for method, row in (together if options.together else one_by_one)(options, model, methods):
-        yield {"model": model, "method": method, "run": run, "device": record.environment()["device"]} | row
+        call = {"model": model, "methods": options.methods, "run": run, "device": record.environment()["device"]}
+        yield {"method": method} | call | row
 
 
 def one_by_one(options: argparse.Namespace, model: str, methods: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -282,14 +283,10 @@ def together(options: argparse.Namespace, model: str, methods: list[str]) -> Ite
 
 
 def merge(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into the file, in the place of the one for the same model and method, and compare those of its run."""
+    """Add a row to the file, drop earlier runs' for the same model and methods, and compare the rows of its own run."""
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    key = (row["model"], row["method"])
-    places = [i for i, old in enumerate(known) if (old["model"], old["method"]) == key]
-    if places:
-        known[places[0]] = row
-    else:
-        known.append(row)
+    known = [r for r in known if (r["model"], r["methods"]) != (row["model"], row["methods"]) or r["run"] == row["run"]]
+    known.append(row)
     timed = [r for r in known if r["run"] == row["run"] and r["model"] == row["model"] and "ms" in r]
     for r in timed:
         r["x"] = {other["method"]: round(other["ms"] / r["ms"], 4) for other in timed}

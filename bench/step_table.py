@@ -7,13 +7,17 @@ anything here is replaced
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from step_models import MODELS
 
+from svdq_compile.config import FUSIONS
+
 Row = dict[str, Any]
 PEERS = ("compile", "torchao-fp8", "sdnq-int4-svd")  # the ratios that are shown, over rows of the same run
+FUSED_LESS = ("ours-unfused", *(f"ours-without-{name}" for name in FUSIONS))
 GATHERED = ("attention", "gemm", "quantize", "gemv", "norms/pointwise", "copies", "other")
 
 
@@ -27,10 +31,21 @@ def cell(value: Any, form: str = "") -> str:
     return value if isinstance(value, str) else format(value, form)
 
 
-def by_model(rows: list[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+def by_run(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows of one model and one call each."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault(row["model"], []).append(row)
+        found.setdefault((row["model"], row["run"]), []).append(row)
+    return found
+
+
+def _first_with(rows: list[Row], wanted: Callable[[Row], Any]) -> dict[str, list[Row]]:
+    """Of each model the wanted rows of the first call that has some."""
+    found: dict[str, list[Row]] = {}
+    for (model, _), own in by_run(rows).items():
+        chosen = [row for row in own if wanted(row)]
+        if chosen:
+            found.setdefault(model, chosen)
     return found
 
 
@@ -38,7 +53,7 @@ def steps(rows: list[Row]) -> str:
     head = ["method", "ms a step", *(f"x {peer}" for peer in PEERS), "resident GiB", "peak GiB", "first step, s"]
     head += ["in a second process, s", "loaded, s", "rel. error", "kernels", "host ms"]
     parts = []
-    for model, own in by_model(rows).items():
+    for (model, run), own in by_run(rows).items():
         lines = []
         for row in own:
             if "ms" not in row:
@@ -53,19 +68,18 @@ def steps(rows: list[Row]) -> str:
             )
         title = MODELS[model].title if model in MODELS else model
         devices = ", ".join(sorted({row["device"] for row in own}))
-        parts.append(f"{title} ({devices}):\n\n{table(head, lines)}")
+        parts.append(f"{title} ({devices}, {run[:16]}):\n\n{table(head, lines)}")
     return "\n\n".join(parts)
 
 
 def fusions(rows: list[Row]) -> str:
     """What each pass is worth: our step without it, over our step of the same run."""
     parts = []
-    for model, own in by_model(rows).items():
-        without = [
-            row for row in own if "ours" in row.get("x", {}) and row["method"].startswith(("ours-un", "ours-wi"))
-        ]
+    for (model, _), own in by_run(rows).items():
+        compared = [row for row in own if "ours" in row.get("x", {}) and row["method"] in FUSED_LESS]
         lines = [
-            [r["method"], cell(r["ms"], ".1f"), cell(1 / r["x"]["ours"], ".3f"), str(r["kernels"])] for r in without
+            [row["method"], cell(row["ms"], ".1f"), cell(1 / row["x"]["ours"], ".3f"), cell(row["kernels"])]
+            for row in compared
         ]
         if lines:
             parts.append(f"{model}:\n\n{table(['method', 'ms a step', 'times as long', 'kernels'], lines)}")
@@ -73,17 +87,14 @@ def fusions(rows: list[Row]) -> str:
 
 
 def profile(rows: list[Row]) -> str:
-    """Where a step's time goes, by kind of kernel, one column a profiled method; then the first model's longest."""
+    """Where a step's time goes, by kind of kernel, a column for each profiled method; the first model's longest."""
     parts = []
-    for model, own in by_model(rows).items():
-        profiled = [row for row in own if row.get("profile")]
-        if not profiled:
-            continue
+    for model, profiled in _first_with(rows, lambda row: row.get("profile")).items():
         groups = [{g["group"]: g for g in row["profile"]["groups"]} for row in profiled]
         lines = [[name, *(_group(found.get(name)) for found in groups)] for name in GATHERED]
         lines.append(["all", *(f"{row['profile']['total_ms']:.1f} ms" for row in profiled)])
         parts.append(f"{model}:\n\n" + table(["kernels", *(row["method"] for row in profiled)], lines))
-        for row in profiled if model == rows[0]["model"] else ():
+        for row in (row for row in profiled if model == rows[0]["model"] and row["method"] == "ours"):
             lines = [
                 [f"`{k['kernel'][:70]}`".replace("|", "/"), k["group"], str(k["count"]), f"{k['ms']:.2f}"]
                 + [f"{100 * k['share']:.1f} %"]
@@ -104,10 +115,7 @@ def _group(found: dict[str, Any] | None) -> str:
 def blocks(rows: list[Row]) -> str:
     """Kernels launched by one block of each kind."""
     parts = []
-    for model, own in by_model(rows).items():
-        counted = [row for row in own if row.get("profile", {}).get("block_kernels")]
-        if not counted:
-            continue
+    for model, counted in _first_with(rows, lambda row: row.get("profile", {}).get("block_kernels")).items():
         names = list(counted[0]["profile"]["block_kernels"])
         lines = [[n, *(str(row["profile"]["block_kernels"].get(n, "-")) for row in counted)] for n in names]
         parts.append(f"{model}:\n\n" + table(["block", *(row["method"] for row in counted)], lines))

@@ -66,26 +66,35 @@ def test_processes_that_compile_at_once_are_timed_in_turn(tmp_path: Path) -> Non
     assert row["processes_at_once"] == 1
 
 
-def test_merge_replaces_the_same_row_and_compares_those_of_a_run(tmp_path: Path) -> None:
+def test_merge_replaces_an_earlier_run_and_compares_rows_of_one(tmp_path: Path) -> None:
     out = tmp_path / "steps.json"
-    for run, method, ms in (("1", "eager", 3.0), ("1", "ours", 1.5), ("2", "eager", 2.0), ("2", "peer", 1.0)):
-        flux_step.merge(out, {"model": "flux", "method": method, "ms": ms, "run": run})
-    flux_step.merge(out, {"model": "flux", "method": "broken", "error": "none", "run": "2"})
-    flux_step.merge(out, {"model": "sdxl", "method": "ours", "ms": 4.0, "run": "2"})
+    both = {"model": "flux", "methods": "eager,ours"}
+    for run, method, ms in (("1", "eager", 3.0), ("1", "ours", 1.5), ("3", "eager", 2.0), ("3", "ours", 1.0)):
+        flux_step.merge(out, both | {"method": method, "ms": ms, "run": run})
+        flux_step.merge(out, {"model": "flux", "methods": "ours", "method": "ours", "ms": 1.2, "run": "2"})
+    flux_step.merge(out, {"model": "flux", "methods": "broken", "method": "broken", "error": "none", "run": "4"})
+    flux_step.merge(out, both | {"model": "sdxl", "method": "ours", "ms": 4.0, "run": "3"})
     rows = json.loads(out.read_text())["rows"]
-    assert [(r["method"], r.get("ms"), r.get("x")) for r in rows] == [
-        ("eager", 2.0, {"eager": 1.0, "peer": 0.5}),
-        ("ours", 1.5, {"eager": 2.0, "ours": 1.0}),
-        ("peer", 1.0, {"eager": 2.0, "peer": 1.0}),
-        ("broken", None, None),
-        ("ours", 4.0, {"ours": 1.0}),
+    assert [(r["run"], r["method"], r.get("ms"), r.get("x")) for r in rows if r["run"] != "2"] == [
+        ("3", "eager", 2.0, {"eager": 1.0, "ours": 0.5}),
+        ("3", "ours", 1.0, {"eager": 2.0, "ours": 1.0}),
+        ("4", "broken", None, None),
+        ("3", "ours", 4.0, {"ours": 1.0}),
     ]
 
 
 def test_tables(tmp_path: Path) -> None:
     out, document = tmp_path / "steps.json", tmp_path / "steps.md"
     for method, ms in (("compile", 3.0), ("ours", 1.5), ("ours-unfused", 2.1)):
-        row = {"model": "flux", "method": method, "ms": ms, "run": "1", "device": "none", "kernels": 7}
+        row = {
+            "model": "flux",
+            "methods": "all",
+            "method": method,
+            "ms": ms,
+            "run": "1",
+            "device": "none",
+            "kernels": 7,
+        }
         flux_step.merge(out, row | {"resident_gib": 1.0, "peak_gib": 2.0})
     document.write_text("<!-- table: steps -->\n<!-- end -->\n\n<!-- table: fusions -->\n<!-- end -->\n")
     flux_step.main(["--table", str(document), "--out", str(out)])
