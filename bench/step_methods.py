@@ -145,13 +145,18 @@ def sdnq_int4_svd(model: nn.Module, call: dict) -> nn.Module:
     return _sdnq(model, weights_dtype="int4", use_svd=True, svd_rank=32)
 
 
-METHODS: dict[str, Callable[[nn.Module, dict], nn.Module]] = {
+Method = Callable[[nn.Module, dict], nn.Module]
+
+LESS_FUSED: dict[str, Method] = {
+    "ours-unfused": _ours_fusing(),
+    **{f"ours-without-{name}": _ours_fusing(*(f for f in FUSIONS if f != name)) for name in FUSIONS},
+}
+METHODS: dict[str, Method] = {
     "eager": eager,
     "compile": compiled,
     "compile-max": compiled_max,
     "ours": ours,
-    "ours-unfused": _ours_fusing(),
-    **{f"ours-without-{name}": _ours_fusing(*(f for f in FUSIONS if f != name)) for name in FUSIONS},
+    **LESS_FUSED,
     "ours-graphs": ours_graphs,
     "ours-graphs-whole": ours_graphs_whole,
     "torchao-fp8": torchao_fp8,

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from step_methods import LESS_FUSED
 from step_models import MODELS
-
-from svdq_compile.config import FUSIONS
 
 Row = dict[str, Any]
 PEERS = ("compile", "torchao-fp8", "sdnq-int4-svd")  # the ratios that are shown, over rows of the same run
-FUSED_LESS = ("ours-unfused", *(f"ours-without-{name}" for name in FUSIONS))
 GATHERED = ("attention", "gemm", "quantize", "gemv", "norms/pointwise", "copies", "other")
 
 
@@ -76,7 +74,7 @@ def fusions(rows: list[Row]) -> str:
     """What each pass is worth: our step without it, over our step of the same run."""
     parts = []
     for (model, _), own in by_run(rows).items():
-        compared = [row for row in own if "ours" in row.get("x", {}) and row["method"] in FUSED_LESS]
+        compared = [row for row in own if "ours" in row.get("x", {}) and row["method"] in LESS_FUSED]
         lines = [
             [row["method"], cell(row["ms"], ".1f"), cell(1 / row["x"]["ours"], ".3f"), cell(row["kernels"])]
             for row in compared

@@ -11,11 +11,11 @@ Left alone: rows that are short (the norm of a head) or very long, and x that In
 
 import operator
 
-from torch import Tensor, fx
+from torch import fx
 
 from ..lowering import ops
 from ..lowering.torch_private import describe
-from .pointwise import SIXTEEN_BIT, aten, cat_of, is_widening, operation, value_of
+from .pointwise import SIXTEEN_BIT, aten, before_widening, cat_of, operation, value_of
 
 MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
@@ -56,10 +56,11 @@ def _squared(node: object) -> fx.Node | None:
 
 def _rows(w: object) -> fx.Node | None:
     """The 16-bit x that w is, if its rows are worth it."""
-    if isinstance(w, fx.Node) and is_widening(w):
-        w = w.args[0]
+    if not isinstance(w, fx.Node):
+        return None
+    w = before_widening(w)
     value = value_of(w)
-    if not isinstance(w, fx.Node) or not isinstance(value, Tensor) or value.dtype not in SIXTEEN_BIT:
+    if value is None or value.dtype not in SIXTEEN_BIT:
         return None
     columns = value.shape[-1]
     fits = isinstance(columns, int) and MIN_COLUMNS <= columns <= MAX_COLUMNS

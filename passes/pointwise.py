@@ -92,7 +92,7 @@ def is_widening(node: fx.Node) -> bool:
 
 def before_widening(node: fx.Node) -> fx.Node:
     """What a tensor was before it was cast to fp32: a region reads that, which is half as long."""
-    while is_widening(node) and value_of(node.args[0]) is not None:
+    while is_widening(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
