@@ -50,6 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .hooks import Hook
 from .triton_gemm import check_beside, check_gemm, sibling_features
@@ -359,6 +360,7 @@ def _gemm_kernel(
     if BESIDE:
         mbarrier.init(loaded, count=1)
     fence_async_shared()
+    gdc_wait()
     THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
     tiles_m = gl.cdiv(M, TM)
     tiles_n = gl.cdiv(N, TN)
@@ -524,7 +526,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         -(-r // RANK_STEP.value),
     )
     constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, beside is not None, t.warps)
-    options = {"num_warps": t.warps}
+    options = {"num_warps": t.warps, "launch_pdl": True}
     if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
         options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
     launch(_gemm_kernel, (rounds.programs, 1, 1), arguments, constants, **options)

@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .gluon_gemm import (
     RANK_STEP,
@@ -174,6 +175,7 @@ def _int4_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
+    gdc_wait()
     THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
     tiles_m = gl.cdiv(M, TM)
     tiles_n = gl.cdiv(N, TN)
@@ -314,7 +316,7 @@ def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t:
     )
     function = None if epilogue is None else epilogue.function
     constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, offset is not None, function, t.warps)
-    options = {"num_warps": t.warps}
+    options = {"num_warps": t.warps, "launch_pdl": True}
     if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
         options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
     programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))

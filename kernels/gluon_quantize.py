@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from .hooks import Hook
 from .triton_codes import int4_codes, int8_pair, int8_scale, prologue, quotient
@@ -187,6 +188,7 @@ def _quantize_kernel(
         for i in gl.static_range(BOXES):
             mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
+    gdc_wait()
     mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else (RANK + REST) * K_TILE * 2))
     if JOINED:  # no program straddles the two parts
         if first < W:
@@ -393,4 +395,4 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prec
                  *(describe_down(down, boxes, slots) if r else (left, left)), qx, ascales, xd, work,
                  zeroed_counters(x.device, blocks * (ROWS.value + 2)), () if prologue is None else prologue.operands,
                  m, k, kp, programs, width, *ascales.stride(), float(shift))  # fmt: skip
-    launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value)
+    launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value, launch_pdl=True)

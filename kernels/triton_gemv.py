@@ -26,9 +26,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from .hooks import Hook
-from .triton_launch import check_low_rank, check_tensor, launch
+from .triton_launch import check_low_rank, check_tensor, launch, launches_early
 from .triton_unpack import biased
 
 MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more than a 16-bit copy of them
@@ -122,8 +123,10 @@ def _load_low_rank(u_at, u_k, d_at, d_k, first, r):
 def _gemv_kernel(
     x, qweight, pairs, xd, up, bias, y, M, N, K, r, xd_stride, extra,
     TM: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr,
-    RANK_STEPS: tl.constexpr, BIAS: tl.constexpr, HOOK: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BIAS: tl.constexpr, HOOK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
     n0 = tl.program_id(0) * 16
     m0 = tl.program_id(1) * TM
     words = tl.cdiv(K, 128)
@@ -222,6 +225,8 @@ def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | 
     arguments = (x, qweight, scales, *low_rank, offsets, y, m, n, k, r, xd_stride, extra)
     tm, step = (8 if m <= 8 else 16), s.warps * s.words
     whole, once = k > 0 and k % (128 * step) == 0, words <= step
-    constants = (tm, s.warps, s.words, whole, once, -(-r // (32 * s.warps)), bias is not None, function)
-    launch(_gemv_kernel, (-(-n // 16), -(-m // tm), 1), arguments, constants, num_warps=s.warps, num_stages=1)
+    early = launches_early(x.device)
+    constants = (tm, s.warps, s.words, whole, once, -(-r // (32 * s.warps)), bias is not None, function, early)
+    grid = (-(-n // 16), -(-m // tm), 1)
+    launch(_gemv_kernel, grid, arguments, constants, num_warps=s.warps, num_stages=1, launch_pdl=early)
     return y

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 from triton.runtime import JITFunction
 
-from .triton_launch import launch, processors
+from .triton_launch import launch, launches_early, processors
 
 MAX_CHANNELS = 256
 
@@ -71,8 +72,10 @@ def store_parts(at, a, b, D: tl.constexpr, INTERLEAVED: tl.constexpr):
 def _heads_kernel(
     x, y, rows, T, x_sample, x_token, x_head, y_sample, y_token, y_head, extra,
     D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    LOAD: tl.constexpr, FUNCTION: tl.constexpr,
+    LOAD: tl.constexpr, FUNCTION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
     # Past the end the last row is computed and stored again: no masks.
     row = tl.minimum(tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), rows - 1)[:, None]
     sample, token = (row // T).to(tl.int64), (row % T).to(tl.int64)
@@ -118,6 +121,7 @@ def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Ti
     rows = samples * tokens
     tile = tile or choose(rows, heads, channels, processors(x.device))
     arguments = (x, y, rows, tokens, *x.stride()[:3], *y.stride()[:3], region.operands)
-    constants = (channels, tile.tokens, tile.heads, interleaved, region.load, region.function)
+    early = launches_early(x.device)
+    constants = (channels, tile.tokens, tile.heads, interleaved, region.load, region.function, early)
     launch(_heads_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,
-           num_warps=tile.warps)  # fmt: skip
+           num_warps=tile.warps, launch_pdl=early)  # fmt: skip

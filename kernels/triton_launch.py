@@ -6,6 +6,11 @@ launcher itself, in 10 and 14 us (beside an H100): with addresses in place of te
 about each, and with TMA descriptors encoded earlier. A descriptor is a function of an address, shape, strides and what
 the kernel was compiled for; weights never move, and PyTorch's allocator hands activations the same addresses step after
 step.
+
+On sm_90 and newer a kernel that begins with `gdc_wait()` may be launched with `launch_pdl=True` (programmatic dependent
+launch): the GPU then brings it to the multiprocessors while the kernel before it in the stream ends, and lets it go on
+when all that one wrote is there. It must wait before its first access to memory, weights included: a LoRA adapter may
+just have been written.
 """
 
 import copy
@@ -69,7 +74,7 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
 
     arguments  tensors, ints, floats, `Descriptor`s and tuples of these in the order of the kernel's parameters
     constants  its constexpr parameters, which come last; the functions of hooks among them
-    options    num_warps, num_stages
+    options    num_warps, num_stages, maxnreg, launch_pdl
     """
     current_device, current_stream = gpu()
     device = current_device()
@@ -263,6 +268,14 @@ def zeroed_counters(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     recording.counters = max(count, getattr(recording, "counters", 0))
     return _kept_counters(device, gpu()[1](device.index))
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether the GPU can bring a kernel to its multiprocessors while the one before it ends."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

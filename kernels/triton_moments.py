@@ -10,14 +10,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
-from .triton_launch import launch
+from .triton_launch import launch, launches_early
 
 MAX_COLUMNS = 8192  # a row is held in the registers of its warps
 
 
 @triton.jit
-def _moments_kernel(x, variance, mean, square, M, K, stride, ROWS: tl.constexpr, TK: tl.constexpr):
+def _moments_kernel(x, variance, mean, square, M, K, stride, ROWS: tl.constexpr, TK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_wait()
     rm = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rk = tl.arange(0, TK)
     live = (rm < M)[:, None] & (rk < K)[None, :]
@@ -43,12 +46,13 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if m:
         tk = triton.next_power_of_2(k)
         rows = max(1, 1024 // tk)
-        grid = (triton.cdiv(m, rows), 1, 1)
+        grid, early = (triton.cdiv(m, rows), 1, 1), launches_early(x.device)
         launch(
             _moments_kernel,
             grid,
             (x, variance, mean, square, m, k, x.stride(0)),
-            (rows, tk),
+            (rows, tk, early),
             num_warps=4 if tk <= 4096 else 8,
+            launch_pdl=early,
         )
     return variance, mean, square

@@ -75,6 +75,12 @@ def compile_for(kernel, capability, constants, warps, types, stages=4, source=No
     return Built(built.asm["ptx"], registers, spilled, built.metadata.shared)
 
 
+def waits_first(ptx):
+    """Whether a kernel that may start early waits for the one before it, and touches no memory until then."""
+    access = re.search(r"\b(ld|st|red|atom|cp)\.\S*(global|bulk)|\bcp\.async|cp\.reduce", ptx)
+    return -1 < ptx.find("griddepcontrol.wait") < access.start()
+
+
 def resources(cubin):
     """Registers a thread and bytes of local memory (spills) of the one kernel in a cubin."""
     import triton

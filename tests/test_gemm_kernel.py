@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import reference
@@ -225,6 +225,7 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     assert "cp.async.bulk.tensor.2d" in built.ptx
     assert "setmaxnreg" in built.ptx
     assert "bar.arrive" in built.ptx
+    assert waits_first(built.ptx)
     assert "ldmatrix.sync.aligned.m8n8.x4.trans" not in built.ptx  # what `beside` would be read by
     assert built.spilled == 0
 

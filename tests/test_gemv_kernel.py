@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import reference
@@ -125,7 +125,7 @@ def build(capability, m, k, dtype="bf16"):
     split = triton_gemv.choose_split(m, k)
     step = 128 * split.warps * split.words
     constants = {"TM": 8 if m <= 8 else 16, "WARPS": split.warps, "WORDS": split.words, "WHOLE": k % step == 0,
-                 "ONCE": k <= step, "RANK_STEPS": 1, "BIAS": True, "HOOK": None}  # fmt: skip
+                 "ONCE": k <= step, "RANK_STEPS": 1, "BIAS": True, "HOOK": None, "EARLY": capability >= 90}  # fmt: skip
     types = {name: t.replace("bf16", dtype) if t else t for name, t in POINTERS.items()}
     return compile_for(triton_gemv._gemv_kernel, capability, constants, split.warps, types, stages=1)
 
@@ -137,6 +137,7 @@ def test_tensor_cores_and_no_spills(capability, m, k):
     built = build(capability, m, k)
     assert built.spilled <= 8  # at 256 threads ptxas stops at 128 registers, one or two short
     assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in built.ptx
+    assert waits_first(built.ptx) == (capability >= 90)
 
 
 @compiled

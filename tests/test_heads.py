@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_testing import count, run, run_as_aten, zoo
-from kernel_testing import compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import compile_for, compiled, error, interpreted, run_interpreted, waits_first
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
@@ -303,7 +303,7 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
     (region,) = parts(text)
     module = generate_heads._module(region)
     constants = {"D": d, "TOKENS": tile.tokens, "HEADS": tile.heads, "LOAD": module.load, "FUNCTION": module.fused,
-                 "INTERLEAVED": generate_heads.is_interleaved(region)}  # fmt: skip
+                 "INTERLEAVED": generate_heads.is_interleaved(region), "EARLY": True}  # fmt: skip
 
     def source(kernel, signature, constants, even):
         at = kernel.arg_names.index("extra")
@@ -326,6 +326,7 @@ def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, 
     built = compiled_kernel(text, choose(4608, heads, d, 132), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
     assert built.spilled == 0
     assert built.registers <= 80
+    assert waits_first(built.ptx)
     if text == FLUX:
         assert built.shared == 0
     widths = set(re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx))

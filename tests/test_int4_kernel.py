@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
 from svdq_compile.kernels import FORMATS, layout
 from svdq_compile.lowering import reference
@@ -156,5 +156,6 @@ def test_gluon_int4_overlaps(tm, tn, stages, warps):
     built = compile_for(gluon_int4._int4_kernel, 90, constants, warps, types, source=GluonASTSource)
     product = rf"wgmma\.mma_async\.sync\.aligned\.m64n{tm}k32\.f32\.e4m3\.e4m3 {{[^}}]*}}, {{[^}}]*}}"
     assert re.search(product, built.ptx), "the left operand is not in registers"
+    assert waits_first(built.ptx)
     assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", built.ptx)
     assert built.spilled == 0

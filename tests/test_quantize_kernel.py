@@ -5,7 +5,17 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from kernel_testing import HALF, ROUNDING, SHARED, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import (
+    HALF,
+    ROUNDING,
+    SHARED,
+    compile_for,
+    compiled,
+    error,
+    interpreted,
+    run_interpreted,
+    waits_first,
+)
 
 from svdq_compile.kernels import triton_quantize as tq
 from svdq_compile.kernels.hooks import Hook
@@ -251,6 +261,7 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     assert 2 * (built.shared + 1024) <= 227 * 1024
     assert built.registers * 128 * 2 <= 65536
     assert ("wgmma.mma_async" in built.ptx) == (rank > 0)
+    assert waits_first(built.ptx)
     assert "cp.async.bulk.tensor" in built.ptx
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_testing import count, run, run_as_aten
-from kernel_testing import HALF, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import HALF, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 from torch import Tensor, nn
 
 from conftest import relative_error
@@ -40,9 +40,10 @@ def test_rows_are_read_in_wide_pieces(capability: int) -> None:
     from svdq_compile.kernels.triton_moments import _moments_kernel
 
     types = {"x": "*bf16", "variance": "*fp32", "mean": "*fp32", "square": "*fp32"}
-    built = compile_for(_moments_kernel, capability, {"ROWS": 1, "TK": 4096}, 4, types)
+    built = compile_for(_moments_kernel, capability, {"ROWS": 1, "TK": 4096, "EARLY": capability >= 90}, 4, types)
     assert built.spilled == 0
     assert "ld.global.v4.b32" in built.ptx
+    assert waits_first(built.ptx) == (capability >= 90)
 
 
 @compiled
