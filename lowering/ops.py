@@ -5,25 +5,31 @@ All take inputs with any number of leading dimensions, zero rows included. The f
 same operator with what the graph did just before or after it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..kernels import FORMATS
 from ..kernels.groups import padded
-from . import fused, heads, launch
+from . import fused, heads, launch, neighbours
 from .packed import PackedLinear
 from .replay import Replayed, Site
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
-IMPLEMENTATIONS: dict[str, Replayed] = {}  # by the names that Inductor has for them, without "torch.ops."
+# By the names that Inductor has for them, without "torch.ops.".
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _define(schema: str, implementation, fake) -> None:
+def _define(schema: str, implementation, fake, compiled=None) -> None:
+    """compiled: what Inductor's code calls instead where sizes are fixed."""
     name = schema.split("(", 1)[0]
     # flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    IMPLEMENTATIONS[f"svdq.{name}.default"] = Replayed(implementation)
-    _LIBRARY.impl(name, IMPLEMENTATIONS[f"svdq.{name}.default"], "CompositeExplicitAutograd")
+    replayed = Replayed(implementation)
+    IMPLEMENTATIONS[f"svdq.{name}.default"] = compiled or replayed
+    _LIBRARY.impl(name, replayed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
 
 
@@ -105,6 +111,10 @@ _define(
     heads.head_region,
     heads.empty_result,
 )
+_define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, neighbours.empty_result, neighbours.joined)
+
+# Whose result, in compiled code, may be an operand's memory: nothing else may be written there once it has been read.
+BORROWING = frozenset({"svdq.joined.default"})
 
 quantize = torch.ops.svdq.quantize.default
 fused_quantize = torch.ops.svdq.fused_quantize.default
@@ -113,11 +123,13 @@ fused_gemm = torch.ops.svdq.fused_gemm.default
 gemv = torch.ops.svdq.gemv.default
 head_region = torch.ops.svdq.head_region.default
 row_moments = torch.ops.svdq.row_moments.default
+joined = torch.ops.svdq.joined.default
 
 
-def site(name: str) -> Site:
+def site(name: str) -> Callable[..., Any]:
     """One place in Inductor's code that calls the operator `name`, "svdq.gemm.default" say, with fixed sizes."""
-    return Site(IMPLEMENTATIONS[name])
+    found = IMPLEMENTATIONS[name]
+    return Site(found) if isinstance(found, Replayed) else found
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -125,13 +125,13 @@ def compile_with_inductor(
 @cache
 def _call_by_sites() -> None:
     """Have Inductor's code call our operators through a `Site` each where sizes are fixed, past torch's dispatcher,
-    which takes longer than a launch.
+    which takes longer than a launch; and leave alone the memory of results that are not its own.
     """
     from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     from torch._inductor.codegen.wrapper import ExternKernelAllocLine
     from torch._inductor.virtualized import V
 
-    from .ops import IMPLEMENTATIONS, site
+    from .ops import BORROWING, IMPLEMENTATIONS, site
 
     def generate(node: Any, writeline: Callable[[Any], None]) -> None:
         wrapper, name = V.graph.wrapper_code, f"svdq_{node.get_name()}"
@@ -139,6 +139,8 @@ def _call_by_sites() -> None:
             wrapper.add_import_once(f"from {site.__module__} import site")
             wrapper.add_import_once(f"{name} = site({str(node.op_overload)!r})")
             node.python_kernel_name = name
+        if str(node.op_overload) in BORROWING:
+            V.graph.never_reuse_buffers.update(buffer.get_name() for buffer in (node, *node.outputs))
         writeline(ExternKernelAllocLine(wrapper, node))
 
     for operator in IMPLEMENTATIONS:

@@ -16,6 +16,7 @@ from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
+from .join_parts import join_parts
 from .measure_rows import measure_rows
 from .merge_siblings import merge_siblings
 from .observe_linears import observe_linears
@@ -45,6 +46,7 @@ FUSING: dict[str, Pass] = {
     "heads": fuse_heads,  # before somebody else takes the means
     "rows": measure_rows,  # before what it measures becomes part of a prologue
     "prologues": fuse_prologues,
+    "joins": join_parts,  # last: it asks who reads what
 }
 
 

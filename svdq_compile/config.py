@@ -10,7 +10,7 @@ from .errors import OptionError
 PRECISIONS = ("auto", "w4a8", "int4", "nvfp4", "w4a16")
 WEIGHTS = ("release", "offload", "keep")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-FUSIONS = ("epilogues", "siblings", "heads", "rows", "prologues")  # of passes.FUSING
+FUSIONS = ("epilogues", "siblings", "heads", "rows", "prologues", "joins")  # of passes.FUSING
 MAX_RANK = 256
 
 
@@ -34,7 +34,7 @@ class Config:
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
                        kernels, and linears of one input into one product: True, False, or a list of what to fuse
-                       ("epilogues", "siblings", "heads", "rows", "prologues")
+                       ("epilogues", "siblings", "heads", "rows", "prologues", "joins")
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing
     """

@@ -11,11 +11,14 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
-from conftest import quiet
+from conftest import WIDTH, quiet, relative_error
 from svdq_compile import compiled as compiled_module
 from svdq_compile.lowering import ops
 from svdq_compile.passes.pointwise import operation
 from zoo import ZOO, make
+
+# Fused arithmetic rounds to bf16 in fewer places (one rounding is 2^-9), which flips codes, one step in a few hundred.
+ROUNDING = 0.02
 
 
 def run_as_aten(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
@@ -73,3 +76,36 @@ def elementwise_before_quantize(gm: fx.GraphModule) -> list[str]:
     """What is left elementwise right before a quantized input; nothing, if all of it was fused."""
     sources = [n.args[0] for n in gm.graph.find_nodes(op="call_function", target=ops.quantize)]
     return [str(x.target) for x in sources if operation(x) is not None and len(x.users) == 1]
+
+
+class Two(nn.Module):
+    """Two linears and what a test puts around them."""
+
+    def __init__(self, around) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.around = around
+
+    def forward(self, *inputs: Tensor):
+        return self.around(self.first, self.second, *inputs)
+
+
+def compare(around, *inputs: Tensor, monkeypatch: pytest.MonkeyPatch, **options) -> list[fx.GraphModule]:
+    """Fused and unfused must agree in every output; -> the fused graphs."""
+    graphs = run_as_aten(monkeypatch)
+    results = []
+    for fuse in (True, False):
+        model = Two(around).to(torch.bfloat16).eval().requires_grad_(False)
+        results.append(run(model, tuple(x.clone() for x in inputs), fuse=fuse, **options))
+        if fuse:
+            seen = list(graphs)
+    assert results[0].shape == results[1].shape
+    assert results[0].dtype == results[1].dtype
+    assert relative_error(*results) < ROUNDING
+    return seen
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*(shape or (2, 24, WIDTH)), generator=generator).to(torch.bfloat16)

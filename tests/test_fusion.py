@@ -6,7 +6,18 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
-from fusion_testing import count, elementwise_before_quantize, regions, run, run_as_aten, zoo
+from fusion_testing import (
+    ROUNDING,
+    Two,
+    compare,
+    count,
+    elementwise_before_quantize,
+    regions,
+    run,
+    run_as_aten,
+    tokens,
+    zoo,
+)
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
@@ -14,9 +25,6 @@ from svdq_compile.config import FUSIONS
 from svdq_compile.lowering import ops
 from svdq_compile.passes import FUSING
 from svdq_compile.passes.pointwise import operation
-
-# Fused arithmetic rounds to bf16 in fewer places (one rounding is 2^-9), which flips codes, one step in a few hundred.
-ROUNDING = 0.02
 
 FIVE = ["flux", "sd3", "pixart", "qwen_image", "wan"]
 
@@ -276,39 +284,6 @@ t9 = bf16(t8)""",
 
 
 # ** near misses: what must not be fused, or not further **
-
-
-class Two(nn.Module):
-    """Two linears and what a test puts around them."""
-
-    def __init__(self, around) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.around = around
-
-    def forward(self, *inputs: Tensor):
-        return self.around(self.first, self.second, *inputs)
-
-
-def compare(around, *inputs: Tensor, monkeypatch: pytest.MonkeyPatch, **options) -> list[fx.GraphModule]:
-    """Fused and unfused must agree in every output; -> the fused graphs."""
-    graphs = run_as_aten(monkeypatch)
-    results = []
-    for fuse in (True, False):
-        model = Two(around).to(torch.bfloat16).eval().requires_grad_(False)
-        results.append(run(model, tuple(x.clone() for x in inputs), fuse=fuse, **options))
-        if fuse:
-            seen = list(graphs)
-    assert results[0].shape == results[1].shape
-    assert results[0].dtype == results[1].dtype
-    assert relative_error(*results) < ROUNDING
-    return seen
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*(shape or (2, 24, WIDTH)), generator=generator).to(torch.bfloat16)
 
 
 def flat(*values: Tensor) -> Tensor:
