@@ -37,13 +37,13 @@ def by_run(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def _first_with(rows: list[Row], wanted: Callable[[Row], Any]) -> dict[str, list[Row]]:
-    """Of each model the wanted rows of the first call that has some."""
+def _most(rows: list[Row], wanted: Callable[[Row], Any]) -> dict[str, list[Row]]:
+    """Of each model the wanted rows of the call that has the most, if any has some."""
     found: dict[str, list[Row]] = {}
     for (model, _), own in by_run(rows).items():
         chosen = [row for row in own if wanted(row)]
-        if chosen:
-            found.setdefault(model, chosen)
+        if len(chosen) > len(found.get(model, [])):
+            found[model] = chosen
     return found
 
 
@@ -73,21 +73,19 @@ def steps(rows: list[Row]) -> str:
 def fusions(rows: list[Row]) -> str:
     """What each pass is worth: our step without it, over our step of the same run."""
     parts = []
-    for (model, _), own in by_run(rows).items():
-        compared = [row for row in own if "ours" in row.get("x", {}) and row["method"] in LESS_FUSED]
+    for model, compared in _most(rows, lambda r: "ours" in r.get("x", {}) and r["method"] in LESS_FUSED).items():
         lines = [
             [row["method"], cell(row["ms"], ".1f"), cell(1 / row["x"]["ours"], ".3f"), cell(row["kernels"])]
             for row in compared
         ]
-        if lines:
-            parts.append(f"{model}:\n\n{table(['method', 'ms a step', 'times as long', 'kernels'], lines)}")
+        parts.append(f"{model}:\n\n{table(['method', 'ms a step', 'times as long', 'kernels'], lines)}")
     return "\n\n".join(parts)
 
 
 def profile(rows: list[Row]) -> str:
     """Where a step's time goes, by kind of kernel, a column for each profiled method; the first model's longest."""
     parts = []
-    for model, profiled in _first_with(rows, lambda row: row.get("profile")).items():
+    for model, profiled in _most(rows, lambda row: row.get("profile")).items():
         groups = [{g["group"]: g for g in row["profile"]["groups"]} for row in profiled]
         lines = [[name, *(_group(found.get(name)) for found in groups)] for name in GATHERED]
         lines.append(["all", *(f"{row['profile']['total_ms']:.1f} ms" for row in profiled)])
@@ -113,7 +111,7 @@ def _group(found: dict[str, Any] | None) -> str:
 def blocks(rows: list[Row]) -> str:
     """Kernels launched by one block of each kind."""
     parts = []
-    for model, counted in _first_with(rows, lambda row: row.get("profile", {}).get("block_kernels")).items():
+    for model, counted in _most(rows, lambda row: row.get("profile", {}).get("block_kernels")).items():
         names = list(counted[0]["profile"]["block_kernels"])
         lines = [[n, *(str(row["profile"]["block_kernels"].get(n, "-")) for row in counted)] for n in names]
         parts.append(f"{model}:\n\n" + table(["block", *(row["method"] for row in counted)], lines))
