@@ -27,9 +27,10 @@ def join_parts(gm: fx.GraphModule) -> int:
     """Replace each `cat` that may not have to copy. Returns how many."""
     count = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.cat.default)):
-        parts, dim = cat_of(node) or ((), 0)
-        if not _is_tokens(node) or not _is_only_read(node) or not _svdq_reads(node):
+        found = cat_of(node)
+        if found is None or not _is_tokens(node) or not _is_only_read(node) or not _svdq_reads(node):
             continue
+        parts, dim = found
         whole = _cut_from(parts, dim)
         if whole is None:
             whole = _joined(gm.graph, node, parts, dim)
@@ -67,21 +68,16 @@ def _is_svdq(node: fx.Node) -> bool:
 
 def _cut_from(parts: Sequence[fx.Node], dim: int) -> fx.Node | None:
     """The node whose slices these are, one after another, from its beginning to its end."""
-    wholes, expected = set(), 0
-    for part in parts:
-        if part.target is not aten.slice.Tensor or part.kwargs or len(part.args) > 4:
-            return None
-        whole, along, start, end = (*part.args, *(None,) * 3)[:4]
-        value = value_of(whole)
-        if value is None or along != dim or start != expected or type(end) is not int:
-            return None
-        wholes.add(whole)
-        expected = end
-    (whole, *others) = wholes
-    value = value_of(whole)
-    if others or value is None or not isinstance(value.shape[dim], int) or expected < value.shape[dim]:
+    if any(part.target is not aten.slice.Tensor or part.kwargs or len(part.args) != 4 for part in parts):
         return None
-    return whole  # type: ignore[return-value]
+    wholes, dims, starts, ends = zip(*(part.args for part in parts), strict=True)
+    whole, value = wholes[0], value_of(wholes[0])
+    if not isinstance(whole, fx.Node) or value is None or {*wholes} != {whole} or {*dims} != {dim}:
+        return None
+    size = value.shape[dim]
+    if not all(type(n) is int for n in (size, *ends)) or starts != (0, *ends[:-1]) or ends[-1] < size:
+        return None
+    return whole
 
 
 def _joined(graph: fx.Graph, node: fx.Node, parts: Sequence[fx.Node], dim: int) -> fx.Node | None:
