@@ -15,9 +15,9 @@ from torch import Tensor
 
 from record import RESULTS, write
 from svdq_compile.config import Config
+from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.lowering import ops
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 IN_FEATURES, OUT_FEATURES, TOKENS, OUTLIERS = 512, 384, 256, 8
 METHODS = {

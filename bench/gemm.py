@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 import record
-from svdq_compile.kernels import FORMATS, gluon_gemm, gluon_int4, layout, triton_gemm
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
+from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+from svdq_compile.kernels.portable import gemm as triton_gemm
 from svdq_compile.lowering import launch
 
 SHAPES = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]  # FLUX.1: out, in

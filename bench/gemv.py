@@ -14,8 +14,8 @@ from gemm import RANK, check, copy_us, host_microseconds, microseconds
 from torch import Tensor
 
 import record
-from svdq_compile.kernels import FORMATS, layout
-from svdq_compile.kernels.triton_gemv import Split, gemv
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.portable.gemv import Split, gemv
 
 BOUND = 4e-3  # bf16 rounds to 1.7e-3
 SHAPES = [(18432, 3072), (12288, 3072), (9216, 3072), (3072, 3072), (9216, 1536), (14592, 2432), (3072, 12288)]

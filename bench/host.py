@@ -21,15 +21,12 @@ import torch
 from torch import Tensor
 
 import record
-from svdq_compile.kernels import (
-    FORMATS,
-    gluon_gemm,
-    gluon_quantize,
-    layout,
-    triton_gemv,
-    triton_launch,
-    triton_quantize,
-)
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+from svdq_compile.kernels.hopper import quantize as gluon_quantize
+from svdq_compile.kernels.portable import gemv as triton_gemv
+from svdq_compile.kernels.portable import quantize as triton_quantize
+from svdq_compile.kernels.runtime import launcher
 from svdq_compile.lowering import launch, ops
 
 RANK = 32
@@ -101,9 +98,9 @@ def kernel_calls(module: object, call: Callable[[], object]) -> list[Callable[[]
         module.launch = original  # type: ignore[attr-defined]
     ((given, options),) = seen
     kernel, grid, arguments, constants = given
-    described = [triton_launch._described(a) for a in arguments]
+    described = [launcher._described(a) for a in arguments]
     compiled = kernel[grid](*described, *constants, **options)
-    return [lambda: triton_launch.launch(*given, **options), lambda: compiled[grid](*arguments, *constants)]
+    return [lambda: launcher.launch(*given, **options), lambda: compiled[grid](*arguments, *constants)]
 
 
 def measure(op: str, m: int, n: int, k: int) -> dict:

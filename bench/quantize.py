@@ -18,8 +18,8 @@ from gemm import copy_us, host_microseconds, microseconds, relative_error
 from torch import Tensor
 
 import record
-from svdq_compile.kernels.hooks import Hook
-from svdq_compile.kernels.triton_quantize import quantize
+from svdq_compile.kernels.portable.quantize import quantize
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 4608, k, 32, "") for k in (3072, 12288, 15360)]

@@ -1,14 +1,7 @@
-"""What runs on tensors alone: the 4-bit formats, each with its packing and its reference arithmetic in plain torch.
+"""What runs on tensors alone.
 
-A format's reference is the oracle: every faster kernel is tested against it. `FORMATS` is the whole list.
+formats     the 4-bit formats: packing and reference arithmetic in plain torch
+portable    Triton kernels for every GPU from sm_80
+hopper      Gluon kernels for sm_90
+runtime     what kernels are started with: launcher, choice of tiles, generated functions
 """
-
-from .format import Format
-from .int4 import INT4
-from .nvfp4 import NVFP4
-from .w4a8 import W4A8
-from .w4a16 import W4A16
-
-FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16)}
-
-__all__ = ["FORMATS", "Format"]

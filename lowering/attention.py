@@ -1,4 +1,4 @@
-"""Which of torch's exact attentions is the fastest for given inputs: measured once (kernels/tuning.py), then known.
+"""Which of torch's exact attentions is the fastest for given inputs: measured once (kernels/runtime/tuning.py), then known.
 
 torch itself goes by a fixed order. Which of flash, cuDNN and the memory-efficient kernel is ahead depends on the GPU,
 the width of the heads and the length of the sequence.
@@ -35,7 +35,7 @@ def fastest(torchs: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale
     """
     if q.device.type != "cuda" or not torch.cuda.is_available():
         return torchs
-    from ..kernels.tuning import CannotRun, choose
+    from ..kernels.runtime.tuning import CannotRun, choose
 
     kinds = [torchs, *(kind for kind in KINDS if kind != torchs)]
     shape = tuple(int(n) for t in (q, k, v) for n in (*t.shape, *t.stride()))

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import triton_math
-from ..kernels.hooks import Hook
-from ..kernels.tuning import cache_folder
+from ..kernels.portable import tanh as triton_math
+from ..kernels.runtime.generated import Hook
+from ..kernels.runtime.tuning import cache_folder
 from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step, parse
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}

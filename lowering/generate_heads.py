@@ -1,4 +1,4 @@
-"""A region over attention heads as a Triton function for kernels/triton_heads.py.
+"""A region over attention heads as a Triton function for kernels/portable/heads.py.
 
 A value that has D channels is two variables, its even and its odd channels (or its lower and upper half, if the region
 takes D apart in the middle). Half a value, one for each row, and a number are one variable. So `even`, `odd` and `pair`
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import triton_heads
+from ..kernels.portable import heads as triton_heads
 from .generate import IMPORT_TANH, expression, load
 from .region import COLUMN, IN_THE_MIDDLE, ROW, SCALAR, TOKEN, Region
 

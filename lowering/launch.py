@@ -10,7 +10,7 @@
     heads                   triton_heads      any CUDA GPU from sm_80, 16-bit, D a power of two
     everything else         reference         CPU, other GPUs, fp32 models
 
-Weights come in the kernel order (kernels/layout.py), into which a packed linear is brought once. The plain order is
+Weights come in the kernel order (kernels/formats/layout.py), into which a packed linear is brought once. The plain order is
 taken too, and is reordered in every call.
 """
 
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import FORMATS, layout
+from ..kernels.formats import FORMATS, layout
 from . import reference
 
 if TYPE_CHECKING:
-    from ..kernels import triton_heads
-    from ..kernels.hooks import Hook
+    from ..kernels.portable import heads as triton_heads
+    from ..kernels.runtime.generated import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -59,11 +59,11 @@ def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor,
 
 @cache
 def _gluon_works(device: torch.device) -> bool:
-    """Gluon is experimental: a release may lack what gluon_gemm.py needs."""
+    """Gluon is experimental: a release may lack what kernels/hopper/gemm_w4a8.py needs."""
     if _capability(device) != (9, 0):
         return False
     try:
-        from ..kernels import gluon_gemm  # noqa: F401
+        from ..kernels.hopper import gemm_w4a8 as gluon_gemm  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True
@@ -72,7 +72,7 @@ def _gluon_works(device: torch.device) -> bool:
 def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
     """A weight [N, K] fp32 in the format's tensors, in the plain order, and [N, K] fp32 that they stand for."""
     if has_kernels(w.device):
-        from ..kernels import triton_round
+        from ..kernels.portable import round_weight as triton_round
 
         if precision in triton_round.PRECISIONS:
             with torch.cuda.device(w.device):
@@ -98,7 +98,7 @@ def takes_prologue(x: Tensor, down: Tensor) -> bool:
 
 
 def _rank_fits(rank: int) -> bool:
-    from ..kernels import triton_quantize
+    from ..kernels.portable import quantize as triton_quantize
 
     return rank % 16 == 0 and rank <= triton_quantize.MAX_RANK
 
@@ -124,7 +124,7 @@ def quantize(
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
     if not _has_quantize(x, down):
         return reference.quantize(x, smooth, down, precision, shift)
-    from ..kernels import triton_quantize
+    from ..kernels.portable import quantize as triton_quantize
 
     rows, rank = _neighbours(x), down.shape[0]
     right = None if right is None else _neighbours(right)
@@ -147,7 +147,7 @@ def _nvfp4_works(device: torch.device) -> bool:
     """Whether this GPU and this Triton have 4-bit floating-point products."""
     if _capability(device) < (10, 0):
         return False
-    from ..kernels import triton_nvfp4
+    from ..kernels.portable import gemm_nvfp4 as triton_nvfp4
 
     try:
         triton_nvfp4.compute_target(device.index)
@@ -185,7 +185,8 @@ def gemm(
         qx = _integers(qx)
         plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
         return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
-    from ..kernels import triton_gemm, triton_nvfp4
+    from ..kernels.portable import gemm as triton_gemm
+    from ..kernels.portable import gemm_nvfp4 as triton_nvfp4
 
     packed = tuple(weight) if precision == "int4" else layout.to_kernel(precision, tuple(weight))
     lead = qx.shape[:-1]
@@ -195,7 +196,8 @@ def gemm(
             y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
             return y.view(*lead, y.shape[1])
         if precision in ("w4a8", "int4") and _gluon_works(qx.device):
-            from ..kernels import gluon_gemm, gluon_int4
+            from ..kernels.hopper import gemm_int4 as gluon_int4
+            from ..kernels.hopper import gemm_w4a8 as gluon_gemm
 
             if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
                 if precision == "int4":
@@ -218,7 +220,7 @@ def takes_heads(x: Tensor) -> bool:
 
 def heads(x: Tensor, y: Tensor, region: triton_heads.Region, interleaved: bool) -> None:
     """A region over attention heads, x -> y, if `takes_heads`."""
-    from ..kernels import triton_heads
+    from ..kernels.portable import heads as triton_heads
 
     with torch.cuda.device(x.device):
         triton_heads.run(x, y, region, interleaved)
@@ -238,7 +240,7 @@ def gemv(
     if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device) or (up is not None and up.dtype != x.dtype):
         plain = layout.to_plain(precision, tuple(weight), k)
         return reference.gemv(x, xd, list(plain), up, bias, precision, out_dtype)
-    from ..kernels import triton_gemv
+    from ..kernels.portable import gemv as triton_gemv
 
     rows = _rows(x).contiguous()
     low_rank = None if xd is None else _rows(xd)
@@ -259,7 +261,7 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.row_moments` on the fastest kernel that can."""
     if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device):
         return reference.row_moments(x)
-    from ..kernels import triton_moments
+    from ..kernels.portable import row_moments as triton_moments
 
     rows, lead = _neighbours(x), x.shape[:-1]
     with torch.cuda.device(x.device):

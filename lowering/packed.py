@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..kernels import FORMATS, layout
+from ..kernels.formats import FORMATS, layout
 from . import launch
 from .torch_private import without_fake_tensors
 

@@ -9,7 +9,7 @@ may have any strides, results are contiguous.
 import torch
 from torch import Tensor
 
-from ..kernels import FORMATS
+from ..kernels.formats import FORMATS
 
 
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ of Python, the plan, and from the third on the same kernels are started with the
 Compiled code calls an operator through a `Site` of its own where all sizes are fixed: there the operands look alike at
 every call, so the plan is at hand. Elsewhere it is looked up by what the operands look like.
 
-A call can be replayed if all it did on the GPU was `triton_launch.launch`, on memory that came in as an operand or was
+A call can be replayed if all it did on the GPU was `launcher.launch`, on memory that came in as an operand or was
 allocated during the call. Whatever else it asked of torch (a copy, a library product) is noticed, and such a call runs
 as ever. Not noticed are numbers read from elsewhere, so a launcher must depend on nothing but metadata.
 """
@@ -33,7 +33,7 @@ from .launch import has_kernels
 from .torch_private import allocator
 
 if TYPE_CHECKING:
-    from ..kernels.triton_launch import Direct
+    from ..kernels.runtime.launcher import Direct
 
 Plan = Callable[..., Any]  # of the operands; None where it does not stand for them
 
@@ -54,7 +54,7 @@ _ALLOCATIONS = (
 @functools.cache
 def _triton_launch() -> Any:
     """Imported when there is a GPU that needs it: Triton may not be installed, and takes its time."""
-    from ..kernels import triton_launch
+    from ..kernels.runtime import launcher as triton_launch
 
     return triton_launch
 

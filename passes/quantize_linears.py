@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..kernels import FORMATS
+from ..kernels.formats import FORMATS
 from ..lowering import ops
 from ..lowering.packed import PackedLinear, form
 from ..lowering.torch_private import clone_dynamo_graph, fake_like, mark_as_weight

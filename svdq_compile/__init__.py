@@ -5,11 +5,11 @@
 The names below are for quantizing ahead of time, for files, and for looking at what was done.
 """
 
-from .ahead import quantize, restore
 from .checkpoint import load, save
 from .config import Config
 from .errors import SvdqError
 from .parameter import packed
+from .quantize_model import quantize, restore
 from .report import report
 
 __all__ = ["Config", "SvdqError", "load", "packed", "quantize", "report", "restore", "save"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import store
+from . import decisions
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
@@ -35,7 +35,7 @@ def svdquant(
     _refuse_gradients(gm)
     inputs = weight_inputs(gm)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
-    if any(store.is_undecided(w) for w in weights):
+    if any(decisions.is_undecided(w) for w in weights):
         return ObservingGraph(gm, inputs, config)
     TALLY.tell(config.progress)
     if not any(isinstance(value, QuantizedWeight) for value in example_inputs):

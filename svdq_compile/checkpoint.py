@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import store
+from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize
-from .kernels import FORMATS
+from .kernels.formats import FORMATS
 from .layers import layers, without_adapters
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
@@ -132,7 +132,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         )
     tensors |= dict(without_adapters(model.named_buffers()))
     kept = (layer for layer in layers(model) if not is_adapter(layer.name))
-    others = {layer.name: store.reason_of(layer.weight) or layer.reason or "" for layer in kept}
+    others = {layer.name: decisions.reason_of(layer.weight) or layer.reason or "" for layer in kept}
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -263,7 +263,7 @@ def load(
         _assign(model, alias, _owner(model, module).get_parameter(leaf))
     for layer in layers(model):
         if layer.name in header.others:
-            store.leave_alone(layer.weight, header.others[layer.name])
+            decisions.leave_alone(layer.weight, header.others[layer.name])
     return model
 
 

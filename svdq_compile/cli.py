@@ -19,7 +19,7 @@ import svdq_compile as svdq
 from .checkpoint import Header, LayerEntry, read_header
 from .config import PRECISIONS, Config
 from .errors import OptionError, SvdqError
-from .sources import Source, open_source
+from .model_files import Source, open_source
 
 DEFAULT = Config()
 PIPED_WIDTH = 140  # of tables that no terminal shows

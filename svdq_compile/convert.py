@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from . import store
+from . import decisions
 from .config import Config
 from .errors import UnsupportedDevice
+from .input_statistics import InputStatistics
 from .parameter import freeze
 from .quantizer import quantize_group
-from .statistics import InputStatistics
 from .summary import TALLY
 
 
@@ -35,8 +35,8 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 
     device  where the work is done and the packed tensors stay; by default each weight's own
     """
-    with store.LOCK, torch.inference_mode(False), torch.no_grad():
-        todo = [task for task in tasks if any(store.is_undecided(w) for w in task.weights)]
+    with decisions.LOCK, torch.inference_mode(False), torch.no_grad():
+        todo = [task for task in tasks if any(decisions.is_undecided(w) for w in task.weights)]
         for task in progress(todo, config.progress):
             _convert_group(task, config, device)
 
@@ -50,7 +50,7 @@ def progress(tasks: list[Task], visible: bool) -> Iterable[Task]:
 
 
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
-    members = [(w, n) for w, n in zip(task.weights, task.names, strict=True) if store.is_undecided(w)]
+    members = [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
     precision = choose_precision(config, task.few_rows)
     chosen = []
     for weight, name in members:
@@ -58,7 +58,7 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         if reason is None:
             chosen.append((weight, name))
         else:
-            store.leave_alone(weight, reason)
+            decisions.leave_alone(weight, reason)
             TALLY.left(reason, weight.nbytes)
     if chosen:
         at = device or chosen[0][0].device
@@ -71,12 +71,12 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         for (weight, name), result in zip(chosen, quantized, strict=True):
             if result.error > config.error_budget:
                 reason = f"its error would be {result.error:.2f}, above error_budget"
-                store.leave_alone(weight, reason)
+                decisions.leave_alone(weight, reason)
                 TALLY.left(reason, weight.nbytes)
             else:
                 TALLY.quantized(precision, weight.nbytes, result.packed.nbytes())
                 freeze(weight, result.packed, name, result.error, config.weights)
-    store.forget_statistics(task.weights)
+    decisions.forget_statistics(task.weights)
 
 
 def choose_precision(config: Config, few_rows: bool) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import store
+from . import decisions
 from .config import Config
 from .convert import Task, convert
 from .lowering import ops
@@ -34,13 +34,13 @@ class ObservingGraph:
     def tasks(self, args: tuple) -> list[Task]:
         """What this call's weights need: the groups with a weight that is still undecided."""
         for index, _, reason in self._inputs.rejected:
-            if store.is_undecided(args[index]):
-                store.leave_alone(args[index], reason)
+            if decisions.is_undecided(args[index]):
+                decisions.leave_alone(args[index], reason)
         groups = [(tuple(args[i] for i in group.indices), group) for group in self._inputs.groups]
         return [
-            Task(weights, group.names, group.few_rows, group.shift, store.statistics_of(weights))
+            Task(weights, group.names, group.few_rows, group.shift, decisions.statistics_of(weights))
             for weights, group in groups
-            if any(store.is_undecided(w) for w in weights)
+            if any(decisions.is_undecided(w) for w in weights)
         ]
 
     def __call__(self, *args: Any) -> Any:
@@ -58,8 +58,8 @@ class ObservingGraph:
 
 def _observe(x: Tensor, weights: tuple[nn.Parameter, ...], channel_dim: int) -> None:
     """Called by the graph before linears that read x."""
-    if any(store.is_undecided(w) for w in weights):
-        store.statistics_of(weights).observe(x.movedim(channel_dim, -1))
+    if any(decisions.is_undecided(w) for w in weights):
+        decisions.statistics_of(weights).observe(x.movedim(channel_dim, -1))
 
 
 def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

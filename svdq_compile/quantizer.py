@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .config import Config
 from .errors import NonFiniteWeight
-from .kernels import FORMATS
+from .input_statistics import InputStatistics
+from .kernels.formats import FORMATS
 from .lowering import reference
 from .lowering.launch import in_device_order, round_weight
 from .lowering.packed import PackedLinear, SharedInput
 from .lowrank import factorize
-from .statistics import InputStatistics
 from .whitening import Whitening
 
 # How much of an input outlier moves into the weight. 0.3 beats SmoothQuant's 0.5 here, since the branch takes what the

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from . import store
+from . import decisions
 from .layers import layers
 from .parameter import QuantizedWeight
 
@@ -88,4 +88,4 @@ def _row(name: str, weight: nn.Parameter, reason: str | None) -> LayerReport:
         packed = weight._svdq
         return LayerReport(name, packed.precision, packed.rank, before, packed.nbytes(), weight._svdq_error, "")
     dtype = str(weight.dtype).removeprefix("torch.")
-    return LayerReport(name, dtype, 0, before, before, None, store.reason_of(weight) or reason or "not reached yet")
+    return LayerReport(name, dtype, 0, before, before, None, decisions.reason_of(weight) or reason or "not reached yet")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdq_compile.kernels import FORMATS, groups, int4, nibbles, nvfp4, w4a8
-from svdq_compile.kernels.int8_matmul import int8_matmul
+from svdq_compile.kernels.formats import FORMATS, groups, int4, nibbles, nvfp4, w4a8
+from svdq_compile.kernels.formats.int8_matmul import int8_matmul
 
 SHAPES = [(64, 64), (96, 128), (70, 100), (128, 640)]  # whole groups, and K that ends within one
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
@@ -34,7 +34,7 @@ def test_in_the_interpreter():
 )
 def test_interpreted_gemm(m, n, k, rank, precision):
     """Ragged everywhere; xd is a slice of a wider matrix."""
-    from svdq_compile.kernels import triton_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     fmt = FORMATS[precision]
     weight = fmt.quantize_weight(torch.randn(n, k))
@@ -55,7 +55,7 @@ def test_interpreted_siblings(m, count, rank, precision):
     """Several linears of 128 features together, and the last of them where it lies: its scales by group are then rows
     cut out of longer ones.
     """
-    from svdq_compile.kernels import triton_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     fmt, n, k = FORMATS[precision], 128 * count, 192
     weight = fmt.quantize_weight(torch.randn(n, k))
@@ -88,8 +88,8 @@ def gelu(out, features, tokens, live, extra):
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 8, 64, 0), (19, 72, 192, 16), (70, 130, 128, 32)])
 def test_interpreted_hooks(m, n, k, rank, precision):
     """gate * y + residual, the residual a slice of a wider matrix in the other 16-bit type; and gelu."""
-    from svdq_compile.kernels import triton_gemm
-    from svdq_compile.kernels.hooks import Hook
+    from svdq_compile.kernels.portable import gemm as triton_gemm
+    from svdq_compile.kernels.runtime.generated import Hook
 
     fmt = FORMATS[precision]
     weight = fmt.quantize_weight(torch.randn(n, k) * k**-0.5)
@@ -133,7 +133,7 @@ def gemm_arguments():
     ],
 )
 def test_launchers_say_what_is_wrong(name, spoil, complaint):
-    from svdq_compile.kernels import triton_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     arguments = gemm_arguments()
     arguments[name] = spoil(arguments[name])
@@ -156,8 +156,9 @@ def test_launchers_say_what_is_wrong(name, spoil, complaint):
 )
 def test_launchers_say_what_is_wrong_beside(beside, complaint):
     """Plain Triton takes rows at any address."""
-    from svdq_compile.kernels import gluon_gemm, triton_gemm
-    from svdq_compile.kernels.hooks import Hook
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
+    from svdq_compile.kernels.runtime.generated import Hook
 
     arguments = gemm_arguments()
     hook = Hook(gated_beside, (), beside)
@@ -181,7 +182,7 @@ INT8_MMA = {
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_gemm_uses_int8_tensor_cores(capability, grouped):
-    from svdq_compile.kernels.triton_gemm import _gemm_kernel
+    from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
                  "EPILOGUE": None, "BESIDE": False}  # fmt: skip
@@ -195,7 +196,7 @@ def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
     """The sm_90 kernel of one tile, compiled."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from svdq_compile.kernels import gluon_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     tm, tn = tile.tm, tile.tn
     blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
@@ -217,7 +218,7 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     """int8 wgmma with the left operand from registers, one product outstanding, operands copied by TMA, and no barrier
     of all warps where a buffer is handed back.
     """
-    from svdq_compile.kernels import gluon_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     built = gluon_gemm_for(gluon_gemm.candidates(rows, 3072)[0])
     assert re.search(rf"{INT8_MMA[90]} {{[^}}]*}}, {{[^}}]*}}", built.ptx), "the left operand is not in registers"
@@ -234,7 +235,7 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
 @pytest.mark.parametrize("rows", [32, 4608])
 def test_gluon_gemm_with_hooks(rows):
     """A hook written in plain Triton; what is beside comes by TMA and is transposed by ldmatrix; no spills."""
-    from svdq_compile.kernels import gluon_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     tile = gluon_gemm.candidates(rows, 3072)[0]
     plain = gluon_gemm_for(tile, low_rank=False)
@@ -253,7 +254,7 @@ def test_gluon_gemm_with_hooks(rows):
      (48, 24, 132, 0, 2, 12), (1, 1, 132, 1, 1, 1), (12, 5, 132, 12, 1, 5), (12, 9, 132, 0, 2, 5)],
 )  # fmt: skip
 def test_the_last_round_is_cut_where_programs_would_idle(tiles, k_steps, programs, whole, parts, part_steps):
-    from svdq_compile.kernels.gluon_gemm import share
+    from svdq_compile.kernels.hopper.gemm_w4a8 import share
 
     rounds = share(tiles, k_steps, programs, 4)
     assert (rounds.whole, rounds.parts, rounds.part_steps) == (whole, parts, part_steps)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"x": "*bf16", "qweight": "*i8", "pairs": "*i32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16",
@@ -42,7 +42,7 @@ def test_in_the_interpreter():
     [(1, 64, 64, 0), (3, 70, 200, 16), (8, 16, 768, 32), (9, 33, 1000, 7), (17, 65, 320, 96), (2, 1, 2000, 300)],
 )
 def test_interpreted_gemv(m, n, k, rank, warps, words):
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, xd, weight, up, bias = operands(m, n, k, rank)
     expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32)
@@ -55,7 +55,7 @@ def test_interpreted_gemv(m, n, k, rank, warps, words):
 
 @interpreted
 def test_interpreted_without_bias_in_the_chosen_split():
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, xd, weight, up, _ = operands(2, 40, 640, 32)
     expected = reference.gemv(x, xd, list(weight), up, None, "w4a16", torch.float32)
@@ -72,8 +72,8 @@ def gate_residual(out, features, tokens, live, extra):
 
 @interpreted
 def test_interpreted_epilogue():
-    from svdq_compile.kernels import triton_gemv
-    from svdq_compile.kernels.hooks import Hook
+    from svdq_compile.kernels.portable import gemv as triton_gemv
+    from svdq_compile.kernels.runtime.generated import Hook
 
     x, xd, weight, up, bias = operands(9, 37, 320, 32)
     gate, residual = torch.randn(37).to(HALF), torch.randn(9, 37).to(HALF)
@@ -100,7 +100,7 @@ def test_interpreted_epilogue():
     ],
 )
 def test_bad_input_is_an_error(change, message):
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, xd, weight, up, bias = operands(2, 40, 256, 32)
     given = {"x": x, "xd": xd, "up": up, "bias": bias} | change
@@ -110,7 +110,7 @@ def test_bad_input_is_an_error(change, message):
 
 @compiled
 def test_no_rows():
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, xd, weight, up, bias = operands(0, 40, 256, 32)
     assert triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, HALF).shape == (0, 40)
@@ -120,7 +120,7 @@ def test_no_rows():
 
 
 def build(capability, m, k, dtype="bf16"):
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     split = triton_gemv.choose_split(m, k)
     step = 128 * split.warps * split.words

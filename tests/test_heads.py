@@ -258,7 +258,7 @@ def operands(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype, is_w
 )
 def test_interpreted_kernel(text, b, t, h, d, is_wide, tmp_path, monkeypatch) -> None:
     """The result is the middle of something longer, whose ends stay."""
-    from svdq_compile.kernels import triton_heads
+    from svdq_compile.kernels.portable import heads as triton_heads
     from svdq_compile.lowering import generate_heads
 
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
@@ -297,7 +297,7 @@ def test_without_kernels_the_text_is_evaluated() -> None:
 def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
     from triton.compiler import ASTSource
 
-    from svdq_compile.kernels import triton_heads
+    from svdq_compile.kernels.portable import heads as triton_heads
     from svdq_compile.lowering import generate_heads
 
     (region,) = parts(text)
@@ -320,7 +320,7 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
 @pytest.mark.parametrize(("heads", "d"), [(24, 128), (24, 64), (30, 256)])
 def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, monkeypatch) -> None:
     """Tables and the norm's weight are loaded once for all heads of a program; nothing passes shared memory."""
-    from svdq_compile.kernels.triton_heads import choose
+    from svdq_compile.kernels.portable.heads import choose
 
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
     built = compiled_kernel(text, choose(4608, heads, d, 132), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
@@ -346,7 +346,7 @@ def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, 
     ],
 )
 def test_bad_input(x: Tensor, y: Tensor, match: str) -> None:
-    from svdq_compile.kernels import triton_heads
+    from svdq_compile.kernels.portable import heads as triton_heads
 
     with pytest.raises((TypeError, ValueError), match=match):
         triton_heads.run(x, y, triton_heads.Region(None, None, ()))

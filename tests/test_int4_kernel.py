@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*bf16",
@@ -28,7 +28,7 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 8, 64, 0), (17, 72, 192, 16), (77, 65, 100, 48)])
 def test_interpreted_plain(m, n, k, rank, unsigned):
-    from svdq_compile.kernels import triton_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     fmt = FORMATS["int4"]
     weight = fmt.quantize_weight(torch.randn(n, k))
@@ -61,7 +61,7 @@ def test_words_and_back():
 @compiled
 def test_words_are_e4m3_numbers():
     """What the kernel does with a word in one AND, or a rotation and an AND."""
-    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 
     q = planar(8, 128)
     words = layout.to_words(q).long() & 0xFFFFFFFF
@@ -91,7 +91,7 @@ def test_words_are_e4m3_numbers():
     ],
 )
 def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
-    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 
     fmt = FORMATS["int4"]
     qx, ascales = fmt.quantize_activation(torch.randn(4, 128))
@@ -105,8 +105,8 @@ def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
 
 @compiled
 def test_gluon_takes_no_matrix_beside():
-    from svdq_compile.kernels import gluon_int4
-    from svdq_compile.kernels.hooks import Hook
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
+    from svdq_compile.kernels.runtime.generated import Hook
 
     empty = torch.empty(0)
     hook = Hook(None, (), torch.zeros(4, 8))
@@ -120,7 +120,7 @@ def test_gluon_takes_no_matrix_beside():
 @compiled
 @pytest.mark.parametrize("capability", [80, 89])
 def test_plain_uses_int8_tensor_cores(capability):
-    from svdq_compile.kernels.triton_gemm import _gemm_kernel
+    from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": True, "BIAS": True, "OFFSET": True,
                  "EPILOGUE": None, "BESIDE": False}  # fmt: skip
@@ -138,7 +138,8 @@ def test_gluon_int4_overlaps(tm, tn, stages, warps):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from svdq_compile.kernels import gluon_gemm, gluon_int4
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     blocks = {"x": ("fp8e4nv", torch.float8_e4m3fn, tm, 128), "w": ("i8", torch.int8, tn, 64),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),

@@ -11,8 +11,8 @@ import torch
 from kernel_testing import compiled
 from triton.experimental.gluon import language as gl
 
-from svdq_compile.kernels import triton_launch
-from svdq_compile.kernels.triton_launch import Descriptor, launch
+from svdq_compile.kernels.runtime import launcher as triton_launch
+from svdq_compile.kernels.runtime.launcher import Descriptor, launch
 
 pytestmark = compiled
 
@@ -209,7 +209,7 @@ def test_what_is_not_compiled_for_agrees(one, other):
 
 def _key(*given):
     key = []
-    triton_launch._read(given, key, [])
+    launcher._read(given, key, [])
     return tuple(key)
 
 
@@ -264,7 +264,9 @@ def test_a_profiler_sees_the_launch(driver, monkeypatch):
 
 def test_kernels_make_each_layout_once():
     """`launch` knows a layout by its identity: one made anew in each call would be compiled for in each call."""
-    from svdq_compile.kernels import gluon_gemm, gluon_int4, gluon_quantize
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.hopper import quantize as gluon_quantize
 
     down = torch.zeros(96, 64, dtype=torch.bfloat16)
     for describe in (

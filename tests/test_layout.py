@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import launch, reference
 
 

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
 
-from svdq_compile.kernels import nvfp4, triton_nvfp4
-from svdq_compile.kernels.hooks import Hook
-from svdq_compile.kernels.triton_nvfp4 import Tile
+from svdq_compile.kernels.formats import nvfp4
+from svdq_compile.kernels.portable import gemm_nvfp4 as triton_nvfp4
+from svdq_compile.kernels.portable.gemm_nvfp4 import Tile
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
 
 TYPES = {"qx": "*u8", "ascales": "*fp8e4nv", "qweight": "*u8", "wscales": "*fp8e4nv", "wtscale": "*fp32",

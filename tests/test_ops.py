@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_compile.kernels import FORMATS
+from svdq_compile.kernels.formats import FORMATS
 from svdq_compile.lowering import ops
 
 B, T, K, N, R = 2, 12, 64, 96, 16

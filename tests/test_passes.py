@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from conftest import inputs, net
 from svdq_compile.config import Config
+from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.lowering.torch_private import clone_dynamo_graph
 from svdq_compile.passes.drop_replaced_weights import drop_replaced_weights
 from svdq_compile.passes.linears import find_linears, group_by_input
@@ -19,7 +20,6 @@ from svdq_compile.passes.share_quantized_inputs import share_quantized_inputs
 from svdq_compile.passes.subgraphs import placeholders
 from svdq_compile.passes.weight_groups import weight_inputs
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 
 def capture(model: nn.Module, *args: Tensor) -> tuple[fx.GraphModule, list]:

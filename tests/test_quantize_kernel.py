@@ -17,8 +17,8 @@ from kernel_testing import (
     waits_first,
 )
 
-from svdq_compile.kernels import triton_quantize as tq
-from svdq_compile.kernels.hooks import Hook
+from svdq_compile.kernels.portable import quantize as tq
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 0.0), ("int4", 0.0), ("int4", 0.171875), ("nvfp4", 0.0)]
@@ -232,7 +232,7 @@ HOOK_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
 def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from svdq_compile.kernels import gluon_quantize as gq
+    from svdq_compile.kernels.hopper import quantize as gq
 
     width = 3072 if joined else k
     values = gq.constants(m, k, rank, precision, float(precision == "int4"), width, hook and Hook(hook))
@@ -280,7 +280,7 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, hook):
 
 @compiled
 def test_what_the_single_kernel_takes(monkeypatch):
-    from svdq_compile.kernels import gluon_quantize as gq
+    from svdq_compile.kernels.hopper import quantize as gq
 
     monkeypatch.setattr(gq, "processors", lambda device: 132)
     x, wide = torch.zeros(8, 256, dtype=torch.bfloat16), torch.zeros(8, 1024, dtype=torch.bfloat16)
@@ -301,7 +301,7 @@ def test_what_the_single_kernel_takes(monkeypatch):
 
 @compiled
 def test_a_rank_is_two_powers_of_two():
-    from svdq_compile.kernels import gluon_quantize as gq
+    from svdq_compile.kernels.hopper import quantize as gq
 
     pieces = {r: gq._pieces(r) for r in range(0, 257, 16)}
     assert pieces[0] == (16, 0)

@@ -8,11 +8,11 @@ import torch
 
 from svdq_compile.config import Config
 from svdq_compile.errors import NonFiniteWeight
-from svdq_compile.kernels import FORMATS
+from svdq_compile.input_statistics import MAX_ROWS, InputStatistics
+from svdq_compile.kernels.formats import FORMATS
 from svdq_compile.lowering import ops, reference
 from svdq_compile.lowrank import factorize
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import MAX_ROWS, InputStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import accuracy

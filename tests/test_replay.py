@@ -8,8 +8,8 @@ import torch
 from kernel_testing import compiled
 from test_launch import GRID, SIGNATURE, Kernel, described, driver, flat  # noqa: F401, a fixture
 
-from svdq_compile.kernels import triton_launch
-from svdq_compile.kernels.triton_launch import launch
+from svdq_compile.kernels.runtime import launcher as triton_launch
+from svdq_compile.kernels.runtime.launcher import launch
 from svdq_compile.lowering import replay
 
 pytestmark = compiled
@@ -173,6 +173,6 @@ def test_a_site_does_not_go_by_its_plan(fake, monkeypatch, change):
     elif change == "device":
         current[0] = 1
     else:
-        monkeypatch.setattr(triton_launch.knobs.runtime.launch_enter_hook, "calls", [print])
+        monkeypatch.setattr(launcher.knobs.runtime.launch_enter_hook, "calls", [print])
     site(x, w, bias)
     assert op.calls == 3

@@ -5,7 +5,7 @@ import torch
 from kernel_testing import compile_for, compiled, interpreted, run_interpreted
 from torch import Tensor
 
-from svdq_compile.kernels import FORMATS, nibbles
+from svdq_compile.kernels.formats import FORMATS, nibbles
 
 PRECISIONS = ("w4a8", "int4", "w4a16")
 
@@ -25,7 +25,7 @@ def weight(n: int, k: int) -> Tensor:
 @pytest.mark.parametrize(("n", "k"), [(3, 64), (40, 192), (33, 100)])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_interpreted_rounding_is_the_references(precision: str, n: int, k: int, weighted: bool) -> None:
-    from svdq_compile.kernels.triton_round import round_weight
+    from svdq_compile.kernels.portable.round_weight import round_weight
 
     w, fmt = weight(n, k), FORMATS[precision]
     importance = torch.rand(k, generator=torch.Generator().manual_seed(1)).square() + 1e-3 if weighted else None
@@ -45,7 +45,7 @@ def test_interpreted_rounding_is_the_references(precision: str, n: int, k: int, 
 
 @interpreted
 def test_interpreted_no_rows() -> None:
-    from svdq_compile.kernels.triton_round import round_weight
+    from svdq_compile.kernels.portable.round_weight import round_weight
 
     tensors, rounded = round_weight("w4a8", torch.empty(0, 128), None)
     assert [tuple(t.shape) for t in tensors] == [(0, 64), (0, 2), (0,)]
@@ -61,7 +61,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_values_stay_in_registers(capability: int, precision: str) -> None:
-    from svdq_compile.kernels.triton_round import GROUPS, _round_kernel
+    from svdq_compile.kernels.portable.round_weight import GROUPS, _round_kernel
 
     types = {"w": "*fp32", "importance": "*fp32", "spans": "*fp32", "codes": "*u8", "rounded": "*fp32"}
     types |= {"scales": "*i8" if precision == "w4a8" else "*bf16", "zeros": "*bf16"}
@@ -81,7 +81,7 @@ def test_values_stay_in_registers(capability: int, precision: str) -> None:
     ],
 )
 def test_bad_input(precision: str, w: Tensor, importance: Tensor | None, complaint: str) -> None:
-    from svdq_compile.kernels.triton_round import round_weight
+    from svdq_compile.kernels.portable.round_weight import round_weight
 
     with pytest.raises((TypeError, ValueError), match=complaint):
         round_weight(precision, w, importance)

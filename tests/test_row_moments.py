@@ -21,7 +21,7 @@ def rows(m: int, k: int) -> Tensor:
 @interpreted
 @pytest.mark.parametrize(("m", "k"), SHAPES)
 def test_interpreted_moments_are_the_references(m: int, k: int) -> None:
-    from svdq_compile.kernels.triton_moments import row_moments
+    from svdq_compile.kernels.portable.row_moments import row_moments
 
     wide = torch.cat((rows(m, k), torch.full((m, 3), torch.nan, dtype=HALF)), 1)
     for result, expected in zip(row_moments(wide[:, :k]), reference.row_moments(rows(m, k)), strict=True):
@@ -37,7 +37,7 @@ def test_in_the_interpreter() -> None:
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_rows_are_read_in_wide_pieces(capability: int) -> None:
-    from svdq_compile.kernels.triton_moments import _moments_kernel
+    from svdq_compile.kernels.portable.row_moments import _moments_kernel
 
     types = {"x": "*bf16", "variance": "*fp32", "mean": "*fp32", "square": "*fp32"}
     built = compile_for(_moments_kernel, capability, {"ROWS": 1, "TK": 4096, "EARLY": capability >= 90}, 4, types)
@@ -56,7 +56,7 @@ def test_rows_are_read_in_wide_pieces(capability: int) -> None:
     ],
 )
 def test_bad_input(x: Tensor, problem: type, complaint: str) -> None:
-    from svdq_compile.kernels.triton_moments import row_moments
+    from svdq_compile.kernels.portable.row_moments import row_moments
 
     with pytest.raises(problem, match=complaint):
         row_moments(x)

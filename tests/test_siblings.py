@@ -15,7 +15,7 @@ import svdq_compile as svdq
 from conftest import WIDTH, quiet
 from svdq_compile import checkpoint
 from svdq_compile.config import FUSIONS
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import ops, reference
 from svdq_compile.lowering.packed import PackedLinear, SharedInput, side_by_side
 from svdq_compile.parameter import QuantizedWeight
@@ -71,7 +71,8 @@ def test_reference_is_the_siblings_one_by_one(precision: str, count: int, rank: 
 
 
 def test_what_are_no_siblings_is_refused() -> None:
-    from svdq_compile.kernels import gluon_gemm, triton_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     siblings = operands("w4a8", 4, 64, 2, 128, 16)
     with pytest.raises(ValueError, match="not so many equal parts"):

@@ -8,9 +8,9 @@ Without its cache torch gives each tensor an allocation of its own, so a read or
 import torch
 
 from svdq_compile import Config
+from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.lowering import ops
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 BF16 = torch.bfloat16
 NORM = "prologue(x, a0: row, a1: column)\nt0 = sub(x, a0)\nt1 = mul(t0, a1)"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_compile.kernels import tuning
+from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering.attention import KINDS, attend, fastest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -9,10 +9,10 @@ import svdq_compile as svdq
 from conftest import compiled, net, quiet, relative_error
 from conftest import inputs as cpu_inputs
 from svdq_compile.errors import WeightsReleased
-from svdq_compile.kernels import FORMATS
+from svdq_compile.input_statistics import InputStatistics
+from svdq_compile.kernels.formats import FORMATS
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 if not torch.cuda.is_available():
     raise RuntimeError("these tests need a CUDA device")

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from conftest import compiled, net, relative_error
 from conftest import inputs as cpu_inputs
 from svdq_compile import Config
+from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.lowering import fused, ops, reference
 from svdq_compile.lowering.packed import PackedLinear
 from svdq_compile.lowering.region import parse
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 if not torch.cuda.is_available():
     raise RuntimeError("these tests need a CUDA device")

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from kernel_testing import error
 
-from svdq_compile.kernels import FORMATS, layout, triton_gemv
-from svdq_compile.kernels.hooks import Hook
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.portable import gemv as triton_gemv
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_testing import error
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,7 @@ def seed():
 )  # fmt: skip
 def test_gluon_int4(m, n, k, rank, unsigned, dtype):
     """Ragged shapes, xd a slice of a wider matrix, outputs in freed memory full of NaN; both forms of every operand."""
-    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 
     fmt = FORMATS["int4"]
     weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
@@ -59,7 +59,8 @@ def test_gluon_int4(m, n, k, rank, unsigned, dtype):
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 64, 64, 16), (333, 1000, 3072, 32), (77, 72, 448, 128)])
 def test_after_the_quantize_kernel(m, n, k, rank, shift):
     """What quantize writes for this GEMM goes in as it is."""
-    from svdq_compile.kernels import gluon_int4, triton_quantize
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
+    from svdq_compile.kernels.portable import quantize as triton_quantize
 
     fmt = FORMATS["int4"]
     x, smooth, down = normal(m, k, dtype=torch.bfloat16), torch.rand(k, device="cuda") + 0.5, normal(rank, k) * k**-0.5
@@ -75,7 +76,7 @@ def test_after_the_quantize_kernel(m, n, k, rank, shift):
 @pytest.mark.parametrize("high", [7, 15])
 def test_sums_of_a_group_are_exact(high):
     """The largest sums Hopper's fp8 accumulation must hold: 64 * 7 * 15 = 6720, one group, every scale one."""
-    from svdq_compile.kernels import gluon_int4
+    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 
     n = m = 256
     q = torch.where(torch.rand(n, 64, device="cuda") < torch.rand(n, 1, device="cuda"), 7, -7)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from kernel_testing import error
 
-from svdq_compile.kernels import FORMATS, layout
-from svdq_compile.kernels.hooks import Hook
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -119,7 +119,8 @@ def test_hooks(kernel, m, n, k, rank, dtype):
     """gate * y + residual, the residual a slice of a wider matrix in the other 16-bit type; and gelu. The first has its
     tiles cut along K, the second many tiles a program.
     """
-    from svdq_compile.kernels import gluon_gemm, triton_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.portable import gemm as triton_gemm
 
     if kernel == "gluon" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")
@@ -205,7 +206,7 @@ def test_captured_in_a_graph():
 @pytest.mark.parametrize("tile", [(64, 128, 6, 8), (128, 128, 3, 4, 2), (256, 128, 4, 8), (128, 256, 4, 8)])
 def test_w4a8_tiles(tile):
     """Shapes of the sm_90 kernel that `test_gemm` may not reach, ragged and with tiles cut along K."""
-    from svdq_compile.kernels import gluon_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")

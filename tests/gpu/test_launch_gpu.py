@@ -7,7 +7,8 @@ import pytest
 import torch
 from kernel_testing import error
 
-from svdq_compile.kernels import FORMATS, layout, triton_launch
+from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.runtime import launcher as triton_launch
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -41,13 +42,13 @@ def fresh(monkeypatch):
 
 def test_descriptors_are_encoded_once(monkeypatch):
     """In the call that compiles, through Triton; again past it; then no more. Or nothing here tests anything."""
-    original, made = triton_launch._described, []
+    original, made = launcher._described, []
     monkeypatch.setattr(triton_launch, "_described", lambda a: made.append(type(a)) or original(a))
     linear = Linear(256, 512, 1024)
     results, counts = [], []
     for _ in range(4):
         results.append(linear())
-        counts.append(made.count(triton_launch.Descriptor))
+        counts.append(made.count(launcher.Descriptor))
     described = counts[0]
     assert described >= 6
     assert counts[1] > described
@@ -116,7 +117,7 @@ def test_on_another_stream():
 
 
 def test_a_cpu_tensor_is_an_error():
-    from svdq_compile.kernels import triton_gemv
+    from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, weight = normal(2, 128), layout.to_kernel("w4a16", FORMATS["w4a16"].quantize_weight(normal(64, 128).float()))
     triton_gemv.gemv(x, None, weight, None, None, BF16)
@@ -129,12 +130,12 @@ def test_a_cpu_tensor_is_an_error():
         triton_gemv.launch = original
     ((kernel, grid, arguments, constants), options) = seen[0]
     with pytest.raises(ValueError, match="cpu tensor"):
-        triton_launch.launch(kernel, grid, (arguments[0].cpu(), *arguments[1:]), constants, **options)
+        launcher.launch(kernel, grid, (arguments[0].cpu(), *arguments[1:]), constants, **options)
 
 
 def test_a_misaligned_view_is_an_error():
     """What TMA cannot copy is refused also where the kernel is compiled already."""
-    from svdq_compile.kernels import gluon_gemm
+    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     linear = Linear(256, 512, 1024)
     given = linear.ascales, linear.xd, tuple(linear.weight), linear.up, linear.bias, BF16

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from svdq_compile.kernels import triton_quantize as tq
-from svdq_compile.kernels.hooks import Hook
+from svdq_compile.kernels.portable import quantize as tq
+from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdq_compile.kernels import FORMATS, layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import fused, launch, replay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

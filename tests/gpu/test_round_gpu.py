@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from svdq_compile.config import Config
-from svdq_compile.kernels import FORMATS, nibbles
+from svdq_compile.input_statistics import InputStatistics
+from svdq_compile.kernels.formats import FORMATS, nibbles
 from svdq_compile.lowering import launch
 from svdq_compile.quantizer import quantize_group
-from svdq_compile.statistics import InputStatistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_unpack import INTERPRETED
+from .unpack import INTERPRETED
 
 _TANH = tl.constexpr("tanh.approx.f32 $0, $1;")
 

@@ -8,8 +8,8 @@ import threading
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .input_statistics import InputStatistics
 from .parameter import QuantizedWeight
-from .statistics import InputStatistics
 
 LOCK = threading.RLock()  # held while weights change their form
 

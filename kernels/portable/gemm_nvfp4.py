@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hooks import Hook
-from .triton_gemm import tile_of
-from .triton_launch import check_low_rank, check_tensor, launch
-from .triton_unpack import INTERPRETED, nibble
-from .tuning import choose
+from ..runtime.generated import Hook
+from ..runtime.launcher import check_low_rank, check_tensor, launch
+from ..runtime.tuning import choose
+from .gemm import tile_of
+from .unpack import INTERPRETED, nibble
 
 _TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # Compute capability -> the first Triton that has its 4-bit products. Others fail an assertion in their compiler, which

@@ -65,7 +65,7 @@ _started: dict[tuple, Started] = {}
 # While lowering/replay.py looks on: `calls`, a list of what is launched how, and `counters`, how many were asked for.
 recording = threading.local()
 
-COUNTERS = 66 * 1024  # for gluon_quantize.py: 64 rows and two counters of each of 1024 row blocks
+COUNTERS = 66 * 1024  # for kernels/hopper/quantize.py: 64 rows and two counters of each of 1024 row blocks
 MAX_ENCODED = 4096  # descriptors kept for each parameter of a compiled kernel, about 0.5 KB each
 
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import groups, int4, w4a8, w4a16
-from .triton_codes import ROUND
-from .triton_launch import launch
+from ..formats import groups, int4, w4a8, w4a16
+from ..runtime.launcher import launch
+from .codes import ROUND
 
 PRECISIONS = ("w4a8", "int4", "w4a16")
 GROUPS = 32  # of 64 entries, a program's

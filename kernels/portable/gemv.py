@@ -15,7 +15,7 @@ wants them, before it waits for any. Only the sums of the warps go through share
 
 For that the product is batched, one batch a warp, and its K permuted: a lane's 16 bytes are neighbouring channels of
 one feature, and x is loaded to match. `_left` and `_right` say so in shapes; in another order results would be the same
-but values would have to move between lanes. Codes become 16-bit values bias + q by a byte permute (triton_unpack.py)
+but values would have to move between lanes. Codes become 16-bit values bias + q by a byte permute (kernels/portable/unpack.py)
 and are multiplied unscaled, so products are exact; each group's sum is scaled in fp32. A product with ones sums x over
 the group, for the zero points and for taking the bias off.
 """
@@ -28,9 +28,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from .hooks import Hook
-from .triton_launch import check_low_rank, check_tensor, launch, launches_early
-from .triton_unpack import biased
+from ..runtime.generated import Hook
+from ..runtime.launcher import check_low_rank, check_tensor, launch, launches_early
+from .unpack import biased
 
 MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more than a 16-bit copy of them
 

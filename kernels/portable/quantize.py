@@ -17,13 +17,13 @@ low-rank branch's first product.
     ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  nvfp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
     xd        [M, R]     x's dtype
 
-With `fp8`, int4 comes as gluon_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
+With `fp8`, int4 comes as kernels/hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
 same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
 
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 gluon_quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
+On sm_90 kernels/hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
 splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
 Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
 codes are a second launch, which walks x from its end, which is still in L2.
@@ -40,10 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groups import padded
-from .hooks import Hook
-from .triton_codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
-from .triton_launch import check_tensor, launch, processors, zeroed_counters
+from ..formats.groups import padded
+from ..runtime.generated import Hook
+from ..runtime.launcher import check_tensor, launch, processors, zeroed_counters
+from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
 
 MAX_RANK = 256
 MAX_BLOCKS = 1024  # with a counter each
@@ -215,7 +215,7 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     if x.shape[0] == 0:
         return outputs
     if precision != "nvfp4" and _one_kernel(x.device):
-        from . import gluon_quantize
+        from ..hopper import quantize as gluon_quantize
 
         if gluon_quantize.can_quantize(x, right, down, precision, prologue):
             gluon_quantize.quantize(x, right, smooth, down, precision, shift, prologue, *outputs)
@@ -226,11 +226,11 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
 
 @cache
 def _one_kernel(device: torch.device) -> bool:
-    """Gluon is experimental: a release may lack what gluon_quantize.py needs."""
+    """Gluon is experimental: a release may lack what kernels/hopper/quantize.py needs."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        from . import gluon_quantize  # noqa: F401
+        from ..hopper import quantize as gluon_quantize  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True

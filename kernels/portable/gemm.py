@@ -17,7 +17,7 @@
     y          [M, N]            bf16, fp16 or fp32
 
 The tile is computed transposed, weights [TN, 64] by activations [64, TM], so that codes go from registers straight into
-the product. On sm_90 gluon_gemm.py is about twice as fast for w4a8; this one takes what that cannot.
+the product. On sm_90 kernels/hopper/gemm_w4a8.py is about twice as fast for w4a8; this one takes what that cannot.
 """
 
 import torch
@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hooks import Hook
-from .layout import SIBLING_STEP
-from .triton_launch import check_low_rank, check_tensor, launch
-from .triton_unpack import INTERPRETED, nibble, scaled
+from ..formats.layout import SIBLING_STEP
+from ..runtime.generated import Hook
+from ..runtime.launcher import check_low_rank, check_tensor, launch
+from .unpack import INTERPRETED, nibble, scaled
 
 # 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }")

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import store
+from . import decisions
 from .config import Config
 from .convert import Task, convert
 from .errors import NothingToQuantize
+from .input_statistics import InputStatistics
 from .layers import layers
 from .lowering.torch_private import compiled_in_place
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
 from .passes.weight_groups import weight_inputs
 from .report import Report, report
-from .statistics import InputStatistics
 from .summary import TALLY
 
 
@@ -66,7 +66,7 @@ def quantize(
 
 
 def _eligible(tasks: list[Task]) -> list[nn.Parameter]:
-    return [w for task in tasks for w in task.weights if store.is_undecided(w)]
+    return [w for task in tasks for w in task.weights if decisions.is_undecided(w)]
 
 
 def _observed(model: nn.Module, config: Config, calibrate: Callable[[nn.Module], Any]) -> list[Task]:
@@ -110,8 +110,8 @@ def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
                 weights = tuple(original[id(args[i])] for i in group.indices)
                 tasks.append(Task(weights, group.names, group.few_rows, group.shift, InputStatistics()))
             for index, _, reason in inputs.rejected:
-                if store.is_undecided(original.get(id(args[index]))):
-                    store.leave_alone(original[id(args[index])], reason)
+                if decisions.is_undecided(original.get(id(args[index]))):
+                    decisions.leave_alone(original[id(args[index])], reason)
             return gm(*args)
 
         return run
@@ -132,10 +132,10 @@ def _by_weights_alone(model: nn.Module, seen: list[Task]) -> list[Task]:
     covered = {id(w) for task in seen for w in task.weights}
     tasks = []
     for layer in layers(model):
-        if id(layer.weight) in covered or not store.is_undecided(layer.weight):
+        if id(layer.weight) in covered or not decisions.is_undecided(layer.weight):
             continue
         if layer.reason is not None:
-            store.leave_alone(layer.weight, layer.reason)
+            decisions.leave_alone(layer.weight, layer.reason)
         else:
             tasks.append(Task((layer.weight,), (layer.name,), few_rows=False, shift=0.0, statistics=InputStatistics()))
     return tasks
@@ -166,5 +166,5 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
         value = values[name]
         thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)
     for parameter in model.parameters():
-        store.forget_reason(parameter)
+        decisions.forget_reason(parameter)
     return len(named)

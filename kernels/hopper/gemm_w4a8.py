@@ -52,11 +52,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .hooks import Hook
-from .triton_gemm import check_beside, check_gemm, sibling_features
-from .triton_launch import Descriptor, launch, processors, zeroed_counters
-from .triton_unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
-from .tuning import choose
+from ..portable.gemm import check_beside, check_gemm, sibling_features
+from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
+from ..runtime.generated import Hook
+from ..runtime.launcher import Descriptor, launch, processors, zeroed_counters
+from ..runtime.tuning import choose
 
 RANK_STEP = gl.constexpr(32)  # 64 bytes a row, as wide as a step's packed weights
 # Renamed after Triton 3.6.

@@ -1,6 +1,6 @@
 """w4a8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
 
-Formulas and tensors are those of triton_quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
+Formulas and tensors are those of kernels/portable/quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
 shared memory from the one time it is read until its codes are written; a prologue replaces it there. Between, it adds
 its part of each row's maximum to those in memory and leaves its part of xd there, and waits at the row block's counters
 for the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU
@@ -33,9 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .hooks import Hook
-from .triton_codes import int4_codes, int8_pair, int8_scale, prologue, quotient
-from .triton_launch import COUNTERS, Descriptor, launch, processors, zeroed_counters
+from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
+from ..runtime.generated import Hook
+from ..runtime.launcher import COUNTERS, Descriptor, launch, processors, zeroed_counters
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)

@@ -1,0 +1,1 @@
+"""Triton kernels for every GPU from sm_80."""
