@@ -1,4 +1,4 @@
-"""Which of torch's exact attentions is the fastest for given inputs: measured once (kernels/runtime/tuning.py), then known.
+"""Which of torch's exact attentions is the fastest for given inputs: measured once (runtime/tuning.py), then known.
 
 torch itself goes by a fixed order. Which of flash, cuDNN and the memory-efficient kernel is ahead depends on the GPU,
 the width of the heads and the length of the sequence.

@@ -10,7 +10,7 @@
     heads                   triton_heads      any CUDA GPU from sm_80, 16-bit, D a power of two
     everything else         reference         CPU, other GPUs, fp32 models
 
-Weights come in the kernel order (kernels/formats/layout.py), into which a packed linear is brought once. The plain order is
+Weights come in the kernel order (formats/layout.py), into which a packed linear is brought once. The plain order is
 taken too, and is reordered in every call.
 """
 

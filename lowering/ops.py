@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS
 from ..kernels.formats.groups import padded
-from . import fused, heads, joined, launch
+from . import fused, heads, join, launch
 from .packed import PackedLinear
 from .replay import Replayed, Site
 
@@ -111,7 +111,7 @@ _define(
     heads.head_region,
     heads.empty_result,
 )
-_define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, joined.empty_result, joined.joined)
+_define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, join.empty_result, join.joined)
 
 # Whose result, in compiled code, may be an operand's memory: nothing else may be written there once it has been read.
 BORROWING = frozenset({"svdq.joined.default"})

@@ -52,11 +52,11 @@ _ALLOCATIONS = (
 
 
 @functools.cache
-def _triton_launch() -> Any:
+def _launcher() -> Any:
     """Imported when there is a GPU that needs it: Triton may not be installed, and takes its time."""
-    from ..kernels.runtime import launcher as triton_launch
+    from ..kernels.runtime import launcher
 
-    return triton_launch
+    return launcher
 
 
 class NotReplayable(Exception):
@@ -169,12 +169,12 @@ def _tensors(operands: tuple) -> list[Tensor]:
 def _is_recordable(operands: tuple) -> bool:
     if not all(t.is_cuda and has_kernels(t.device) for t in _tensors(operands)):
         return False
-    return not _triton_launch().is_observed() and not torch.cuda.is_current_stream_capturing()
+    return not _launcher().is_observed() and not torch.cuda.is_current_stream_capturing()
 
 
 def record(function: Callable[..., Any], operands: tuple) -> tuple[Any, Plan | None]:
     """Run a call -> its result, and the plan to repeat it, if there can be one."""
-    recording = _triton_launch().recording
+    recording = _launcher().recording
     outer = getattr(recording, "calls", None)
     calls: list[tuple] = []
     recording.calls, recording.counters = calls, 0
@@ -195,7 +195,7 @@ def _plan(operands: tuple, watch: _Watch, calls: list, result: Any) -> Plan:
         raise NotReplayable(f"operators {watch.others}, or one tensor as two operands, which another time are two")
     if len({id(direct) for direct, _, _ in calls}) < len(calls):
         raise NotReplayable("a kernel started twice: tiles were being measured")
-    launching = _triton_launch()
+    launching = _launcher()
     count = launching.recording.counters
     counters = launching.zeroed_counters(watch.operands[0].device, count)
     watch.add(counters)
@@ -260,7 +260,7 @@ class _Text:
 
     def conditions(self) -> list[str]:
         """What must be as it was, apart from what the operands look like."""
-        launching, low = _triton_launch(), [t.data_ptr() & 15 for t in self._watch.operands]
+        launching, low = _launcher(), [t.data_ptr() & 15 for t in self._watch.operands]
         aligned = " | ".join(f"p{i}" for i, bits in enumerate(low) if not bits)
         wrong = [f"({aligned}) & 15"] if aligned else []
         wrong += [f"p{i} & 15 != {bits}" for i, bits in enumerate(low) if bits]
@@ -271,7 +271,7 @@ class _Text:
         allocate, first, lines = self.name(allocator(self._device)), len(self._watch.operands), []
         for i, (shape, strides, dtype) in enumerate(allocated):
             lines += [f"t{i} = {allocate}({shape}, {strides}, {self.name(dtype)})", f"p{first + i} = t{i}.data_ptr()"]
-        launching = _triton_launch()
+        launching = _launcher()
         if self._counts:
             lines.append(f"counters = {self.name(launching.zeroed_counters)}({self.name(self._device)}, {self._count})")
             lines.append(f"p{len(self._place) - 1} = counters.data_ptr()")
@@ -283,7 +283,7 @@ class _Text:
         encoders = dict(direct.encoders)
         values = []
         for place, a in enumerate(arguments):
-            if isinstance(a, _triton_launch().Descriptor):
+            if isinstance(a, _launcher().Descriptor):
                 encoded: dict[int, list] = {}
                 encode = functools.partial(_encode, encoded, encoders[place], a.base.dtype, a[1:])
                 at = self.address(a.base)  # type: ignore[arg-type]
@@ -306,7 +306,7 @@ class _Text:
 def _encode(encoded: dict[int, list], encode: Callable, dtype: torch.dtype, rest: tuple, address: int) -> list:
     if len(encoded) >= MAX_ADDRESSES:
         encoded.clear()
-    launching = _triton_launch()
+    launching = _launcher()
     descriptor = launching.Descriptor(launching.Address(address, dtype), *rest)
     encoded[address] = encode((address, *rest[:2], *rest[4:]), descriptor)
     return encoded[address]

@@ -4,7 +4,7 @@
     before   y = cat([text, image], 1), both inputs of the graph            after   y = svdq.joined([text, image], 1)
 
 A block that works on text and image as one sequence is given both apart, and gives both back apart. In a whole model
-that is seen in the graph, the first line; by blocks only when it is called, by `joined` (lowering/joined.py).
+that is seen in the graph, the first line; by blocks only when it is called, by `joined` (lowering/join.py).
 
 Left alone: what no svdq:: operator reads (Inductor puts the parts together where it needs them), what the graph returns
 or writes to, since it would be somebody else's memory, and biases, which never lie so.

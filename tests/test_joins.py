@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import WIDTH, quiet
 from svdq_compile.config import FUSIONS
-from svdq_compile.lowering import joined, ops
+from svdq_compile.lowering import join, ops
 
 APART = tuple(name for name in FUSIONS if name != "joins")
 TEXT = 8
@@ -47,7 +47,7 @@ WHOLE = torch.arange(2 * 24 * WIDTH).view(2, 24, WIDTH).to(torch.bfloat16)
 )
 def test_the_operator_shares_memory_or_copies(parts: tuple[Tensor, ...], dim: int, shares: bool) -> None:
     expected = torch.cat(parts, dim)
-    y = joined.joined(list(parts), dim)
+    y = join.joined(list(parts), dim)
     assert torch.equal(ops.joined(list(parts), dim), expected)
     assert torch.equal(y, expected)
     assert y.is_contiguous()
@@ -55,7 +55,7 @@ def test_the_operator_shares_memory_or_copies(parts: tuple[Tensor, ...], dim: in
 
 
 def test_its_shape_function() -> None:
-    made = joined.empty_result([torch.empty(2, 3, 8, device="meta"), torch.empty(2, 4, 8, device="meta")], 1)
+    made = join.empty_result([torch.empty(2, 3, 8, device="meta"), torch.empty(2, 4, 8, device="meta")], 1)
     assert made.shape == (2, 7, 8)
     assert made.device.type == "meta"
 

@@ -11,7 +11,7 @@ import torch
 from kernel_testing import compiled
 from triton.experimental.gluon import language as gl
 
-from svdq_compile.kernels.runtime import launcher as triton_launch
+from svdq_compile.kernels.runtime import launcher
 from svdq_compile.kernels.runtime.launcher import Descriptor, launch
 
 pytestmark = compiled
@@ -93,8 +93,8 @@ def driver(monkeypatch):
 
     fake = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", fake)
-    monkeypatch.setattr(triton_launch, "gpu", lambda: (fake.get_current_device, fake.get_current_stream))
-    monkeypatch.setattr(triton_launch, "_started", {})
+    monkeypatch.setattr(launcher, "gpu", lambda: (fake.get_current_device, fake.get_current_stream))
+    monkeypatch.setattr(launcher, "_started", {})
     return fake
 
 
@@ -168,7 +168,7 @@ def test_a_descriptor_is_its_content(driver, change):
 
 
 def test_descriptors_are_bounded(driver, monkeypatch):
-    monkeypatch.setattr(triton_launch, "MAX_ENCODED", 4)
+    monkeypatch.setattr(launcher, "MAX_ENCODED", 4)
     kernel = Kernel(driver, SIGNATURE[:1])
     storage = torch.zeros(96, 128, dtype=torch.float16)
     for i in (0, *range(10), 9):
@@ -220,7 +220,7 @@ def test_constants_device_and_options_are_part_of_it(driver, monkeypatch):
     launch(kernel, GRID, (x,), (2,), num_warps=4)
     launch(kernel, GRID, (x,), (2,), num_warps=8)
     monkeypatch.setattr(driver, "get_current_device", lambda: 1)
-    monkeypatch.setattr(triton_launch, "gpu", lambda: (driver.get_current_device, driver.get_current_stream))
+    monkeypatch.setattr(launcher, "gpu", lambda: (driver.get_current_device, driver.get_current_stream))
     launch(kernel, GRID, (x,), (2,), num_warps=8)
     assert kernel.calls == 4
 

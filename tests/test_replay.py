@@ -8,7 +8,7 @@ import torch
 from kernel_testing import compiled
 from test_launch import GRID, SIGNATURE, Kernel, described, driver, flat  # noqa: F401, a fixture
 
-from svdq_compile.kernels.runtime import launcher as triton_launch
+from svdq_compile.kernels.runtime import launcher
 from svdq_compile.kernels.runtime.launcher import launch
 from svdq_compile.lowering import replay
 
@@ -20,8 +20,8 @@ def fake(request, monkeypatch):
     recorder = request.getfixturevalue("driver")
     counters = torch.zeros(4)
     monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
-    monkeypatch.setattr(triton_launch, "zeroed_counters", lambda device, count: counters)
-    monkeypatch.setattr(triton_launch, "gpu", lambda: (lambda: None, recorder.get_current_stream))
+    monkeypatch.setattr(launcher, "zeroed_counters", lambda device, count: counters)
+    monkeypatch.setattr(launcher, "gpu", lambda: (lambda: None, recorder.get_current_stream))
     return recorder
 
 
@@ -161,7 +161,7 @@ def test_a_site_goes_by_its_plan(fake):
 @pytest.mark.parametrize("change", ["alignment", "device", "observer"])
 def test_a_site_does_not_go_by_its_plan(fake, monkeypatch, change):
     current = [None]
-    monkeypatch.setattr(triton_launch, "gpu", lambda: (lambda: current[0], fake.get_current_stream))
+    monkeypatch.setattr(launcher, "gpu", lambda: (lambda: current[0], fake.get_current_stream))
     op = Operator(fake)
     site = replay.Site(replay.Replayed(op))
     x, w, bias = operands()

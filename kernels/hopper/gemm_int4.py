@@ -16,7 +16,7 @@ Every 4-bit value is an e4m3 number, and e4m3 `wgmma` leaves its sums in fp32: n
 sum of a group instead of the three that int8 needs. A group's sum is an integer below 2^13 (64 * 7 * 15), which
 Hopper's 14 bits of fp8 accumulation hold exactly; tests/gpu checks it at the extremes.
 
-The walk is that of kernels/hopper/gemm_w4a8.py: one warp copies, the default partition multiplies, a buffer goes back through a named
+The walk is that of gemm_w4a8.py: one warp copies, the default partition multiplies, a buffer goes back through a named
 barrier. Of a step's two groups, the second is multiplied while the first is rescaled. ptxas allows no more: a sum that
 is read while a product is in flight must be in registers of its own until nothing is in flight.
 """

@@ -1,6 +1,6 @@
 """w4a8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
 
-Formulas and tensors are those of kernels/portable/quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
+Formulas and tensors are those of portable/quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
 shared memory from the one time it is read until its codes are written; a prologue replaces it there. Between, it adds
 its part of each row's maximum to those in memory and leaves its part of xd there, and waits at the row block's counters
 for the other programs of these rows. They have neighbouring ids and so start together; all of them must fit on the GPU

@@ -1,4 +1,4 @@
-"""From values to codes and scales: what both quantize kernels are put together of. Formulas: kernels/portable/quantize.py."""
+"""From values to codes and scales: what both quantize kernels are put together of. Formulas: quantize.py."""
 
 import triton
 import triton.language as tl

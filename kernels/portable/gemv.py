@@ -15,7 +15,7 @@ wants them, before it waits for any. Only the sums of the warps go through share
 
 For that the product is batched, one batch a warp, and its K permuted: a lane's 16 bytes are neighbouring channels of
 one feature, and x is loaded to match. `_left` and `_right` say so in shapes; in another order results would be the same
-but values would have to move between lanes. Codes become 16-bit values bias + q by a byte permute (kernels/portable/unpack.py)
+but values would have to move between lanes. Codes become 16-bit values bias + q by a byte permute (unpack.py)
 and are multiplied unscaled, so products are exact; each group's sum is scaled in fp32. A product with ones sums x over
 the group, for the zero points and for taking the bias off.
 """

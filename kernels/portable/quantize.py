@@ -17,13 +17,13 @@ low-rank branch's first product.
     ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  nvfp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
     xd        [M, R]     x's dtype
 
-With `fp8`, int4 comes as kernels/hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
+With `fp8`, int4 comes as hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
 same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
 
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 kernels/hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
+On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
 splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
 Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
 codes are a second launch, which walks x from its end, which is still in L2.

@@ -8,7 +8,7 @@ import torch
 from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
-from svdq_compile.kernels.runtime import launcher as triton_launch
+from svdq_compile.kernels.runtime import launcher
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -37,13 +37,13 @@ class Linear:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(triton_launch, "_started", {})
+    monkeypatch.setattr(launcher, "_started", {})
 
 
 def test_descriptors_are_encoded_once(monkeypatch):
     """In the call that compiles, through Triton; again past it; then no more. Or nothing here tests anything."""
     original, made = launcher._described, []
-    monkeypatch.setattr(triton_launch, "_described", lambda a: made.append(type(a)) or original(a))
+    monkeypatch.setattr(launcher, "_described", lambda a: made.append(type(a)) or original(a))
     linear = Linear(256, 512, 1024)
     results, counts = [], []
     for _ in range(4):
