@@ -17,8 +17,8 @@ low-rank branch's first product.
     ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  nvfp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
     xd        [M, R]     x's dtype
 
-With `fp8`, int4 comes as hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and the
-same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
+With `fp8`, int4 comes as hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and
+the same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
 
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
