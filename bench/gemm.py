@@ -21,7 +21,7 @@ from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 from svdq_compile.kernels.portable import gemm as triton_gemm
-from svdq_compile.lowering import launch
+from svdq_compile.kernels.runtime.target import has_kernels
 
 SHAPES = [(3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (3072, 15360)]  # FLUX.1: out, in
 ROWS = (4608, 512)
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="time every tile shape instead")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if not launch.has_kernels(torch.device("cuda", 0)):
+    if not has_kernels(torch.device("cuda", 0)):
         raise SystemExit("no kernels for this GPU")
     if options.tiles:
         compare_tiles()

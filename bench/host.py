@@ -25,7 +25,6 @@ from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 from svdq_compile.kernels.hopper import quantize as gluon_quantize
 from svdq_compile.kernels.portable import gemv as triton_gemv
-from svdq_compile.kernels.portable import quantize as triton_quantize
 from svdq_compile.kernels.runtime import launcher
 from svdq_compile.lowering import launch, ops
 
@@ -64,7 +63,7 @@ def calls_of(op: str, m: int, n: int, k: int) -> tuple[list[Callable[[], object]
         return [
             lambda: ops.quantize(*given),
             lambda: launch.quantize(*given),
-            lambda: triton_quantize.quantize(flat, smooth, down, "w4a8"),
+            lambda: gluon_quantize.quantize(flat, smooth, down, "w4a8"),
         ], gluon_quantize
     up, xd, bias = normal(n, RANK), normal(1, m, RANK), normal(n)
     if op == "gemv":

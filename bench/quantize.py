@@ -18,7 +18,8 @@ from gemm import copy_us, host_microseconds, microseconds, relative_error
 from torch import Tensor
 
 import record
-from svdq_compile.kernels.portable.quantize import quantize
+from svdq_compile.kernels.hopper import quantize as hopper
+from svdq_compile.kernels.portable import quantize as portable
 from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
 
@@ -78,7 +79,8 @@ def measure(precision: str, m: int, k: int, rank: int, kind: str) -> dict:
     fp8 = precision == "int4" and torch.cuda.get_device_capability() == (9, 0)
 
     def call() -> tuple[Tensor, ...]:
-        return quantize(left, smooth, down, precision, 0.0, hook, right, fp8)
+        one_kernel = precision != "nvfp4" and hopper.can_quantize(left, right, down, precision, hook)
+        return (hopper if one_kernel else portable).quantize(left, smooth, down, precision, 0.0, hook, right, fp8)
 
     qx, ascales, xd = call()
     expected, scales, _ = reference.quantize(h, smooth, down, precision, 0.0)

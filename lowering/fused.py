@@ -1,9 +1,13 @@
 """The fused operators: the kernel with the region generated into it, or the region in torch and the plain operator."""
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
+from ..kernels.operands import Gemm, Quantize
 from . import launch
+from .kernel_table import NoKernel
 from .region import parse
 
 
@@ -14,11 +18,12 @@ def quantize(
     program = parse(region)
     values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
     x, right = values.pop("x"), values.pop("right", None)
-    if launch.takes_prologue(x, down):
+    if launch.takes_prologue(Quantize(x, smooth, down, precision, shift)):
         from . import generate
 
         hook = generate.hook(region, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
-        return launch.quantize(x, smooth, down, precision, shift, prologue=hook, right=right)
+        with suppress(NoKernel):
+            return launch.quantize(x, smooth, down, precision, shift, prologue=hook, right=right)
     joined = x if right is None else torch.cat((x, right), -1)
     h = program.evaluate({"x": joined, **values}).to(x.dtype) if program.steps else joined
     return launch.quantize(h, smooth, down, precision, shift)
@@ -40,10 +45,12 @@ def gemm(
     """`launch.gemm`, and what the region makes of the result before it is rounded to out_dtype."""
     program = parse(region)
     values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
-    plain = (qx, ascales, xd, weight, up, bias, offset, precision)
-    if launch.takes_epilogue(qx, up, offset, precision):
+    plain = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
+    if launch.takes_epilogue(plain):
         from . import generate
 
         hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=precision == "w4a8")
-        return launch.gemm(*plain, out_dtype, epilogue=hook)
-    return program.evaluate({"y": launch.gemm(*plain, torch.float32), **values}).to(out_dtype).contiguous()
+        with suppress(NoKernel):
+            return launch.gemm(*plain, epilogue=hook)
+    y = launch.gemm(*plain._replace(out_dtype=torch.float32))
+    return program.evaluate({"y": y, **values}).to(out_dtype).contiguous()

@@ -7,10 +7,12 @@ along T, as text and image tokens do in joint attention. The result is contiguou
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from torch import Tensor
 
 from . import launch
+from .kernel_table import NoKernel
 from .region import Region, parse
 
 
@@ -52,9 +54,11 @@ def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, di
 
 
 def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
-    if takes(x.shape[3]) and launch.takes_heads(x):
+    if launch.takes_heads(x):
         from . import generate_heads
 
-        launch.heads(x, y, generate_heads.generated(part, values, x.shape), generate_heads.is_interleaved(part))
-    else:
-        y.copy_(part.evaluate({"x": x, **values}))
+        with suppress(NoKernel):
+            region = generate_heads.generated(part, values, x.shape)
+            return launch.heads(x, y, region, generate_heads.is_interleaved(part))
+    y.copy_(part.evaluate({"x": x, **values}))
+    return None

@@ -1,115 +1,101 @@
-"""Pick, for each svdq:: operator call, the kernel that can run it, or the reference.
-
-    quantize  all three     triton_quantize   any CUDA GPU from sm_80, 16-bit x
-    gemm      w4a8          gluon_gemm        sm_90, 16-bit result, out features a multiple of 8
-    gemm      int4          gluon_int4        sm_90, likewise
-    gemm      w4a8, int4    triton_gemm       the rest
-    gemm      nvfp4         triton_nvfp4      sm_100, sm_120
-    row_moments             triton_moments    any CUDA GPU from sm_80, 16-bit x
-    gemv      w4a16         triton_gemv       up to 64 rows; above, a 16-bit copy of the weight and a library product
-    heads                   triton_heads      any CUDA GPU from sm_80, 16-bit, D a power of two
-    everything else         reference         CPU, other GPUs, fp32 models
+"""The svdq:: operators on the fastest kernel that can run them: a table each (kernel_table.py), and what calls it.
 
 Weights come in the kernel order (formats/layout.py), into which a packed linear is brought once. The plain order is
-taken too, and is reordered in every call.
+taken too, and is reordered in every call. docs/kernels.md shows the tables.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.formats import FORMATS, layout
+from ..kernels.operands import Gemm, Gemv, Quantize, as_lines
+from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
 from . import reference
+from .kernel_table import REFERENCE, Kernel, Table
 
 if TYPE_CHECKING:
-    from ..kernels.portable import heads as triton_heads
+    from ..kernels.portable import heads as portable_heads
     from ..kernels.runtime.generated import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+_QUANTIZED = ("w4a8", "int4", "nvfp4")
 
 
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
-    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
-        return 0, 0
-    if not torch.cuda.is_available():  # fake tensors know devices that are not there
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
+def _any(operands: object) -> None:
+    """Whatever its target and formats are, it takes."""
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether weights on this device should lie in the kernel order."""
-    return _capability(device) >= (8, 0)
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
-    device = weight[0].device
-    if not has_kernels(device):
-        return weight
-    return layout.to_kernel(precision, weight, words=_gluon_works(device))
+# ** quantize **
 
 
-@cache
-def _gluon_works(device: torch.device) -> bool:
-    """Gluon is experimental: a release may lack what kernels/hopper/gemm_w4a8.py needs."""
-    if _capability(device) != (9, 0):
-        return False
-    try:
-        from ..kernels.hopper import gemm_w4a8 as gluon_gemm  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+def _codes_why_not(o: Quantize) -> str | None:
+    if o.x.dtype in _SIXTEEN_BIT and o.x.dtype == o.down.dtype:
+        return None
+    return f"x is {o.x.dtype}, down {o.down.dtype}: not one 16-bit type"
 
 
-def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-    """A weight [N, K] fp32 in the format's tensors, in the plain order, and [N, K] fp32 that they stand for."""
-    if has_kernels(w.device):
-        from ..kernels.portable import round_weight as triton_round
+def _quantize_why_not(o: Quantize) -> str | None:
+    from ..kernels.portable.quantize import MAX_RANK
 
-        if precision in triton_round.PRECISIONS:
-            with torch.cuda.device(w.device):
-                return triton_round.round_weight(precision, w, importance)
-    tensors = FORMATS[precision].quantize_weight(w, importance)
-    return tensors, FORMATS[precision].dequantize_weight(*tensors)[:, : w.shape[1]]
+    rank = o.down.shape[0]
+    fits = rank % 16 == 0 and rank <= MAX_RANK
+    return _codes_why_not(o) or (None if fits else f"rank {rank} is not a multiple of 16 up to {MAX_RANK}")
 
 
-def _rows(t: Tensor) -> Tensor:
-    """[..., C] -> [rows, C], a view wherever the leading dimensions are evenly spaced."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
+    from ..kernels.hopper import quantize
+
+    if not quantize.can_quantize(o.x, right, o.down, o.precision, prologue):
+        return _portable_quantize(o, prologue, right, fp8)
+    return quantize.quantize(*o, prologue, right, fp8)
 
 
-def _neighbours(t: Tensor) -> Tensor:
-    """`_rows`, with the columns of a row side by side."""
-    rows = _rows(t)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _portable_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
+    from ..kernels.portable import quantize
+
+    return quantize.quantize(*o, prologue, right, fp8)
 
 
-def takes_prologue(x: Tensor, down: Tensor) -> bool:
+def _portable_codes(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
+    qx, ascales, _ = _portable_quantize(o._replace(x=o.x.contiguous(), down=o.down[:0]), prologue, right, fp8)
+    return qx, ascales, F.linear(o.x, o.down)
+
+
+def _reference_quantize(o: Quantize, prologue: None, right: None, fp8: bool) -> tuple[Tensor, ...]:
+    return reference.quantize(*o)
+
+
+QUANTIZE = Table(
+    "quantize",
+    [
+        Kernel("hopper_quantize", HOPPER, ("w4a8", "int4"), "hopper.quantize", _quantize_why_not, _hopper_quantize),
+        Kernel("portable_quantize", PORTABLE, _QUANTIZED, "portable.quantize", _quantize_why_not, _portable_quantize),
+        Kernel("portable_codes", PORTABLE, _QUANTIZED, "portable.quantize", _codes_why_not, _portable_codes),
+    ],
+    _reference_quantize,
+)
+
+
+def takes_prologue(operands: Quantize) -> bool:
     """Whether `quantize` can run a generated prologue."""
-    return _has_quantize(x, down) and _rank_fits(down.shape[0])
-
-
-def _rank_fits(rank: int) -> bool:
-    from ..kernels.portable import quantize as triton_quantize
-
-    return rank % 16 == 0 and rank <= triton_quantize.MAX_RANK
-
-
-def _has_quantize(x: Tensor, down: Tensor) -> bool:
-    return x.dtype in _SIXTEEN_BIT and x.dtype == down.dtype and has_kernels(x.device)
+    return QUANTIZE.choose(operands).name in ("hopper_quantize", "portable_quantize")
 
 
 def int4_in_fp8(x: Tensor, down: Tensor, precision: str) -> bool:
-    """Whether `quantize` gives int4 codes as gluon_int4 multiplies them: e4m3, with scales that lie group by group."""
-    return precision == "int4" and _has_quantize(x, down) and _gluon_works(x.device)
+    """Whether `quantize` gives int4 codes as the Hopper GEMM multiplies them: e4m3, scales that lie group by group."""
+    if precision != "int4" or not is_hopper(x.device):
+        return False
+    return QUANTIZE.choose(Quantize(x, None, down, precision, 0.0)).name != REFERENCE
 
 
 def quantize(
@@ -122,50 +108,100 @@ def quantize(
     right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
-    if not _has_quantize(x, down):
-        return reference.quantize(x, smooth, down, precision, shift)
-    from ..kernels.portable import quantize as triton_quantize
-
-    rows, rank = _neighbours(x), down.shape[0]
-    right = None if right is None else _neighbours(right)
-    fp8 = int4_in_fp8(x, down, precision)
-    with torch.cuda.device(x.device):
-        if _rank_fits(rank):
-            qx, ascales, xd = triton_quantize.quantize(
-                rows, smooth, down.contiguous(), precision, shift, prologue, right, fp8
-            )
-        else:
-            rows = rows.contiguous()
-            qx, ascales, _ = triton_quantize.quantize(rows, smooth, down[:0], precision, shift, fp8=fp8)
-            xd = F.linear(rows, down)
-    lead = x.shape[:-1]
-    return qx.view(*lead, qx.shape[1]), ascales.view(*lead, ascales.shape[1]), xd.view(*lead, rank)
+    operands = Quantize(x, smooth, down, precision, shift)
+    if QUANTIZE.choose(operands).name == REFERENCE:
+        return reference.quantize(*operands)
+    right = None if right is None else as_lines(right)
+    with _on(x.device):
+        results = QUANTIZE.run(operands.rows(), prologue, right, int4_in_fp8(x, down, precision))
+    qx, ascales, xd = (t.view(*x.shape[:-1], t.shape[1]) for t in results)
+    return qx, ascales, xd
 
 
-@cache
-def _nvfp4_works(device: torch.device) -> bool:
-    """Whether this GPU and this Triton have 4-bit floating-point products."""
-    if _capability(device) < (10, 0):
-        return False
-    from ..kernels.portable import gemm_nvfp4 as triton_nvfp4
-
-    try:
-        triton_nvfp4.compute_target(device.index)
-    except RuntimeError:
-        return False
-    return True
+# ** gemm **
 
 
-def takes_epilogue(qx: Tensor, up: Tensor, offset: Tensor | None, precision: str) -> bool:
-    """Whether `gemm` has a kernel here, which can run a generated epilogue."""
-    if not has_kernels(qx.device) or (up.shape[1] and up.dtype not in _SIXTEEN_BIT):
-        return False
-    return precision != "nvfp4" or (offset is None and _nvfp4_works(qx.device))
+def _gemm_why_not(o: Gemm) -> str | None:
+    return f"the low-rank branch is {o.up.dtype}" if o.up.shape[1] and o.up.dtype not in _SIXTEEN_BIT else None
+
+
+def _hopper_why_not(o: Gemm) -> str | None:
+    from ..kernels.hopper import gemm_w4a8
+
+    return _gemm_why_not(o) or gemm_w4a8.why_not(o.qx, o.xd, o.up, o.out_dtype)
+
+
+def _no_offset(o: Gemm) -> str | None:
+    return None if o.offset is None else "its input has a shift"
+
+
+def _nvfp4_why_not(o: Gemm) -> str | None:
+    from ..kernels.portable import gemm_nvfp4
+
+    return _gemm_why_not(o) or _no_offset(o) or gemm_nvfp4.why_not(o.qx.device)
+
+
+def _hopper_w4a8(o: Gemm, epilogue: Hook | None) -> Tensor:
+    from ..kernels.hopper import gemm_w4a8
+
+    weight = layout.to_kernel(o.precision, o.weight)
+    return gemm_w4a8.gemm(o.qx, o.ascales, o.xd, weight, o.up, o.bias, o.out_dtype, epilogue)
+
+
+def _hopper_int4(o: Gemm, epilogue: Hook | None) -> Tensor:
+    from ..kernels.hopper import gemm_int4
+
+    words = layout.to_kernel(o.precision, o.weight, words=True)
+    return gemm_int4.gemm(o.qx, o.ascales, o.xd, words, o.up, o.bias, o.offset, o.out_dtype, epilogue)
+
+
+def _portable_gemm(o: Gemm, epilogue: Hook | None) -> Tensor:
+    from ..kernels.portable import gemm
+
+    weight = layout.to_kernel(o.precision, o.weight)
+    qx, ascales = _integers(o.qx), o.ascales.contiguous()
+    return gemm.gemm(o.precision, qx, ascales, o.xd, weight, o.up, o.bias, o.offset, o.out_dtype, epilogue)
+
+
+def _portable_nvfp4(o: Gemm, epilogue: Hook | None) -> Tensor:
+    from ..kernels.portable import gemm_nvfp4
+
+    return gemm_nvfp4.gemm(o.qx, o.ascales, o.xd, o.weight, o.up, o.bias, o.out_dtype, epilogue)
+
+
+def _reference_gemm(o: Gemm, epilogue: None) -> Tensor:
+    qx = _integers(o.qx)
+    plain = layout.to_plain(o.precision, tuple(o.weight), qx.shape[-1])
+    return reference.gemm(*o._replace(qx=qx, weight=list(plain)))
 
 
 def _integers(qx: Tensor) -> Tensor:
     """Codes as every other GEMM takes them."""
     return qx.to(torch.bfloat16).to(torch.int8) if qx.dtype == torch.float8_e4m3fn else qx
+
+
+GEMM = Table(
+    "gemm",
+    [
+        Kernel(
+            "hopper_gemm_w4a8",
+            HOPPER,
+            ("w4a8",),
+            "hopper.gemm_w4a8",
+            lambda o: _hopper_why_not(o) or _no_offset(o),
+            _hopper_w4a8,
+        ),
+        Kernel("hopper_gemm_int4", HOPPER, ("int4",), "hopper.gemm_int4", _hopper_why_not, _hopper_int4),
+        Kernel("portable_gemm", PORTABLE, ("w4a8", "int4"), "portable.gemm", _gemm_why_not, _portable_gemm),
+        Kernel("portable_gemm_nvfp4", BLACKWELL, ("nvfp4",), "portable.gemm_nvfp4", _nvfp4_why_not, _portable_nvfp4),
+    ],
+    _reference_gemm,
+)
+
+
+def takes_epilogue(operands: Gemm) -> bool:
+    """Whether `gemm` has a kernel here, which can run a generated epilogue."""
+    return GEMM.choose(operands.rows()).name != REFERENCE
 
 
 def gemm(
@@ -181,49 +217,56 @@ def gemm(
     epilogue: Hook | None = None,
 ) -> Tensor:
     """`reference.gemm` on the fastest kernel that can; weight in either order; an epilogue if `takes_epilogue`."""
-    if not takes_epilogue(qx, up, offset, precision):
-        qx = _integers(qx)
-        plain = layout.to_plain(precision, tuple(weight), qx.shape[-1])
-        return reference.gemm(qx, ascales, xd, list(plain), up, bias, offset, precision, out_dtype)
-    from ..kernels.portable import gemm as triton_gemm
-    from ..kernels.portable import gemm_nvfp4 as triton_nvfp4
-
-    packed = tuple(weight) if precision == "int4" else layout.to_kernel(precision, tuple(weight))
-    lead = qx.shape[:-1]
-    qx, ascales, xd, up = _rows(qx), _rows(ascales), _rows(xd), up.contiguous()
-    with torch.cuda.device(qx.device):
-        if precision == "nvfp4":
-            y = triton_nvfp4.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
-            return y.view(*lead, y.shape[1])
-        if precision in ("w4a8", "int4") and _gluon_works(qx.device):
-            from ..kernels.hopper import gemm_int4 as gluon_int4
-            from ..kernels.hopper import gemm_w4a8 as gluon_gemm
-
-            if gluon_gemm.can_gemm(qx, xd, up, out_dtype):
-                if precision == "int4":
-                    words = layout.to_kernel(precision, packed, words=True)
-                    y = gluon_int4.gemm(qx, ascales, xd, words, up, bias, offset, out_dtype, epilogue)
-                    return y.view(*lead, y.shape[1])
-                if offset is None:
-                    y = gluon_gemm.gemm(qx, ascales, xd, packed, up, bias, out_dtype, epilogue)
-                    return y.view(*lead, y.shape[1])
-        packed = layout.to_kernel(precision, packed)
-        qx, ascales = _integers(qx), ascales.contiguous()
-        y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, out_dtype, epilogue)
-    return y.view(*lead, y.shape[1])
+    rows = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype).rows()
+    with _on(qx.device):
+        y = GEMM.run(rows, epilogue)
+    return y.view(*qx.shape[:-1], y.shape[1])
 
 
-def takes_heads(x: Tensor) -> bool:
-    """Whether `heads` has a kernel here."""
-    return x.dtype in _SIXTEEN_BIT and has_kernels(x.device)
+# ** gemv **
 
 
-def heads(x: Tensor, y: Tensor, region: triton_heads.Region, interleaved: bool) -> None:
-    """A region over attention heads, x -> y, if `takes_heads`."""
-    from ..kernels.portable import heads as triton_heads
+def _expanded_why_not(o: Gemv) -> str | None:
+    if o.x.dtype in _SIXTEEN_BIT and (o.up is None or o.up.dtype == o.x.dtype):
+        return None
+    return f"x is {o.x.dtype}, not 16 bits like its low-rank branch"
 
-    with torch.cuda.device(x.device):
-        triton_heads.run(x, y, region, interleaved)
+
+def _gemv_why_not(o: Gemv) -> str | None:
+    from ..kernels.portable.gemv import MAX_ROWS
+
+    rows = o.x.shape[:-1].numel()
+    return _expanded_why_not(o) or (f"{rows} rows, more than {MAX_ROWS}" if rows > MAX_ROWS else None)
+
+
+def _portable_gemv(o: Gemv) -> Tensor:
+    from ..kernels.portable import gemv
+
+    return gemv.gemv(o.x, o.xd, layout.to_kernel(o.precision, o.weight), o.up, o.bias, o.out_dtype)
+
+
+def _expanded_gemv(o: Gemv) -> Tensor:
+    """A 16-bit copy of the weight, and a library's product."""
+    k = o.x.shape[-1]
+    rows = o.x
+    w = FORMATS[o.precision].dequantize_weight(*layout.to_plain(o.precision, o.weight, k))[:, :k].to(rows.dtype)
+    if o.xd is not None and o.up is not None:
+        rows, w = torch.cat((rows, o.xd), 1), torch.cat((w, o.up), 1)
+    return F.linear(rows, w, None if o.bias is None else o.bias.to(rows.dtype)).to(o.out_dtype)
+
+
+def _reference_gemv(o: Gemv) -> Tensor:
+    return reference.gemv(*o._replace(weight=list(layout.to_plain(o.precision, tuple(o.weight), o.x.shape[-1]))))
+
+
+GEMV = Table(
+    "gemv",
+    [
+        Kernel("portable_gemv", PORTABLE, ("w4a16",), "portable.gemv", _gemv_why_not, _portable_gemv),
+        Kernel("expanded_gemv", PORTABLE, (), None, _expanded_why_not, _expanded_gemv),
+    ],
+    _reference_gemv,
+)
 
 
 def gemv(
@@ -236,34 +279,122 @@ def gemv(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`reference.gemv` on the fastest kernel that can; weight in either order."""
-    k = x.shape[-1]
-    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device) or (up is not None and up.dtype != x.dtype):
-        plain = layout.to_plain(precision, tuple(weight), k)
-        return reference.gemv(x, xd, list(plain), up, bias, precision, out_dtype)
-    from ..kernels.portable import gemv as triton_gemv
-
-    rows = _rows(x).contiguous()
-    low_rank = None if xd is None else _rows(xd)
-    if rows.shape[0] <= triton_gemv.MAX_ROWS:
-        packed = layout.to_kernel(precision, tuple(weight))
-        with torch.cuda.device(x.device):
-            y = triton_gemv.gemv(rows, low_rank, packed, None if up is None else up.contiguous(), bias, out_dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
-    plain = layout.to_plain(precision, tuple(weight), k)
-    w = FORMATS[precision].dequantize_weight(*plain)[:, :k].to(x.dtype)
-    if low_rank is not None and up is not None:
-        rows, w = torch.cat((rows, low_rank), 1), torch.cat((w, up), 1)
-    y = F.linear(rows, w, None if bias is None else bias.to(x.dtype)).to(out_dtype)
+    with _on(x.device):
+        y = GEMV.run(Gemv(x, xd, weight, up, bias, precision, out_dtype).rows())
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+# ** row_moments, heads, round_weight **
+
+
+def _moments_why_not(x: Tensor) -> str | None:
+    from ..kernels.portable.row_moments import MAX_COLUMNS
+
+    if x.dtype in _SIXTEEN_BIT and 0 < x.shape[-1] <= MAX_COLUMNS:
+        return None
+    return f"x is {x.dtype} {tuple(x.shape)}, not 16 bits with up to {MAX_COLUMNS} columns"
+
+
+def _portable_moments(x: Tensor) -> tuple[Tensor, ...]:
+    from ..kernels.portable import row_moments
+
+    return row_moments.row_moments(x)
+
+
+ROW_MOMENTS = Table(
+    "row_moments",
+    [Kernel("portable_row_moments", PORTABLE, (), "portable.row_moments", _moments_why_not, _portable_moments)],
+    reference.row_moments,
+)
 
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.row_moments` on the fastest kernel that can."""
-    if x.dtype not in _SIXTEEN_BIT or not has_kernels(x.device):
-        return reference.row_moments(x)
-    from ..kernels.portable import row_moments as triton_moments
+    with _on(x.device):
+        variance, mean, square = ROW_MOMENTS.run(as_lines(x))
+    shape = (*x.shape[:-1], 1)
+    return variance.view(shape), mean.view(shape), square.view(shape)
 
-    rows, lead = _neighbours(x), x.shape[:-1]
-    with torch.cuda.device(x.device):
-        variance, mean, square = triton_moments.row_moments(rows)
-    return variance.view(*lead, 1), mean.view(*lead, 1), square.view(*lead, 1)
+
+def _heads_why_not(x: Tensor) -> str | None:
+    if x.dtype in _SIXTEEN_BIT and 8 <= x.shape[3] <= 256 and not x.shape[3] & (x.shape[3] - 1):
+        return None
+    return f"x is {x.dtype} with {x.shape[3]} channels, not 16 bits with a power of two from 8 to 256"
+
+
+def _portable_heads(x: Tensor, region: portable_heads.Region, y: Tensor, interleaved: bool) -> None:
+    from ..kernels.portable import heads
+
+    heads.run(x, y, region, interleaved)
+
+
+def _no_heads(x: Tensor, region: Any, y: Tensor, interleaved: bool) -> None:
+    raise AssertionError("a region without a kernel is evaluated in torch")
+
+
+HEADS = Table(
+    "head_region",
+    [Kernel("portable_heads", PORTABLE, (), "portable.heads", _heads_why_not, _portable_heads)],
+    _no_heads,
+)
+
+
+def takes_heads(x: Tensor) -> bool:
+    """Whether `heads` has a kernel here."""
+    return HEADS.choose(x).name != REFERENCE
+
+
+def heads(x: Tensor, y: Tensor, region: portable_heads.Region, interleaved: bool) -> None:
+    """A region over attention heads, x -> y, if `takes_heads`. Raises NoKernel if none is left that compiles it."""
+    with _on(x.device):
+        HEADS.run(x, region, y, interleaved)
+
+
+class Rounding(NamedTuple):
+    """A weight [N, K] fp32, and how much an error in each of its K columns counts, or None."""
+
+    w: Tensor
+    precision: str
+    importance: Tensor | None
+
+
+def _portable_round(o: Rounding) -> Any:
+    from ..kernels.portable import round_weight
+
+    return round_weight.round_weight(o.precision, o.w, o.importance)
+
+
+def _reference_round(o: Rounding) -> Any:
+    tensors = FORMATS[o.precision].quantize_weight(o.w, o.importance)
+    return tensors, FORMATS[o.precision].dequantize_weight(*tensors)[:, : o.w.shape[1]]
+
+
+ROUND_WEIGHT = Table(
+    "round_weight",
+    [
+        Kernel(
+            "portable_round_weight",
+            PORTABLE,
+            ("w4a8", "int4", "w4a16"),
+            "portable.round_weight",
+            _any,
+            _portable_round,
+        )
+    ],
+    _reference_round,
+)
+
+
+def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A weight [N, K] fp32 in the format's tensors, in the plain order, and [N, K] fp32 that they stand for."""
+    with _on(w.device):
+        return ROUND_WEIGHT.run(Rounding(w, precision, importance))
+
+
+def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
+    device = weight[0].device
+    return layout.to_kernel(precision, weight, words=is_hopper(device)) if has_kernels(device) else weight
+
+
+TABLES: tuple[Table, ...] = (QUANTIZE, GEMM, GEMV, ROW_MOMENTS, HEADS, ROUND_WEIGHT)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .launch import has_kernels
+from ..kernels.runtime.target import has_kernels
 from .torch_private import allocator
 
 if TYPE_CHECKING:

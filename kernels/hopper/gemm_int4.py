@@ -40,7 +40,8 @@ from triton.language.extra.cuda import gdc_wait
 from ..formats.layout import to_words
 from ..portable.gemm import check_scales, sibling_features
 from ..runtime.generated import Hook
-from ..runtime.launcher import Descriptor, check_tensor, launch, processors
+from ..runtime.launcher import Descriptor, check_tensor, launch
+from ..runtime.target import processors
 from ..runtime.tuning import choose
 from .gemm_w4a8 import (
     RANK_STEP,
@@ -267,7 +268,7 @@ def _check(qx, ascales, weight, up, bias, offset) -> tuple[int, int]:
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
          offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
          tile: Tile | None = None) -> Tensor:  # fmt: skip
-    """int4, tensors as above, `gluon_gemm.can_gemm` -> y [M, N]. weight: (words or planar qweight, wscales)."""
+    """int4, tensors as above that `gemm_w4a8.why_not` takes -> y [M, N]. weight: (words or planar qweight, wscales)."""
     if epilogue is not None and epilogue.beside is not None:
         raise ValueError("int4 loads no matrix beside the result in tiles: let the hook's function load it")
     if qx.dtype == torch.int8:

@@ -55,7 +55,8 @@ from triton.language.extra.cuda import gdc_wait
 from ..portable.gemm import check_beside, check_gemm, sibling_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Hook
-from ..runtime.launcher import Descriptor, launch, processors, zeroed_counters
+from ..runtime.launcher import Descriptor, launch, zeroed_counters
+from ..runtime.target import processors
 from ..runtime.tuning import choose
 
 RANK_STEP = gl.constexpr(32)  # 64 bytes a row, as wide as a step's packed weights
@@ -406,12 +407,16 @@ GROUP = 8  # token tiles in a row that use the same weights
 MIN_STEPS = 4  # of a part: fewer would not repay the exchange of its sums
 
 
-def can_gemm(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether TMA can read and write these: 16-byte rows and addresses, and a 16-bit result no wider than a buffer."""
+def why_not(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> str | None:
+    """Why TMA cannot read or write these, None if it can: 16-byte rows and addresses, a result as wide as a buffer."""
     n, r = up.shape
-    if out_dtype not in (torch.bfloat16, torch.float16) or n % 8 or r % 8 or qx.data_ptr() % 16:
-        return False
-    return not r or (xd.stride(0) % 8 == 0 and xd.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0)
+    if out_dtype not in (torch.bfloat16, torch.float16):
+        return f"its result is {out_dtype}, not 16 bits"
+    if n % 8 or r % 8 or qx.data_ptr() % 16:
+        return f"{n} features, rank {r} or an address that is no multiple of 16 bytes"
+    if r and (xd.stride(0) % 8 or xd.data_ptr() % 16 or up.data_ptr() % 16):
+        return "low-rank operands whose rows are no multiple of 16 bytes"
+    return None
 
 
 def candidates(m: int, n: int) -> tuple[Tile, ...]:

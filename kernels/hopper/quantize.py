@@ -34,8 +34,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
+from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Hook
-from ..runtime.launcher import COUNTERS, Descriptor, launch, processors, zeroed_counters
+from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
+from ..runtime.target import processors
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
@@ -381,10 +383,14 @@ def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Des
     return describe(down, first, columns), describe(down, rest or first, columns)
 
 
-def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
-             prologue: Hook | None, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
-    """Checked operands, `can_quantize` -> into qx, ascales and xd."""
+def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0, prologue: Hook | None = None,
+             right: Tensor | None = None, fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As portable/quantize.py does it, for operands that `can_quantize`."""
+    check_quantize(x, right, smooth, down, precision, shift, fp8)
+    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], precision, fp8)
     (r, k), (m, kp) = down.shape, qx.shape
+    if m == 0:
+        return qx, ascales, xd
     width = x.shape[1]
     parameters = constants(m, k, r, precision, shift, width, prologue)
     boxes, slots, *_ = parameters
@@ -396,3 +402,4 @@ def quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, prec
                  zeroed_counters(x.device, blocks * (ROWS.value + 2)), () if prologue is None else prologue.operands,
                  m, k, kp, programs, width, *ascales.stride(), float(shift))  # fmt: skip
     launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value, launch_pdl=True)
+    return qx, ascales, xd

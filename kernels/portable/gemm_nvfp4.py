@@ -197,6 +197,16 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
 
 
 @cache
+def why_not(device: torch.device) -> str | None:
+    """Why this GPU or this Triton has no 4-bit floating-point products; None if they have."""
+    try:
+        compute_target(device.index)
+    except RuntimeError as no:
+        return str(no)
+    return None
+
+
+@cache
 def compute_target(device: int | None) -> int:
     """The major compute capability of a CUDA device, 10 or 12; raises for all else, before anything is compiled."""
     if INTERPRETED:

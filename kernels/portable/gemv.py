@@ -29,7 +29,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from ..runtime.generated import Hook
-from ..runtime.launcher import check_low_rank, check_tensor, launch, launches_early
+from ..runtime.launcher import check_low_rank, check_tensor, launch
+from ..runtime.target import launches_early
 from .unpack import biased
 
 MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more than a 16-bit copy of them

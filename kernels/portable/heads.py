@@ -20,7 +20,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.runtime import JITFunction
 
-from ..runtime.launcher import launch, launches_early, processors
+from ..runtime.launcher import launch
+from ..runtime.target import launches_early, processors
 
 MAX_CHANNELS = 256
 

@@ -23,7 +23,7 @@ the same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 a
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Elsewhere, and for nvfp4, a launch
+On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Here a launch
 splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
 Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
 codes are a second launch, which walks x from its end, which is still in L2.
@@ -33,8 +33,6 @@ codes are a second launch, which walks x from its end, which is still in L2.
     counters  [blocks]   int32 the programs of each row block that are done; zero before and after
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +40,8 @@ from torch import Tensor
 
 from ..formats.groups import padded
 from ..runtime.generated import Hook
-from ..runtime.launcher import check_tensor, launch, processors, zeroed_counters
+from ..runtime.launcher import check_tensor, launch, zeroed_counters
+from ..runtime.target import processors
 from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
 
 MAX_RANK = 256
@@ -163,7 +162,7 @@ def _codes_kernel(
         tl.store(ascales + rm, scale, mask=rm < M)
 
 
-def _check(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
+def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
            fp8: bool) -> None:  # fmt: skip
     if precision not in GROUP_SIZE:
         raise ValueError(f"quantize: {precision} has no quantized activations, use one of {', '.join(GROUP_SIZE)}")
@@ -190,7 +189,7 @@ def _check(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precis
         raise ValueError(f"quantize: rank {r} is not a multiple of 16 up to {MAX_RANK}")
 
 
-def _outputs(x: Tensor, k: int, r: int, precision: str, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def allocate_results(x: Tensor, k: int, r: int, precision: str, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     m, kp = x.shape[0], padded(k, GROUP_SIZE[precision])
     xd = x.new_empty(m, r)
     if precision == "nvfp4":
@@ -210,35 +209,10 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
 
     With a shift, int4's codes are unsigned. A prologue sees x and right side by side.
     """
-    _check(x, right, smooth, down, precision, shift, fp8)
-    outputs = _outputs(x, smooth.shape[0], down.shape[0], precision, fp8)
+    check_quantize(x, right, smooth, down, precision, shift, fp8)
+    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], precision, fp8)
     if x.shape[0] == 0:
-        return outputs
-    if precision != "nvfp4" and _one_kernel(x.device):
-        from ..hopper import quantize as gluon_quantize
-
-        if gluon_quantize.can_quantize(x, right, down, precision, prologue):
-            gluon_quantize.quantize(x, right, smooth, down, precision, shift, prologue, *outputs)
-            return outputs
-    in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)
-    return outputs
-
-
-@cache
-def _one_kernel(device: torch.device) -> bool:
-    """Gluon is experimental: a release may lack what kernels/hopper/quantize.py needs."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    try:
-        from ..hopper import quantize as gluon_quantize  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-def in_launches(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
-                prologue: Hook | None, qx: Tensor, ascales: Tensor, xd: Tensor) -> None:  # fmt: skip
-    """The kernels of this file, on checked operands, into qx, ascales and xd."""
+        return qx, ascales, xd
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
     kp = padded(k, GROUP_SIZE[precision])
     hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
@@ -258,8 +232,9 @@ def in_launches(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, p
     warps, stages = (4, 4) if r <= 64 else (8, 2)  # no spills, and within the 99 KB of sm_89 and sm_120
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
     if precision != "w4a8":
-        return
+        return qx, ascales, xd
     tm, tk = 8, min(1024, triton.next_power_of_2(kp))
     arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)
     launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments,
            (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, hook), num_warps=4)  # fmt: skip
+    return qx, ascales, xd

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from ..runtime.launcher import launch, launches_early
+from ..runtime.launcher import launch
+from ..runtime.target import launches_early
 
 MAX_COLUMNS = 8192  # a row is held in the registers of its warps
 

@@ -268,17 +268,3 @@ def zeroed_counters(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     recording.counters = max(count, getattr(recording, "counters", 0))
     return _kept_counters(device, gpu()[1](device.index))
-
-
-@cache
-def launches_early(device: torch.device) -> bool:
-    """Whether the GPU can bring a kernel to its multiprocessors while the one before it ends."""
-    if device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from svdq_compile.kernels.hopper import quantize as gq
 from svdq_compile.kernels.portable import quantize as tq
 from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
@@ -59,10 +60,9 @@ def operands(m, k, rank, dtype):
     return x, torch.rand(k, device="cuda") + 0.5, down
 
 
-def in_launches(x, smooth, down, precision, shift=0.0, prologue=None, right=None, fp8=False):
-    outputs = tq._outputs(x, smooth.shape[0], down.shape[0], precision, fp8)
-    tq.in_launches(x, right, smooth, down, precision, shift, prologue, *outputs)
-    return outputs
+def fastest(x, smooth, down, precision, shift=0.0, prologue=None, right=None, fp8=False):
+    one_kernel = precision != "nvfp4" and gq.can_quantize(x, right, down, precision, prologue)
+    return (gq if one_kernel else tq).quantize(x, smooth, down, precision, shift, prologue, right, fp8)
 
 
 def check(result, x, smooth, down, precision, shift):
@@ -78,7 +78,7 @@ def check(result, x, smooth, down, precision, shift):
 
 @pytest.mark.parametrize(
     ("m", "k", "rank", "precision", "shift", "dtype", "run"),
-    [(*case, tq.quantize) for case in CASES] + [(*case, in_launches) for case in IN_LAUNCHES],
+    [(*case, fastest) for case in CASES] + [(*case, tq.quantize) for case in IN_LAUNCHES],
 )
 def test_quantize(m, k, rank, precision, shift, dtype, run):
     x, smooth, down = operands(m, k, rank, dtype)
@@ -91,7 +91,7 @@ def test_quantize(m, k, rank, precision, shift, dtype, run):
 def test_ties_are_exact(precision, shift):
     x, _, down = operands(300, 1024, 0, torch.bfloat16)
     x, smooth = (x * 8).round() / 8 + 0.0, torch.ones(1024, device="cuda")
-    qx, ascales, _ = tq.quantize(x, smooth, down, precision, shift)
+    qx, ascales, _ = fastest(x, smooth, down, precision, shift)
     # On the CPU: torch divides by a number on CUDA as it multiplies by one over it, rounded.
     q, a, _ = reference.quantize(x.cpu(), smooth.cpu(), down.cpu(), precision, shift)
     assert torch.equal(ascales.float().cpu(), a.float())
@@ -109,10 +109,10 @@ def check_prologue(result, h, smooth, down, precision, shift):
 
 @pytest.mark.parametrize(
     ("m", "k", "rank", "precision", "shift", "dtype", "run"),
-    [(128, 3072, 32, "w4a8", 0.0, BF16, tq.quantize), (333, 3072, 32, "w4a8", 0.0, FP16, tq.quantize),
-     (77, 336, 128, "w4a8", 0.0, BF16, tq.quantize), (128, 3072, 128, "w4a8", 0.0, BF16, tq.quantize),
-     (77, 336, 32, "int4", 0.171875, BF16, tq.quantize), (50, 1000, 0, "nvfp4", 0.0, BF16, tq.quantize),
-     (50, 1000, 16, "w4a8", 0.0, BF16, in_launches), (50, 1000, 16, "int4", 0.171875, FP16, in_launches)],
+    [(128, 3072, 32, "w4a8", 0.0, BF16, fastest), (333, 3072, 32, "w4a8", 0.0, FP16, fastest),
+     (77, 336, 128, "w4a8", 0.0, BF16, fastest), (128, 3072, 128, "w4a8", 0.0, BF16, fastest),
+     (77, 336, 32, "int4", 0.171875, BF16, fastest), (50, 1000, 0, "nvfp4", 0.0, BF16, fastest),
+     (50, 1000, 16, "w4a8", 0.0, BF16, tq.quantize), (50, 1000, 16, "int4", 0.171875, FP16, tq.quantize)],
 )  # fmt: skip
 def test_prologues(m, k, rank, precision, shift, dtype, run):
     """The result beyond the edges must be zero, whatever the prologue makes of nothing."""
@@ -127,10 +127,10 @@ def test_prologues(m, k, rank, precision, shift, dtype, run):
 
 @pytest.mark.parametrize(
     ("m", "left", "k", "rank", "gap", "precision", "run"),
-    [(333, 3072, 15360, 32, 64, "w4a8", tq.quantize), (77, 64, 336, 96, 8, "w4a8", tq.quantize),
-     (77, 64, 336, 0, 5, "w4a8", tq.quantize), (130, 100, 320, 16, 8, "int4", tq.quantize),
-     (130, 64, 320, 16, 8, "int4", tq.quantize), (1, 64, 128, 16, 8, "w4a8", tq.quantize),
-     (333, 3072, 15360, 32, 64, "w4a8", in_launches), (77, 64, 336, 16, 8, "nvfp4", in_launches)],
+    [(333, 3072, 15360, 32, 64, "w4a8", fastest), (77, 64, 336, 96, 8, "w4a8", fastest),
+     (77, 64, 336, 0, 5, "w4a8", fastest), (130, 100, 320, 16, 8, "int4", fastest),
+     (130, 64, 320, 16, 8, "int4", fastest), (1, 64, 128, 16, 8, "w4a8", fastest),
+     (333, 3072, 15360, 32, 64, "w4a8", tq.quantize), (77, 64, 336, 16, 8, "nvfp4", tq.quantize)],
 )  # fmt: skip
 def test_two_parts(m, left, k, rank, gap, precision, run):
     """Side by side, each a slice of something wider, also where the one kernel cannot copy 16 bytes at a time."""
@@ -151,7 +151,7 @@ def test_int4_in_fp8(m, k, rank, shift):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs float8_e4m3fn")
     x, smooth, down = operands(m, k, rank, torch.bfloat16)
-    for run in (tq.quantize, in_launches):
+    for run in (fastest, tq.quantize):
         qx, ascales, xd = run(x, smooth, down, "int4", shift, fp8=True)
         plain, scales, xd2 = run(x, smooth, down, "int4", shift)
         assert torch.equal(qx.view(torch.uint8), plain.half().to(torch.float8_e4m3fn).view(torch.uint8))
@@ -164,7 +164,7 @@ def test_int4_in_fp8(m, k, rank, shift):
 def test_every_element_is_written(precision, shift):
     """Freed memory full of NaN is what torch.empty hands out next."""
     x, smooth, down = operands(333, 264, 32, torch.bfloat16)
-    for run in (tq.quantize, in_launches):
+    for run in (fastest, tq.quantize):
         poison = [torch.full((n,), float("nan"), device="cuda") for n in (333 * 80, 333 * 40, 333 * 17, 333 * 16, 333)]
         del poison
         check(run(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
@@ -172,10 +172,10 @@ def test_every_element_is_written(precision, shift):
 
 def test_captured_in_a_graph():
     x, smooth, down = operands(100, 3072, 32, torch.bfloat16)
-    tq.quantize(x, smooth, down, "w4a8")
+    fastest(x, smooth, down, "w4a8")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = tq.quantize(x, smooth, down, "w4a8")
+        result = fastest(x, smooth, down, "w4a8")
     for _ in range(3):
         x.copy_(torch.randn(100, 3072, device="cuda"))
         graph.replay()
@@ -190,7 +190,7 @@ def test_two_streams():
     results = []
     for i in range(10):
         with torch.cuda.stream(streams[i % 2]):
-            results.append(tq.quantize(x, smooth, down, "w4a8"))
+            results.append(fastest(x, smooth, down, "w4a8"))
     torch.cuda.synchronize()
     for result in results:
         check(result, x, smooth, down, "w4a8", 0.0)
@@ -203,6 +203,6 @@ def test_more_than_two_to_the_31_elements():
     x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
     smooth, down = torch.rand(k, device="cuda") + 0.5, torch.randn(16, k, device="cuda").bfloat16()
     x[-64:] = torch.randn(64, k, device="cuda")
-    qx, ascales, xd = tq.quantize(x, smooth, down, "w4a8")
+    qx, ascales, xd = fastest(x, smooth, down, "w4a8")
     assert not qx[:-64].any()
     check((qx[-64:], ascales[-64:], xd[-64:]), x[-64:], smooth, down, "w4a8", 0.0)

@@ -1,0 +1,75 @@
+"""What the operators read, a record each: from the graph's node to the kernel the same names in the same order.
+
+In a graph the fields are nodes: `Gemm(*node.args)`, and `node.args = record._replace(bias=None)`. At run time they are
+tensors, with any leading dimensions; `rows()` makes matrices of them for the kernels.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., C] -> [rows, C], a view wherever the leading dimensions are evenly spaced."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def as_lines(t: Tensor) -> Tensor:
+    """`as_rows`, with the columns of a row side by side."""
+    rows = as_rows(t)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class Quantize(NamedTuple):
+    """x [..., K] 16- or 32-bit, smooth [K] fp32, down [R, K] -> qx, ascales (the format's) and xd [..., R].
+
+    shift  added to x before an unsigned code; 0 for signed ones
+    """
+
+    x: Any
+    smooth: Any
+    down: Any
+    precision: str
+    shift: float
+
+    def rows(self) -> "Quantize":
+        return self._replace(x=as_lines(self.x), down=self.down.contiguous())
+
+
+class Gemm(NamedTuple):
+    """qx, ascales and xd [..., s r] of `quantize`, the format's weight, up [N, r], bias and offset [N] or None
+    -> y [..., N] in out_dtype. Of s linears side by side, each reads r columns of xd.
+    """
+
+    qx: Any
+    ascales: Any
+    xd: Any
+    weight: Any
+    up: Any
+    bias: Any
+    offset: Any
+    precision: str
+    out_dtype: Any
+
+    def rows(self) -> "Gemm":
+        qx, ascales, xd = map(as_rows, (self.qx, self.ascales, self.xd))
+        return self._replace(qx=qx, ascales=ascales, xd=xd, weight=tuple(self.weight), up=self.up.contiguous())
+
+
+class Gemv(NamedTuple):
+    """x [..., K] 16- or 32-bit, xd [..., r] or None, the format's weight, up [N, r] or None, bias [N] or None
+    -> y [..., N] in out_dtype.
+    """
+
+    x: Any
+    xd: Any
+    weight: Any
+    up: Any
+    bias: Any
+    precision: str
+    out_dtype: Any
+
+    def rows(self) -> "Gemv":
+        xd = None if self.xd is None else as_rows(self.xd)
+        up = None if self.up is None else self.up.contiguous()
+        return self._replace(x=as_rows(self.x).contiguous(), xd=xd, weight=tuple(self.weight), up=up)

@@ -1,0 +1,51 @@
+"""What the GPU of a tensor is and can do: asked here and nowhere else, without importing Triton."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return 0, 0
+    if not torch.cuda.is_available():  # fake tensors know devices that are not there
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the portable kernels run here, and so weights should lie in the kernel order."""
+    return capability(device) >= (8, 0)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether this GPU has `wgmma`, which kernels/hopper needs."""
+    return capability(device) == (9, 0)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether the GPU can bring a kernel to its multiprocessors while the one before it ends."""
+    return capability(device) >= (9, 0)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class Target(NamedTuple):
+    """GPUs that a kernel is written for. name: completes "not on ..."."""
+
+    name: str
+    includes: Callable[[torch.device], bool]
+
+
+PORTABLE = Target("an NVIDIA GPU from sm_80", has_kernels)
+HOPPER = Target("sm_90", is_hopper)
+BLACKWELL = Target("a GPU with 4-bit floating-point products (sm_100, sm_120)", lambda d: capability(d) >= (10, 0))

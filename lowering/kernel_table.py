@@ -1,0 +1,150 @@
+"""How an operator's kernel is found: a table for each operator (launch.py), the fastest first, the reference last.
+
+A row says why it cannot take some operands, or runs them. A kernel that this Triton cannot compile is left out for the
+rest of the process, with one warning; the next row takes over. Why a call went to a slower row is said at debug level
+(`TORCH_LOGS="+svdq_compile"`).
+
+SVDQ_KERNELS=reference       or names of rows, with commas: in each table that has one of them, only these rows and the
+                             reference are asked
+"""
+
+import difflib
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.runtime.target import Target
+
+log = logging.getLogger("svdq_compile.lowering")
+
+REFERENCE = "reference"
+ANY = Target("any device", lambda device: True)
+_TABLES: dict[str, "Table"] = {}
+_left_out: dict[tuple[str, Any], str] = {}  # (a row, the generated function in it or None) -> why
+_told: set[tuple] = set()
+
+
+class NoKernel(Exception):
+    """No row is left that could run a generated function."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row.
+
+    name     as SVDQ_KERNELS has it
+    target   the GPUs it is written for
+    formats  it takes, where the operator has one; ()
+    needs    its module in kernels/, for which a Triton may be too old or too new; None: it has none
+    why_not  (operands) -> why it cannot take them, None if it can; asked last
+    run      (operands, *functions): generated functions and whatever else the operator hands to its kernel
+    """
+
+    name: str
+    target: Target
+    formats: tuple[str, ...]
+    needs: str | None
+    why_not: Callable[[Any], str | None]
+    run: Callable[..., Any]
+
+    def refuses(self, operands: Any) -> str | None:
+        """Why it cannot take these operands; None if it can."""
+        first = operands if isinstance(operands, Tensor) else operands[0]
+        if not self.target.includes(first.device):
+            return f"not on {self.target.name}"
+        if self.formats and operands.precision not in self.formats:
+            return f"it has no {operands.precision}"
+        return _missing(self.needs) or self.why_not(operands)
+
+
+class Table:
+    """The rows of one operator. They are asked in order; the reference takes everything."""
+
+    def __init__(self, operator: str, rows: list[Kernel], reference: Callable[..., Any]) -> None:
+        self.operator = operator
+        self.rows = [*rows, Kernel(REFERENCE, ANY, (), None, lambda operands: None, reference)]
+        _TABLES[operator] = self
+
+    def choose(self, operands: Any, function: Any = None) -> Kernel:
+        """The first row that can run these operands with this generated function."""
+        for kernel in self._asked():
+            reason = _left_out.get((kernel.name, None)) or _left_out.get((kernel.name, function))
+            reason = reason or kernel.refuses(operands)
+            if reason is None:
+                return kernel
+            if (kernel.name, reason) not in _told:
+                _told.add((kernel.name, reason))
+                log.debug("%s not by %s: %s", self.operator, kernel.name, reason)
+        raise AssertionError("the reference takes everything")
+
+    def run(self, operands: Any, *functions: Any) -> Any:
+        """The result, by the first row that can. Raises NoKernel where only the reference could, with a function."""
+        function = next((f.function for f in functions if hasattr(f, "function")), None)
+        while True:
+            kernel = self.choose(operands, function)
+            if kernel.name == REFERENCE and function is not None:
+                raise NoKernel(self.operator)
+            try:
+                return kernel.run(operands, *functions)
+            except Exception as error:
+                if kernel.name == REFERENCE or not _is_compilers(error):
+                    raise
+                _leave_out(self.operator, kernel.name, function, error)
+
+    def _asked(self) -> list[Kernel]:
+        names = forced(os.environ.get("SVDQ_KERNELS", ""))
+        if names.isdisjoint(kernel.name for kernel in self.rows):
+            return self.rows
+        return [kernel for kernel in self.rows if kernel.name in names or kernel.name == REFERENCE]
+
+
+@cache
+def forced(text: str) -> frozenset[str]:
+    """The rows that SVDQ_KERNELS names. Raises ValueError, with the nearest name, for one that no table has."""
+    names = frozenset(name.strip() for name in text.split(",") if name.strip())
+    known = {kernel.name for table in _TABLES.values() for kernel in table.rows}
+    for name in names - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"SVDQ_KERNELS={name!r}: {hint}the kernels are {', '.join(sorted(known))}")
+    return names
+
+
+@cache
+def _missing(module: str | None) -> str | None:
+    """Why a kernel's module cannot be imported: Gluon is experimental, and a release may lack what one needs."""
+    if module is not None:
+        try:
+            importlib.import_module(f"{kernels.__name__}.{module}")
+        except (ImportError, AttributeError) as error:
+            return f"this Triton lacks what it needs ({error})"
+    return None
+
+
+def _is_compilers(error: Exception) -> bool:
+    """Whether a compiler has failed, and not the launch or the operands."""
+    import triton
+    from triton.runtime import errors
+
+    kinds = (triton.CompilationError, errors.OutOfResources, getattr(errors, "PTXASError", errors.OutOfResources))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+
+
+def _leave_out(operator: str, name: str, function: Any, error: Exception) -> None:
+    import torch
+    import triton
+
+    reason = f"it does not compile: {type(error).__name__}"
+    _left_out[name, function] = reason
+    log.warning(
+        "kernel %s (%s)%s does not compile with Triton %s and torch %s: left out, a slower one takes over. %s: %s",
+        name, operator, "" if function is None else " with one generated function", triton.__version__,
+        torch.__version__, type(error).__name__, (str(error).strip().splitlines() or [""])[-1],
+    )  # fmt: skip
