@@ -127,7 +127,7 @@ def _write(path: Path, code: str) -> None:
 def source(region: Region, tiles: bool = False) -> str:
     """The Python file of a region."""
     is_epilogue = region.kind == "epilogue"
-    drawing = "\n".join(f"    {line}" for line in str(region).split("\n"))
+    drawing = "\n".join(f"    {line}" for line in region.drawing().split("\n"))
     beside = "beside, " if tiles and ("beside", FULL) in region.operands else ""
     signature = f"y, {beside}columns, rows, live, extra" if is_epilogue else "x, rows, columns, live, extra"
     result = region.steps[-1].name if region.steps else "x"

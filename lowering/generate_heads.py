@@ -56,7 +56,7 @@ def source(region: Region) -> str:
     """The Python file of a region."""
     writer = _Writer(region)
     loads, lines = ("\n".join(f"    {line}" for line in block) for block in (writer.loads, writer.lines))
-    drawing = "\n".join(f"    {line}" for line in str(region).split("\n"))
+    drawing = "\n".join(f"    {line}" for line in region.drawing().split("\n"))
     return (
         f'"""A fused region.\n\n{drawing}\n"""\n\n'
         "import triton\nimport triton.language as tl\n"

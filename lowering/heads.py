@@ -1,6 +1,6 @@
 """svdq::head_region: what makes q or k out of a linear's result, in one kernel or in torch.
 
-    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token)\\n...")      [B, T, H, D] -> [B, T, H, D]
+    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token); ...")      [B, T, H, D] -> [B, T, H, D]
 
 The text may have several parts; then the list holds the operands of all, and the results stand one after the other
 along T, as text and image tokens do in joint attention. The result is contiguous, or lies as [B, H, T, D] in memory.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launch
 from .kernel_table import NoKernel
-from .region import Region, parse
+from .region import PARTS, Region, parse
 
 
 def takes(channels: object) -> bool:
@@ -23,7 +23,7 @@ def takes(channels: object) -> bool:
 
 def parts(text: str) -> list[Region]:
     """The regions in a text."""
-    return [parse(part) for part in text.split("\n\n")]
+    return [parse(part) for part in text.split(PARTS)]
 
 
 def head_region(operands: list[Tensor], region: str, heads_first: bool = False) -> Tensor:

@@ -1,13 +1,12 @@
 """A fused region: the pointwise neighbours of an svdq:: operator, as a small program in text.
 
-    epilogue(y, beside: full, a0: column)          prologue(x, right, a0: row, a1: row, a2: column)
-    t0 = mul(y, a0)                                t0 = sub(x, a0)
-    t1 = add(beside, t0)                           t1 = mul(t0, a1)
-                                                   t2 = mul(t1, a2)
+    epilogue(y, beside: full, a0: column); t0 = mul(y, a0); t1 = add(beside, t0)
+    prologue(x, right, a0: row, a1: row, a2: column); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)
 
 The text is an argument of the operator in the graph, so it is all that a compile cache needs to keep: `parse` reads it
-back, `evaluate` runs it in torch (the oracle), and generate.py turns it into a Triton function. The last line is the
-result. Values are fp32; `bf16` and `fp16` round where the model casts.
+back, `evaluate` runs it in torch (the oracle), and generate.py turns it into a Triton function. The last step is the
+result. Values are fp32; `bf16` and `fp16` round where the model casts. It is one line, because Inductor copies a node's
+arguments into a comment above its own kernels, where a second line would be code.
 
 The block that a region works on is a matrix [M, C]: all leading dimensions of a tensor [..., C] are its rows.
 
@@ -18,13 +17,10 @@ The block that a region works on is a matrix [M, C]: all leading dimensions of a
     sample    [B, 1, ..., C]        one a channel for each of the B samples (a modulation); M / B rows each
     scalar    one value
 
-A third kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, a blank line
+A third kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, with ` | `
 between them: each makes some of the tokens, one after the other.
 
-    heads(x, a0: column, a1: token)
-    t0 = mul(x, x)
-    t1 = row_mean(t0)
-    ...
+    heads(x, a0: column, a1: token); t0 = mul(x, x); t1 = row_mean(t0); ...
 
     token     [B, T, 1, D]          one a channel for each token (cos, sin); B, T or both may be 1
     row       [B, T, H, 1]          likewise
@@ -41,6 +37,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+STEPS, PARTS = "; ", " | "  # what stands between steps, and between the parts of a region over heads
 Argument = str | float  # the name of a value, or a number
 
 FULL, ROW, COLUMN, SAMPLE, SCALAR = CLASSES = ("full", "row", "column", "sample", "scalar")
@@ -114,7 +111,11 @@ class Region:
     def __str__(self) -> str:
         first = ["y"] if self.kind == "epilogue" else []
         named = [name if name in ("x", "right") else f"{name}: {cls}" for name, cls in self.operands]
-        return "\n".join([f"{self.kind}({', '.join(first + named)})", *map(str, self.steps)])
+        return STEPS.join([f"{self.kind}({', '.join(first + named)})", *map(str, self.steps)])
+
+    def drawing(self) -> str:
+        """The text as people read it, a step a line."""
+        return str(self).replace(STEPS, "\n")
 
     @property
     def has_right(self) -> bool:
@@ -139,7 +140,7 @@ _STEP = re.compile(r"(\w+) = (\w+)\((.*)\)")
 @cache
 def parse(text: str) -> Region:
     """The region that `str(region)` wrote. Raises ValueError for anything else."""
-    header, *lines = text.split("\n")
+    header, *lines = text.split(STEPS)
     found = _HEADER.fullmatch(header)
     if found is None:
         raise ValueError(f"not a fused region: {header!r}")

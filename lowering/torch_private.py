@@ -1,6 +1,7 @@
 """The private corners of torch that this package leans on, all of them. Tried on torch 2.11 and 2.13."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .. import kernels
 
 LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
 
@@ -109,8 +112,8 @@ def compile_with_inductor(
     """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments.
 
     rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
-             caches know it by the sources of its folder and this one: while these stay, equal graphs must come out
-             alike.
+             caches know it by the sources of its folder, of this one and of kernels/, and by SVDQ_KERNELS: while
+             these stay, equal graphs must come out alike.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -157,11 +160,16 @@ def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
 
         def uuid(self) -> Any:
             function, options = getattr(rewrite, "func", rewrite), getattr(rewrite, "keywords", {})
-            folders = Path(inspect.getfile(function)).parent, Path(__file__).parent
-            files = sorted(str(file) for folder in folders for file in folder.glob("*.py"))
-            return get_hash_for_files(tuple(files)), repr(options)
+            sources = _sources(Path(inspect.getfile(function)).parent)
+            return get_hash_for_files(sources), repr(options), os.environ.get("SVDQ_KERNELS", "")
 
     return AtenPass()
+
+
+def _sources(passes: Path) -> tuple[str, ...]:
+    """All that decides what comes out of the passes: theirs, and those of lowering/ and kernels/."""
+    folders = passes, Path(__file__).parent, *map(Path, kernels.__path__)
+    return tuple(sorted(str(file) for folder in folders for file in folder.rglob("*.py")))
 
 
 @contextmanager

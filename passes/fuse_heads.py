@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..lowering import heads, ops
-from ..lowering.region import COLUMN, FULL, IN_THE_MIDDLE, NEIGHBOURS, ROW, SCALAR, TOKEN, Region, Step
+from ..lowering.region import COLUMN, FULL, IN_THE_MIDDLE, NEIGHBOURS, PARTS, ROW, SCALAR, TOKEN, Region, Step
 from ..lowering.torch_private import describe
 from .pipeline import log
 from .pointwise import FLOATS, SIXTEEN_BIT, cat_of, is_widening, operation, value_of
@@ -496,7 +496,7 @@ def _replace(graph: fx.Graph, end: fx.Node, writers: list[_Writer], turn: tuple[
 
     with graph.inserting_before(end):
         operands = [node for writer in writers for node in writer.nodes(insert)]
-        text = "\n\n".join(writer.text() for writer in writers)
+        text = PARTS.join(writer.text() for writer in writers)
         result = insert(ops.head_region, operands, text, heads_first)
         if turn != UNTURNED:
             result = insert(aten.permute.default, result, list(turn))

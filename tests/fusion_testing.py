@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 from conftest import WIDTH, quiet, relative_error
 from svdq_compile import compiled as compiled_module
 from svdq_compile.lowering import ops
+from svdq_compile.lowering.region import parse
 from svdq_compile.passes.pointwise import operation
 from zoo import ZOO, make
 
@@ -67,9 +68,9 @@ def count(graphs: list[fx.GraphModule], target: Callable) -> int:
 
 
 def regions(graphs: list[fx.GraphModule]) -> list[str]:
-    """The texts of all fused regions, each once, in order."""
+    """The texts of all fused regions, drawn a step a line, each once, in order."""
     texts = [n.args[-1] for gm in graphs for n in gm.graph.nodes if n.target in (ops.fused_gemm, ops.fused_quantize)]
-    return list(dict.fromkeys(texts))
+    return [parse(text).drawing() for text in dict.fromkeys(texts)]
 
 
 def elementwise_before_quantize(gm: fx.GraphModule) -> list[str]:

@@ -437,3 +437,19 @@ def test_fusions_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         run(Two(around).to(torch.bfloat16).requires_grad_(False), (tokens(),), fuse=fuse)
         assert (count(graphs, ops.fused_gemm), count(graphs, ops.fused_quantize)) == expected
     assert tuple(FUSING) == FUSIONS
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_graph_holds_only_single_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor copies nodes into comments above its kernels, where a second line would be code."""
+    graphs = run_as_aten(monkeypatch)
+    model, inputs, regional = zoo(name)
+    run(own_buffers(model), inputs, regional)
+    nodes = [node for gm in graphs for node in gm.graph.nodes]
+    assert any(node.target in (ops.fused_gemm, ops.fused_quantize) for node in nodes)
+    for node in nodes:
+        assert node.format_node() is None or len(node.format_node().splitlines()) == 1
+        for text in (a for a in node.args if isinstance(a, str)):
+            assert text.isprintable()
+            assert text.isascii()
+            assert not set(text) & set("'\"\\{}#")

@@ -18,20 +18,20 @@ t3 = mul(t1, t2)
 t4 = add(t3, a3)
 t5 = mul(t4, a4)
 t6 = add(t5, a5)
-t7 = fp16(t6)"""
+t7 = fp16(t6)""".replace("\n", "; ")
 RESIDUAL = """epilogue(y, a0: column, beside: full)
 t0 = mul(a0, y)
-t1 = add(beside, t0)"""
+t1 = add(beside, t0)""".replace("\n", "; ")
 EVERYTHING = (
-    "prologue(x, a0: full)\n"
-    "t0 = tanh(x)\nt1 = erf(x)\nt2 = exp(a0)\nt3 = sigmoid(x)\nt4 = relu(a0)\nt5 = abs(x)\nt6 = add(t5, 0.5)\n"
-    "t7 = sqrt(t6)\nt8 = rsqrt(t6)\nt9 = reciprocal(t6)\nt10 = neg(t9)\nt11 = maximum(t0, t1)\n"
-    "t12 = minimum(t2, t3)\nt13 = div(t11, t6)\nt14 = sub(t12, t13)\nt15 = mul(t14, t7)\nt16 = add(t15, t8)\n"
-    "t17 = add(t16, t10)\nt18 = add(t17, t4)\nt19 = fp16(t18)"
+    "prologue(x, a0: full); "
+    "t0 = tanh(x); t1 = erf(x); t2 = exp(a0); t3 = sigmoid(x); t4 = relu(a0); t5 = abs(x); t6 = add(t5, 0.5); "
+    "t7 = sqrt(t6); t8 = rsqrt(t6); t9 = reciprocal(t6); t10 = neg(t9); t11 = maximum(t0, t1); "
+    "t12 = minimum(t2, t3); t13 = div(t11, t6); t14 = sub(t12, t13); t15 = mul(t14, t7); t16 = add(t15, t8); "
+    "t17 = add(t16, t10); t18 = add(t17, t4); t19 = fp16(t18)"
 )
 
 
-@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING, "prologue(x, right)", "epilogue(y)\nt0 = bf16(y)"])
+@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING, "prologue(x, right)", "epilogue(y); t0 = bf16(y)"])
 def test_what_is_written_is_read_back(text: str) -> None:
     assert str(parse(text)) == text
     compile(generate.source(parse(text)), "region.py", "exec")
@@ -46,7 +46,7 @@ def test_numbers_survive_exactly() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "epilogue", "both(y)", "epilogue(y, a0: diagonal)", "epilogue(y)\nt0 = launch(y)", "epilogue(y)\nt0 = exp(z)"],
+    ["", "epilogue", "both(y)", "epilogue(y, a0: diagonal)", "epilogue(y); t0 = launch(y)", "epilogue(y); t0 = exp(z)"],
 )
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"region|float"):
@@ -123,7 +123,7 @@ def test_a_missing_file_is_written_again(tmp_path, monkeypatch) -> None:
     generate.function.cache_clear()
     generate.function(RESIDUAL)
     (file,) = (tmp_path / "cache" / "regions").iterdir()
-    assert RESIDUAL.split("\n")[1] in file.read_text()
+    assert RESIDUAL.split("; ")[1] in file.read_text()
     assert [f.name for f in (tmp_path / "dump").iterdir()] == [file.name]
     file.write_text("damaged")
     generate.function.cache_clear()

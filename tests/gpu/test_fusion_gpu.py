@@ -26,13 +26,13 @@ t0 = sub(x, a0)
 t1 = mul(t0, a1)
 t2 = add(a2, 1.0)
 t3 = mul(t1, t2)
-t4 = add(t3, a3)"""
-JOINED = "prologue(x, right)\nt0 = tanh(x)\nt1 = mul(t0, 2.0)"
-GATED = "prologue(x, a0: full)\nt0 = sigmoid(a0)\nt1 = mul(x, t0)"
-RESIDUAL = "epilogue(y, a0: column, beside: full)\nt0 = mul(a0, y)\nt1 = add(beside, t0)"
-GELU = "epilogue(y)\nt0 = mul(y, 0.7978845608)\nt1 = tanh(t0)\nt2 = add(t1, 1.0)\nt3 = mul(y, t2)\nt4 = bf16(t3)"
-MIXED = "epilogue(y, a0: sample, a1: row, a2: full, beside: full, a3: scalar)\nt0 = mul(y, a0)\nt1 = add(t0, a1)\n" \
-    "t2 = maximum(t1, a2)\nt3 = add(t2, beside)\nt4 = mul(t3, a3)"  # fmt: skip
+t4 = add(t3, a3)""".replace("\n", "; ")
+JOINED = "prologue(x, right); t0 = tanh(x); t1 = mul(t0, 2.0)"
+GATED = "prologue(x, a0: full); t0 = sigmoid(a0); t1 = mul(x, t0)"
+RESIDUAL = "epilogue(y, a0: column, beside: full); t0 = mul(a0, y); t1 = add(beside, t0)"
+GELU = "epilogue(y); t0 = mul(y, 0.7978845608); t1 = tanh(t0); t2 = add(t1, 1.0); t3 = mul(y, t2); t4 = bf16(t3)"
+MIXED = "epilogue(y, a0: sample, a1: row, a2: full, beside: full, a3: scalar); t0 = mul(y, a0); t1 = add(t0, a1); " \
+    "t2 = maximum(t1, a2); t3 = add(t2, beside); t4 = mul(t3, a3)"  # fmt: skip
 
 
 def linear(n: int, k: int, precision: str) -> PackedLinear:

@@ -15,7 +15,7 @@ t1 = row_mean(t0)
 t2 = add(t1, 1e-06)
 t3 = rsqrt(t2)
 t4 = mul(x, t3)
-t5 = mul(t4, a0)"""
+t5 = mul(t4, a0)""".replace("\n", "; ")
 ROTATED = (
     NORM.replace("column", "column, a1: token, a2: token")
     + """
@@ -25,7 +25,7 @@ t8 = neg(t7)
 t9 = pair(t8, t6)
 t10 = mul(t5, a1)
 t11 = mul(t9, a2)
-t12 = add(t10, t11)"""
+t12 = add(t10, t11)""".replace("\n", "; ")
 )
 HALVES = ROTATED.replace("even(", "low(").replace("odd(", "high(").replace("pair(", "halves(")
 
@@ -70,7 +70,7 @@ def test_heads(text, b, t, h, d, is_wide, dtype):
 
 def test_text_and_image_tokens():
     text, image = (operands(ROTATED, 1, t, 24, 128, torch.bfloat16, True) for t in (77, 500))
-    y = ops.head_region([*text, *image], f"{ROTATED}\n\n{ROTATED}")
+    y = ops.head_region([*text, *image], f"{ROTATED} | {ROTATED}")
     check(y[:, :77], ROTATED, text)
     check(y[:, 77:], ROTATED, image)
 
