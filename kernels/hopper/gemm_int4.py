@@ -50,6 +50,7 @@ from .gemm_w4a8 import (
     _hand_back,
     _load,
     _next,
+    _rank_tokens,
     _store,
     _tile_of,
     _view,
@@ -93,7 +94,7 @@ def _copy(
                 r = (i - k_steps) * RANK_STEP
                 mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
                 _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
-                _load(xd, [pm * TM, own + r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+                _load(xd, [pm * TM, own + r], bar, _rank_tokens(xs, slot, xd, TM))
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             filled += 1
     slot = gl.where(filled < STAGES, 0, slot)
@@ -146,7 +147,7 @@ def _multiply(
         for _ in range(rank_steps):
             mbarrier.wait(full.index(slot), phase)
             u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
-            d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
+            d = _rank_tokens(xs, slot, xd, TM)
             out = warpgroup_mma(u, d.permute([1, 0]), out, is_async=True)
             out = warpgroup_mma_wait(0, deps=(out,))
             _hand_back(slot, THREADS)

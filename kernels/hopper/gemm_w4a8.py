@@ -109,6 +109,12 @@ def _await_free(slot, THREADS: gl.constexpr):
 
 
 @gluon.jit
+def _rank_tokens(xs, slot, xd, TM: gl.constexpr):
+    """xd's [TM, 32] in a buffer's first half: Triton 3.8 views memory only as something of the same size."""
+    return _view(xs.index(slot), xd.dtype, [2 * TM, RANK_STEP], xd.layout).slice(0, TM, 0)
+
+
+@gluon.jit
 def _work(item, whole, parts, part_steps, k_steps):
     """Work item -> its tile, first step and number of steps. The tiles from `whole` on are `parts` items each."""
     tile = item
@@ -150,7 +156,7 @@ def _copy(
                 r = (i - count) * RANK_STEP
                 mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
                 _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
-                _load(xd, [pm * TM, own + r], bar, _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout))
+                _load(xd, [pm * TM, own + r], bar, _rank_tokens(xs, slot, xd, TM))
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             filled += 1
     slot = gl.where(filled < STAGES, 0, slot)
@@ -219,7 +225,7 @@ def _rank_step(xs, ws, xd, up, slot, TM: gl.constexpr, TN: gl.constexpr):
     """What a step of the low-rank product multiplies: up [TN, 32], and xd^T [32, TM/2] for each half."""
     h: gl.constexpr = TM // 2
     u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
-    d = _view(xs.index(slot), xd.dtype, [TM, RANK_STEP], xd.layout)
+    d = _rank_tokens(xs, slot, xd, TM)
     return u, d.slice(0, h, 0).permute([1, 0]), d.slice(h, h, 0).permute([1, 0])
 
 
