@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +199,44 @@ def allow_many_graphs() -> None:
     """Raise Dynamo's limits on how many graphs one function may have, once: what is set later counts.
 
     Each set of active adapters is a graph of its own, and so is each size of picture. At the default limit of 8 torch
-    would go on eagerly without a word, which a model without 16-bit weights cannot do.
+    would go on eagerly, in 4-bit still, but slowly.
     """
     for name, least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
         setattr(torch._dynamo.config, name, max(least, getattr(torch._dynamo.config, name)))
+
+
+def traced_for_torch_itself() -> bool:
+    """Whether Dynamo is tracing for a backend that torch brings along, which knows nothing of 4-bit weights.
+
+    Dynamo runs it instead of tracing it: `_dynamo_marked_constant` is what `assume_constant_result` sets.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend = InstructionTranslator.current_tx().output.compiler_fn
+    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
+        backend = getattr(backend, name, backend)
+    return (getattr(backend, "__module__", None) or type(backend).__module__).split(".")[0] == "torch"
+
+
+traced_for_torch_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def refuse_export(check: Callable[[nn.Module], None]) -> None:
+    """Have torch.export hand each model to `check`, which raises, before it touches the parameters.
+
+    Its fake copy of a weight does not know the weight's class; the strict way clones weights in C++, past everything.
+    """
+    from torch.export import _trace
+
+    export = _trace._export
+
+    @wraps(export)
+    def checked(mod: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check(mod)
+        return export(mod, *args, **kwargs)
+
+    _trace._export = checked
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

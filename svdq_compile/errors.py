@@ -45,11 +45,21 @@ class WeightsReleased(SvdqError):
     def __init__(self, layer: str, use: str) -> None:
         super().__init__(
             f"{use} needs the 16-bit weight of {layer}, which was released when the layer was quantized to 4 bits. "
-            "If a compiled model got here, torch.compile has fallen back to eager execution: see "
-            "torch._dynamo.config.recompile_limit and TORCH_LOGS=recompiles. A LoRA need not be fused: left beside the "
+            "A LoRA need not be fused: left beside the "
             "weight it runs in the same kernel, and set_adapters changes its strength. Otherwise: save the 4-bit model "
             "with svdq_compile.save(model, path); get 16-bit weights back with svdq_compile.restore(model, ...); "
             'or compile with options={"weights": "offload"} (a CPU copy) or {"weights": "keep"}.'
+        )
+
+
+class ExportRefused(SvdqError):
+    """torch.export would write down a weight without its values."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"torch.export cannot hold {layer}, which is quantized to 4 bits. "
+            'Save the model with svdq_compile.save(model, path) and compile it with model.compile(backend="svdquant"), '
+            "or export it in 16-bit after svdq_compile.restore(model, ...)."
         )
 
 

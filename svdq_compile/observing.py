@@ -6,14 +6,12 @@ with that, Dynamo traces again at the next call, and the backend compiles the 4-
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import decisions
+from . import decisions, eager
 from .config import Config
 from .convert import Task, convert
-from .lowering import ops
 from .lowering.torch_private import clone_dynamo_graph
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
@@ -70,9 +68,4 @@ def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: An
     """
     if not isinstance(weight, QuantizedWeight):
         return getattr(F, kind)(x, weight, *args, **kwargs)
-    bias = args[0] if args else kwargs.get("bias")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        y = ops.linear(x.movedim(channel_dim, -1), weight._svdq, bias, dtype)
-    return y.movedim(-1, channel_dim)
+    return eager.product(x, weight._svdq, args[0] if args else kwargs.get("bias"), channel_dim)

@@ -3,12 +3,14 @@
 Quantizing changes the class of the model's own Parameter, in place. Everything that refers to the Parameter (modules,
 state dicts being built, optimizers, adapters) goes on referring to the same object, torch.compile sees another type
 and traces again, and every use of the missing 16-bit values passes through `__torch_function__` below, which does one
-of four things:
+of five things:
 
     describe   shape, dtype, device and the like are what they were. detach() and .data give the weight itself, as those
                who load adapters take state dicts and .data of every layer to see shapes; a use of what they got comes
                here again
     move       .to(device), .cuda(), .cpu() move the packed tensors
+    multiply   a linear, or a convolution over channels alone, gives its 4-bit result (eager.py), unless the values are
+               there and were written to since
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
                when the originals are still there (weights="keep", "offload")
     refuse     raise WeightsReleased, which names the remedy
@@ -20,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import WeightsReleased
+from . import eager
+from .errors import ExportRefused, WeightsReleased
 from .lowering.packed import PackedLinear
-from .lowering.torch_private import data_property_calls, shell
+from .lowering.torch_private import data_property_calls, refuse_export, shell, traced_for_torch_itself
 
 _DATA_GET, _DATA_SET = data_property_calls()
 
@@ -75,7 +78,12 @@ class QuantizedWeight(nn.Parameter):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
-            # A compiled graph may hold it: the backend replaces the linear that reads it, or refuses.
+            # A compiled graph may hold it: the backend replaces the linear that reads it, or refuses. A backend that
+            # does not know of it gets the operators, or kept values, to which somebody may write later.
+            call = eager.linear_call(func, args, kwargs)
+            weight = None if call is None else call.weight
+            if isinstance(weight, QuantizedWeight) and not is_kept(weight) and traced_for_torch_itself():
+                return eager.run(call, weight._svdq)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _use(func, args, kwargs)
@@ -145,12 +153,19 @@ def become_quantized(
     keep: bool = False,
 ) -> QuantizedWeight:
     """Change the class of a Parameter whose memory is already what it should be; `freeze` sees to that."""
+    refuse_export(_check_export)
     version = parameter._version if keep else None
     parameter.__class__ = QuantizedWeight
     assert isinstance(parameter, QuantizedWeight)
     parameter._svdq, parameter._svdq_name, parameter._svdq_error = packed, name, error
     parameter._svdq_original, parameter._svdq_version = original, version
     return parameter
+
+
+def _check_export(model: nn.Module) -> None:
+    for weight in model.parameters():
+        if isinstance(weight, QuantizedWeight):
+            raise ExportRefused(weight._svdq_name)
 
 
 def originals(weight: QuantizedWeight) -> Tensor:
@@ -202,6 +217,10 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
                 return first.detach() if is_kept(first) else first
             if func == _DATA_SET or name == "copy_":
                 return _overwrite(first, func, args, kwargs)
+        call = eager.linear_call(func, args, kwargs)
+        if call is not None and _multiplies(call):
+            eager.advise()
+            return eager.run(call, call.weight._svdq)  # type: ignore[attr-defined]
         for weight in _quantized(args, kwargs):
             if not is_kept(weight):
                 if weight._svdq_original is None:
@@ -212,6 +231,14 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
         # A write through .data records no gradients, and .data was the weight itself.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not _can_write(name)):
             return func(*args, **kwargs)
+
+
+def _multiplies(call: eager.LinearCall) -> bool:
+    """Whether a linear takes the 4-bit form: of its weight alone, and not if kept values were written to since."""
+    weight = call.weight
+    if not isinstance(weight, QuantizedWeight) or isinstance(call.input, QuantizedWeight):
+        return False
+    return not (is_kept(weight) and is_stale(weight))
 
 
 def _reads_values(func: Callable) -> bool:

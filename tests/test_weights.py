@@ -51,8 +51,7 @@ REFUSED = {
     "view": lambda m, w: w.view(-1),
     "foreach": lambda m, w: torch._foreach_add([w], 1),
     "out=": lambda m, w: torch.add(torch.ones(()), 1, out=w),
-    "eager call": lambda m, w: m.blocks[0].to_q(torch.ones(1, 128)),
-    "functional call": lambda m, w: torch.nn.functional.linear(torch.ones(1, 128), w),
+    "product": lambda m, w: torch.ones(1, 128) @ w.t(),
     "half": lambda m, w: m.blocks[0].to_q.half(),
     "to another dtype": lambda m, w: m.blocks[0].to_q.to(torch.bfloat16),
     "flatten parameters": lambda m, w: nn.utils.parameters_to_vector(m.parameters()),
@@ -177,7 +176,7 @@ def test_originals_that_are_still_there_come_back(weights: str) -> None:
     assert svdq.restore(model) == 10
     assert torch.equal(model(*inputs()), net()(*inputs()))
     model, run = quantized(weights=weights)
-    assert torch.equal(model(*inputs()), net()(*inputs())), "an eager call takes the originals"
+    assert relative_error(model(*inputs()), run(*inputs())) < FLIPPED_CODES, "an eager call is in 4-bit all the same"
     state = quantized(weights=weights)[0].state_dict()
     assert all(torch.equal(state[name], value) for name, value in net().state_dict().items())
 

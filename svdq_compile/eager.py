@@ -1,0 +1,113 @@
+"""A linear on a quantized weight outside compiled code: the operators that compiled code calls, one linear at a time.
+
+Whatever way torch has of not compiling leads here: a quantized model that is simply called, a graph break,
+torch.compiler.disable, the "force_eager" stance, Dynamo's recompile limit, tracing for another backend. What it is
+called with is checked as torch checks it: the operators trust their operands.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import GradientsNeeded
+from .lowering import ops
+from .lowering.packed import PackedLinear
+from .passes.linears import LINEAR, POINTWISE_CONV
+
+log = logging.getLogger("svdq_compile")
+
+_PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A call of a linear, or of a convolution over channels alone.
+
+    channel_dim  the dimension of the input that is multiplied: -1, or before the spatial ones
+    """
+
+    func: Callable
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    channel_dim: int
+
+
+def linear_call(func: Callable, args: tuple, kwargs: dict) -> LinearCall | None:
+    """What this call of a torch function is, if it is a linear."""
+    if func not in LINEAR and func not in POINTWISE_CONV:
+        return None
+    given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+    dims = POINTWISE_CONV.get(func, 0)
+    if dims and not _is_over_channels(given, dims):
+        return None
+    return LinearCall(func, given["input"], given["weight"], given.get("bias"), -1 - dims)
+
+
+def _is_over_channels(given: dict[str, Any], dims: int) -> bool:
+    stride, padding = given.get("stride", 1), given.get("padding", 0)
+    ones, zeros = (1, (1,), (1,) * dims), (0, (0,), (0,) * dims)
+    return (
+        all(size == 1 for size in given["weight"].shape[2:])
+        and (tuple(stride) if isinstance(stride, list) else stride) in ones
+        and (tuple(padding) if isinstance(padding, list) else padding) in zeros
+        and given.get("groups", 1) == 1
+    )
+
+
+def run(call: LinearCall, packed: PackedLinear) -> Tensor:
+    """The 4-bit result, of the dtype that the 16-bit linear would give. Raises GradientsNeeded, and RuntimeError for
+    operands that do not fit.
+    """
+    operands = [t for t in (call.input, call.weight, call.bias) if t is not None]
+    _check(call, packed)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+        raise GradientsNeeded
+    return product(call.input, packed, call.bias, call.channel_dim)
+
+
+def product(x: Tensor, packed: PackedLinear, bias: Tensor | None, channel_dim: int) -> Tensor:
+    """A quantized linear along one dimension of x, in autocast's dtype where that is enabled."""
+    rows = x.movedim(channel_dim, -1)
+    if _has_autocast(x):
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            y = ops.linear(rows, packed, bias, torch.get_autocast_dtype(device))
+    else:
+        y = ops.linear(rows, packed, bias, x.dtype)
+    if channel_dim == -1:
+        return y
+    y = y.movedim(-1, channel_dim)
+    # Where channels lay last they lie last again, as a convolution leaves them.
+    return y if rows.is_contiguous() and not x.is_contiguous() else y.contiguous()
+
+
+def _has_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _check(call: LinearCall, packed: PackedLinear) -> None:
+    x, weight, bias, spatial = call.input, call.weight, call.bias, -1 - call.channel_dim
+    fits = (
+        x.dim() > spatial
+        and (not spatial or x.dim() <= spatial + 2)
+        and x.shape[call.channel_dim] == packed.in_features
+        and (x.dtype == weight.dtype or (_has_autocast(x) and x.is_floating_point()))
+        and (x.device == packed.device or x.is_meta)
+        and (bias is None or (bias.shape == (packed.out_features,) and (bias.device == x.device or x.is_meta)))
+    )
+    if not fits:
+        operands = [t for t in (x, weight, bias) if t is not None]
+        told = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in operands)
+        raise RuntimeError(f"{call.func.__name__}: the shapes, dtypes or devices of its operands do not fit: {told}")
+
+
+@cache
+def advise() -> None:
+    """Say once that there is a faster way."""
+    log.warning('svdquant: a 4-bit model runs without torch.compile; model.compile(backend="svdquant") makes it faster')
