@@ -12,7 +12,7 @@ import difflib
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -103,6 +103,17 @@ class Table:
         if names.isdisjoint(kernel.name for kernel in self.rows):
             return self.rows
         return [kernel for kernel in self.rows if kernel.name in names or kernel.name == REFERENCE]
+
+
+def markdown(tables: Iterable[Table]) -> str:
+    """The tables as docs/kernels.md shows them."""
+    lines = ["| operator | kernel | formats | where | in |", "|---|---|---|---|---|"]
+    for table in tables:
+        for kernel in table.rows:
+            module = "" if kernel.needs is None else f"`kernels/{kernel.needs.replace('.', '/')}.py`"
+            formats = ", ".join(kernel.formats)
+            lines.append(f"| {table.operator} | `{kernel.name}` | {formats} | {kernel.target.name} | {module} |")
+    return "\n".join(lines)
 
 
 @cache

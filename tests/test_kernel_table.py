@@ -124,6 +124,12 @@ def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.GEMM.run(ONE)
 
 
+def test_docs_show_the_tables() -> None:
+    """docs/kernels.md holds what `kernel_table.markdown(launch.TABLES)` gives."""
+    page = Path(__file__).parent.parent / "docs" / "kernels.md"
+    assert kernel_table.markdown(launch.TABLES) in page.read_text()
+
+
 def test_names_are_unique() -> None:
     names = [kernel.name for table in launch.TABLES for kernel in table.rows[:-1]]
     assert len(set(names)) == len(names)
