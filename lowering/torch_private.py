@@ -191,7 +191,7 @@ def check_weights_at_every_call() -> None:
     """
     for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
         if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, False)
+            _set_in_every_thread(name, False)
 
 
 @cache
@@ -202,7 +202,13 @@ def allow_many_graphs() -> None:
     would go on eagerly, in 4-bit still, but slowly.
     """
     for name, least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-        setattr(torch._dynamo.config, name, max(least, getattr(torch._dynamo.config, name)))
+        _set_in_every_thread(name, max(least, getattr(torch._dynamo.config, name)))
+
+
+def _set_in_every_thread(name: str, value: Any) -> None:
+    """Set one of Dynamo's options. An assignment holds for this thread alone; others begin with the default."""
+    setattr(torch._dynamo.config, name, value)
+    torch._dynamo.config._config[name].default = value  # type: ignore[attr-defined]
 
 
 def traced_for_torch_itself() -> bool:

@@ -8,6 +8,7 @@ small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the rep
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +72,11 @@ class Found:
     rejected: dict[fx.Node, tuple[str, str]]
 
 
-def find_linears(graph: fx.Graph) -> Found:
-    """Look through one graph; subgraphs of higher-order operators are looked through on their own."""
+def find_linears(graph: fx.Graph, quantized: Collection[fx.Node] = ()) -> Found:
+    """Look through one graph; subgraphs of higher-order operators are looked through on their own.
+
+    quantized  placeholders of weights that are in few bits already: wherever they stand, their linears are taken
+    """
     sites: list[LinearSite] = []
     rejected: dict[fx.Node, tuple[str, str]] = {}
     calls = [n for n in graph.nodes if n.op == "call_function" and (n.target in LINEAR or n.target in POINTWISE_CONV)]
@@ -82,7 +86,7 @@ def find_linears(graph: fx.Graph) -> Found:
         weight = argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
-        reason = _why_not(node, weight, names[node], names[node] in outside)
+        reason = _why_not(node, weight, names[node], names[node] in outside and weight not in quantized)
         if reason is None:
             sites.append(_site(node, weight, names[node]))
         elif not is_spatial_conv(node):

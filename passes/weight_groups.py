@@ -4,6 +4,7 @@ together.
 This is the view from outside: by the number of the input, subgraphs and their calls included.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import fx
@@ -35,15 +36,19 @@ class WeightInputs:
     rejected: list[tuple[int, str, str]]
 
 
-def weight_inputs(gm: fx.GraphModule) -> WeightInputs:
-    """Analyse a graph as Dynamo made it."""
+def weight_inputs(gm: fx.GraphModule, quantized: Collection[int] = ()) -> WeightInputs:
+    """Analyse a graph as Dynamo made it.
+
+    quantized  inputs that are quantized weights already, perhaps in a graph where they stood otherwise: a model traced
+               in pieces shows its embedders without the blocks beside them, and whole afterwards
+    """
     found = WeightInputs([], [])
-    _collect(gm, {node: i for i, node in enumerate(placeholders(gm.graph))}, found)
+    _collect(gm, {node: i for i, node in enumerate(placeholders(gm.graph))}, quantized, found)
     return found
 
 
-def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], found: WeightInputs) -> None:
-    linears = find_linears(gm.graph)
+def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collection[int], found: WeightInputs) -> None:
+    linears = find_linears(gm.graph, {node for node, i in index.items() if i in quantized})
     for weight, (name, reason) in linears.rejected.items():
         if weight in index:
             found.rejected.append((index[weight], name, reason))
@@ -55,4 +60,4 @@ def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], found: WeightInputs)
     for call in invocations(gm):
         body = gm.get_submodule(call.subgraph)
         operands = zip(placeholders(body.graph), call.operands, strict=True)  # type: ignore[arg-type]
-        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, found)  # type: ignore
+        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, quantized, found)  # type: ignore

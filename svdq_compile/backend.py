@@ -33,12 +33,13 @@ def svdquant(
     allow_many_graphs()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
-    inputs = weight_inputs(gm)
+    quantized = {i for i, value in enumerate(example_inputs) if isinstance(value, QuantizedWeight)}
+    inputs = weight_inputs(gm, quantized)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     if any(decisions.is_undecided(w) for w in weights):
         return ObservingGraph(gm, inputs, config)
     TALLY.tell(config.progress)
-    if not any(isinstance(value, QuantizedWeight) for value in example_inputs):
+    if not quantized:
         return compile_with_inductor(gm, example_inputs, config.mode)
     return CompiledGraph(gm, example_inputs, inputs, config)
 

@@ -1,6 +1,8 @@
 """Turn weights of a model into 4-bit form, in place, group by group."""
 
 import fnmatch
+import logging
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +19,10 @@ from .input_statistics import InputStatistics
 from .parameter import freeze
 from .quantizer import quantize_group
 from .summary import TALLY
+
+log = logging.getLogger("svdq_compile")
+
+TOO_EXTREME = "its weight or what it reads is too large for fp32 arithmetic"
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,20 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
             raise UnsupportedDevice(chosen[0][1], str(at))
         matrices = [weight.detach().to(at).flatten(1) for weight, _ in chosen]
         names = [name for _, name in chosen]
-        with torch.autocast(at.type, enabled=False):
-            quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
+        try:
+            with torch.autocast(at.type, enabled=False):
+                quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
+        except torch.linalg.LinAlgError as error:
+            log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
+            quantized = []
+            for weight, _ in chosen:
+                decisions.leave_alone(weight, TOO_EXTREME)
+                TALLY.left(TOO_EXTREME, weight.nbytes)
+            chosen = []
         for (weight, name), result in zip(chosen, quantized, strict=True):
-            if result.error > config.error_budget:
-                reason = f"its error would be {result.error:.2f}, above error_budget"
+            if not result.error <= config.error_budget:  # nan is none
+                finite = math.isfinite(result.error)
+                reason = f"its error would be {result.error:.2f}, above error_budget" if finite else TOO_EXTREME
                 decisions.leave_alone(weight, reason)
                 TALLY.left(reason, weight.nbytes)
             else:

@@ -1,7 +1,11 @@
 """What is remembered of a linear's input while it is observed: spans, and a few whole rows."""
 
+import logging
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger("svdq_compile")
 
 # Rows kept of each observed call, and of all calls together. A row is K values, so 512 rows of a 3072-wide input are
 # 3 MiB; they stand for the input wherever an output error is measured.
@@ -28,9 +32,13 @@ class InputStatistics:
         if x.shape[0] == 0:
             return
         span = x.abs().amax(0).float()
+        if not bool(span.isfinite().all()):
+            x = self._finite(x)
+            if x.shape[0] == 0:
+                return
+            span = x.abs().amax(0).float()
         self.span = span if self.span is None else torch.maximum(self.span, span)
-        picks = torch.linspace(0, x.shape[0] - 1, min(ROWS_PER_CALL, x.shape[0]), device=x.device).round().long()
-        self._rows.append(x[picks])
+        self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
             self._rows = [self.rows]
 
@@ -40,4 +48,20 @@ class InputStatistics:
         rows = torch.cat(self._rows)
         if rows.shape[0] <= MAX_ROWS:
             return rows
-        return rows[torch.linspace(0, rows.shape[0] - 1, MAX_ROWS, device=rows.device).round().long()]
+        return rows[_evenly(rows.shape[0], MAX_ROWS, rows.device)]
+
+    def _finite(self, x: Tensor) -> Tensor:
+        """The rows that hold numbers. One NaN would go into every statistic, and from there into every weight."""
+        kept = x[x.isfinite().all(1)]
+        log.warning(
+            "svdquant: %d of %d rows of an observed input hold NaN or Inf and are left out; the model or its input is "
+            "not right in 16-bit already",
+            x.shape[0] - kept.shape[0],
+            x.shape[0],
+        )
+        return kept
+
+
+def _evenly(rows: int, most: int, device: torch.device) -> Tensor:
+    """The numbers of `most` rows or fewer, evenly from the first to the last."""
+    return torch.linspace(0, rows - 1, min(most, rows), dtype=torch.float32, device=device).round().long()

@@ -21,8 +21,10 @@ def factorize(a: Tensor, rank: int, basis: Tensor | None = None) -> tuple[Tensor
         left = _orthonormal(a @ basis)
         down = left.t() @ a
         return left, down, F.normalize(down, dim=1).t()
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(a.shape[1], min(rank + OVERSAMPLING, *a.shape), generator=generator).to(a.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    size = a.shape[1], min(rank + OVERSAMPLING, *a.shape)
+    # The defaults for new tensors are the user's to change.
+    basis = torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(a.device)
     left = _orthonormal(a @ basis)
     for _ in range(COLD_ITERATIONS):
         left = _orthonormal(a @ _orthonormal(a.t() @ left))

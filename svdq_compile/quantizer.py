@@ -78,7 +78,7 @@ def quantize_group(
 
 def _smoothing(weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config) -> Tensor:
     """[K] fp32: (input span)^alpha / (weight span)^(1 - alpha), around 1; a channel with no span keeps 1."""
-    ones = torch.ones(weights[0].shape[1], device=weights[0].device)
+    ones = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     if not config.smooth or FORMATS[precision].quantize_activation is None:
         return ones
     weight_span = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
+from conftest import CHANNELS, FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import GradientsNeeded, NonFiniteWeight, OptionError
 from svdq_compile.lowering import ops, replay
 from svdq_compile.parameter import QuantizedWeight
@@ -506,3 +506,36 @@ def test_switches_to_4_bit_where_dynamo_skips_unchanged_modules(blocks: int) -> 
         for _ in range(4):
             model(*inputs())
     assert counter.graphs == 2
+
+
+class BreaksAtFirst(Net):
+    """As Z-Image does: the first trace ends at a context manager that the second one does not meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(CHANNELS, WIDTH)
+        self.widen = nn.Linear(WIDTH, WIDTH)
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.widen(self.embed(x))
+        if self.table is None:
+            torch._dynamo.graph_break()
+            self.table = torch.ones(WIDTH)
+        x = x * self.table
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.project(x)
+
+
+def test_a_quantized_weight_is_accepted_by_later_graphs() -> None:
+    """An embedder that was traced alone is quantized; traced with its blocks it stands outside them."""
+    torch.manual_seed(0)
+    model = BreaksAtFirst().eval().requires_grad_(False)
+    expected = model(*inputs())
+    model.table = None
+    call = torch.compile(model, backend="svdquant", options=quiet())
+    for _ in range(4):
+        out = call(*inputs())
+    assert isinstance(model.widen.weight, QuantizedWeight)
+    assert relative_error(out, expected) < 0.1

@@ -1,0 +1,43 @@
+"""Models in the threads of a service: compiled in one, called in others, several at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import FLIPPED_CODES, compiled, inputs, net, relative_error
+from svdq_compile.lowering.torch_private import allow_many_graphs
+
+SIZES = range(20, 32)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """Compiled for fixed sizes and quantized, in the main thread."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        made = compiled(net())
+        for _ in range(2):
+            made(*inputs())
+    return made
+
+
+def call(model: torch.nn.Module, tokens: int) -> Tensor:
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        return model(*inputs(tokens=tokens))
+
+
+def test_limits_hold_in_every_thread() -> None:
+    allow_many_graphs.cache_clear()
+    allow_many_graphs()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: torch._dynamo.config.recompile_limit).result() >= 256
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_more_sizes_than_dynamos_limit(model: torch.nn.Module, threads: int) -> None:
+    """More than 8: torch's own limit, which each thread would begin with."""
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(lambda tokens: call(model, tokens), SIZES))
+    for tokens, result in zip(SIZES, results, strict=True):
+        assert relative_error(result, model._orig_mod(*inputs(tokens=tokens))) < 10 * FLIPPED_CODES
