@@ -16,11 +16,6 @@ from .kernel_table import NoKernel
 from .region import PARTS, Region, parse
 
 
-def takes(channels: object) -> bool:
-    """Whether the kernel can have so many channels a head."""
-    return type(channels) is int and 8 <= channels <= 256 and channels & (channels - 1) == 0
-
-
 def parts(text: str) -> list[Region]:
     """The regions in a text."""
     return [parse(part) for part in text.split(PARTS)]
@@ -57,8 +52,8 @@ def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
     if launch.takes_heads(x):
         from . import generate_heads
 
+        region = generate_heads.generated(part, values, x.shape)
         with suppress(NoKernel):
-            region = generate_heads.generated(part, values, x.shape)
-            return launch.heads(x, y, region, generate_heads.is_interleaved(part))
+            launch.heads(x, y, region, generate_heads.is_interleaved(part))
+            return
     y.copy_(part.evaluate({"x": x, **values}))
-    return None

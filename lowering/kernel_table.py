@@ -12,7 +12,7 @@ import difflib
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,13 +26,17 @@ log = logging.getLogger("svdq_compile.lowering")
 
 REFERENCE = "reference"
 ANY = Target("any device", lambda device: True)
-_TABLES: dict[str, "Table"] = {}
+TABLES: dict[str, "Table"] = {}  # by operator; importing launch.py fills it
 _left_out: dict[tuple[str, Any], str] = {}  # (a row, the generated function in it or None) -> why
 _told: set[tuple] = set()
 
 
 class NoKernel(Exception):
     """No row is left that could run a generated function."""
+
+
+def takes_all(operands: object) -> None:
+    """The `why_not` of a kernel that takes whatever its target and formats let through."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Kernel:
     formats  it takes, where the operator has one; ()
     needs    its module in kernels/, for which a Triton may be too old or too new; None: it has none
     why_not  (operands) -> why it cannot take them, None if it can; asked last
-    run      (operands, *functions): generated functions and whatever else the operator hands to its kernel
+    run      (operands, *fused): what is computed with the operator, None each where there is nothing
+    fuses    whether it can do that; if not, `fused` is None throughout
     """
 
     name: str
@@ -53,6 +58,7 @@ class Kernel:
     needs: str | None
     why_not: Callable[[Any], str | None]
     run: Callable[..., Any]
+    fuses: bool = True
 
     def refuses(self, operands: Any) -> str | None:
         """Why it cannot take these operands; None if it can."""
@@ -65,12 +71,12 @@ class Kernel:
 
 
 class Table:
-    """The rows of one operator. They are asked in order; the reference takes everything."""
+    """The rows of one operator. They are asked in order; the reference takes everything but what is fused."""
 
     def __init__(self, operator: str, rows: list[Kernel], reference: Callable[..., Any]) -> None:
         self.operator = operator
-        self.rows = [*rows, Kernel(REFERENCE, ANY, (), None, lambda operands: None, reference)]
-        _TABLES[operator] = self
+        self.rows = [*rows, Kernel(REFERENCE, ANY, (), None, takes_all, reference, fuses=False)]
+        TABLES[operator] = self
 
     def choose(self, operands: Any, function: Any = None) -> Kernel:
         """The first row that can run these operands with this generated function."""
@@ -84,15 +90,15 @@ class Table:
                 log.debug("%s not by %s: %s", self.operator, kernel.name, reason)
         raise AssertionError("the reference takes everything")
 
-    def run(self, operands: Any, *functions: Any) -> Any:
-        """The result, by the first row that can. Raises NoKernel where only the reference could, with a function."""
-        function = next((f.function for f in functions if hasattr(f, "function")), None)
+    def run(self, operands: Any, *fused: Any) -> Any:
+        """The result, by the first row that can. Raises NoKernel where that one could not do what is fused."""
+        function = next((f.function for f in fused if hasattr(f, "function")), None)
         while True:
             kernel = self.choose(operands, function)
-            if kernel.name == REFERENCE and function is not None:
+            if not kernel.fuses and any(f is not None for f in fused):
                 raise NoKernel(self.operator)
             try:
-                return kernel.run(operands, *functions)
+                return kernel.run(operands, *fused)
             except Exception as error:
                 if kernel.name == REFERENCE or not _is_compilers(error):
                     raise
@@ -105,10 +111,10 @@ class Table:
         return [kernel for kernel in self.rows if kernel.name in names or kernel.name == REFERENCE]
 
 
-def markdown(tables: Iterable[Table]) -> str:
+def markdown() -> str:
     """The tables as docs/kernels.md shows them."""
     lines = ["| operator | kernel | formats | where | in |", "|---|---|---|---|---|"]
-    for table in tables:
+    for table in TABLES.values():
         for kernel in table.rows:
             module = "" if kernel.needs is None else f"`kernels/{kernel.needs.replace('.', '/')}.py`"
             formats = ", ".join(kernel.formats)
@@ -120,7 +126,7 @@ def markdown(tables: Iterable[Table]) -> str:
 def forced(text: str) -> frozenset[str]:
     """The rows that SVDQ_KERNELS names. Raises ValueError, with the nearest name, for one that no table has."""
     names = frozenset(name.strip() for name in text.split(",") if name.strip())
-    known = {kernel.name for table in _TABLES.values() for kernel in table.rows}
+    known = {kernel.name for table in TABLES.values() for kernel in table.rows}
     for name in names - known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -17,18 +17,14 @@ from ..kernels.formats import FORMATS, layout
 from ..kernels.operands import Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
 from . import reference
-from .kernel_table import REFERENCE, Kernel, Table
+from .kernel_table import REFERENCE, Kernel, Table, takes_all
 
 if TYPE_CHECKING:
     from ..kernels.portable import heads as portable_heads
     from ..kernels.runtime.generated import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_QUANTIZED = ("w4a8", "int4", "nvfp4")
-
-
-def _any(operands: object) -> None:
-    """Whatever its target and formats are, it takes."""
+_QUANTIZED = tuple(f.name for f in FORMATS.values() if f.quantize_activation is not None)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -52,26 +48,32 @@ def _quantize_why_not(o: Quantize) -> str | None:
     return _codes_why_not(o) or (None if fits else f"rank {rank} is not a multiple of 16 up to {MAX_RANK}")
 
 
-def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
+def _in_fp8(precision: str, device: torch.device) -> bool:
+    """Whether kernels give int4 codes as the Hopper GEMM multiplies them: e4m3, scales that lie group by group."""
+    return precision == "int4" and is_hopper(device)
+
+
+def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.hopper import quantize
 
     if not quantize.can_quantize(o.x, right, o.down, o.precision, prologue):
-        return _portable_quantize(o, prologue, right, fp8)
-    return quantize.quantize(*o, prologue, right, fp8)
+        return _portable_quantize(o, prologue, right)
+    return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
 
 
-def _portable_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
+def _portable_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.portable import quantize
 
-    return quantize.quantize(*o, prologue, right, fp8)
+    return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
 
 
-def _portable_codes(o: Quantize, prologue: Hook | None, right: Tensor | None, fp8: bool) -> tuple[Tensor, ...]:
-    qx, ascales, _ = _portable_quantize(o._replace(x=o.x.contiguous(), down=o.down[:0]), prologue, right, fp8)
+def _portable_codes(o: Quantize, prologue: None, right: None) -> tuple[Tensor, ...]:
+    """The codes by the kernel, the low-rank product by a library."""
+    qx, ascales, _ = _portable_quantize(o._replace(x=o.x.contiguous(), down=o.down[:0]), None, None)
     return qx, ascales, F.linear(o.x, o.down)
 
 
-def _reference_quantize(o: Quantize, prologue: None, right: None, fp8: bool) -> tuple[Tensor, ...]:
+def _reference_quantize(o: Quantize, prologue: None, right: None) -> tuple[Tensor, ...]:
     return reference.quantize(*o)
 
 
@@ -80,7 +82,9 @@ QUANTIZE = Table(
     [
         Kernel("hopper_quantize", HOPPER, ("w4a8", "int4"), "hopper.quantize", _quantize_why_not, _hopper_quantize),
         Kernel("portable_quantize", PORTABLE, _QUANTIZED, "portable.quantize", _quantize_why_not, _portable_quantize),
-        Kernel("portable_codes", PORTABLE, _QUANTIZED, "portable.quantize", _codes_why_not, _portable_codes),
+        Kernel(
+            "portable_codes", PORTABLE, _QUANTIZED, "portable.quantize", _codes_why_not, _portable_codes, fuses=False
+        ),
     ],
     _reference_quantize,
 )
@@ -88,14 +92,13 @@ QUANTIZE = Table(
 
 def takes_prologue(operands: Quantize) -> bool:
     """Whether `quantize` can run a generated prologue."""
-    return QUANTIZE.choose(operands).name in ("hopper_quantize", "portable_quantize")
+    return QUANTIZE.choose(operands).fuses
 
 
 def int4_in_fp8(x: Tensor, down: Tensor, precision: str) -> bool:
-    """Whether `quantize` gives int4 codes as the Hopper GEMM multiplies them: e4m3, scales that lie group by group."""
-    if precision != "int4" or not is_hopper(x.device):
-        return False
-    return QUANTIZE.choose(Quantize(x, None, down, precision, 0.0)).name != REFERENCE
+    """Whether `quantize` runs a kernel here, and that one gives e4m3 codes."""
+    kernel = QUANTIZE.choose(Quantize(x, None, down, precision, 0.0))
+    return kernel.name != REFERENCE and _in_fp8(precision, x.device)
 
 
 def quantize(
@@ -108,12 +111,9 @@ def quantize(
     right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
-    operands = Quantize(x, smooth, down, precision, shift)
-    if QUANTIZE.choose(operands).name == REFERENCE:
-        return reference.quantize(*operands)
     right = None if right is None else as_lines(right)
     with _on(x.device):
-        results = QUANTIZE.run(operands.rows(), prologue, right, int4_in_fp8(x, down, precision))
+        results = QUANTIZE.run(Quantize(x, smooth, down, precision, shift).rows(), prologue, right)
     qx, ascales, xd = (t.view(*x.shape[:-1], t.shape[1]) for t in results)
     return qx, ascales, xd
 
@@ -201,7 +201,7 @@ GEMM = Table(
 
 def takes_epilogue(operands: Gemm) -> bool:
     """Whether `gemm` has a kernel here, which can run a generated epilogue."""
-    return GEMM.choose(operands.rows()).name != REFERENCE
+    return GEMM.choose(operands.rows()).fuses
 
 
 def gemm(
@@ -316,8 +316,13 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return variance.view(shape), mean.view(shape), square.view(shape)
 
 
+def takes_channels(channels: object) -> bool:
+    """Whether the kernel can have so many channels a head."""
+    return type(channels) is int and 8 <= channels <= 256 and channels & (channels - 1) == 0
+
+
 def _heads_why_not(x: Tensor) -> str | None:
-    if x.dtype in _SIXTEEN_BIT and 8 <= x.shape[3] <= 256 and not x.shape[3] & (x.shape[3] - 1):
+    if x.dtype in _SIXTEEN_BIT and takes_channels(x.shape[3]):
         return None
     return f"x is {x.dtype} with {x.shape[3]} channels, not 16 bits with a power of two from 8 to 256"
 
@@ -341,7 +346,7 @@ HEADS = Table(
 
 def takes_heads(x: Tensor) -> bool:
     """Whether `heads` has a kernel here."""
-    return HEADS.choose(x).name != REFERENCE
+    return HEADS.choose(x).fuses
 
 
 def heads(x: Tensor, y: Tensor, region: portable_heads.Region, interleaved: bool) -> None:
@@ -377,7 +382,7 @@ ROUND_WEIGHT = Table(
             PORTABLE,
             ("w4a8", "int4", "w4a16"),
             "portable.round_weight",
-            _any,
+            takes_all,
             _portable_round,
         )
     ],
@@ -395,6 +400,3 @@ def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor,
     """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
     device = weight[0].device
     return layout.to_kernel(precision, weight, words=is_hopper(device)) if has_kernels(device) else weight
-
-
-TABLES: tuple[Table, ...] = (QUANTIZE, GEMM, GEMV, ROW_MOMENTS, HEADS, ROUND_WEIGHT)

@@ -13,8 +13,11 @@ Left alone: a value that is reshaped or reduced, one that somebody else reads to
 along the block, and what depends on y by another way than through the region.
 """
 
+from typing import Any
+
 from torch import fx
 
+from ..kernels.operands import Gemm
 from ..lowering import ops
 from ..lowering.region import FULL
 from ..lowering.torch_private import describe
@@ -102,7 +105,8 @@ def _replace(graph: fx.Graph, gemm: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     result = nodes[-1]
     dtype = value_of(result).dtype  # type: ignore[union-attr]
     with graph.inserting_before(result):
-        arguments = (*gemm.args[:-1], dtype, program.nodes(), str(program.region("epilogue")))
+        operands: Any = gemm.args
+        arguments = (*Gemm(*operands)._replace(out_dtype=dtype), program.nodes(), str(program.region("epilogue")))
         fused = graph.call_function(ops.fused_gemm, arguments)
     describe(fused, gemm)
     result.replace_all_uses_with(fused)

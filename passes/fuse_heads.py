@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..lowering import heads, ops
+from ..lowering import ops
+from ..lowering.launch import takes_channels
 from ..lowering.region import COLUMN, FULL, IN_THE_MIDDLE, NEIGHBOURS, PARTS, ROW, SCALAR, TOKEN, Region, Step
 from ..lowering.torch_private import describe
 from .pipeline import log
@@ -89,7 +90,7 @@ class _Part:
 
 def _fuse(graph: fx.Graph, end: fx.Node, place: dict[fx.Node, int]) -> bool:
     block = value_of(end)
-    if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or not heads.takes(block.shape[3]):
+    if block is None or block.dim() != 4 or block.dtype not in SIXTEEN_BIT or not takes_channels(block.shape[3]):
         return False
     parts, joined = _parts(end, place)
     pieces = [piece for part in parts for piece in part.pieces]

@@ -130,15 +130,21 @@ def is_spatial_conv(node: fx.Node) -> bool:
     if dims is None:
         return False
     weight = argument(node, 1, "weight").meta.get("example_value")
-    ones, zeros = (1, (1,) * dims, [1] * dims), (0, (0,) * dims, [0] * dims)
+    stride, padding, groups = argument(node, 3, "stride"), argument(node, 4, "padding"), argument(node, 6, "groups")
     return (
         not isinstance(weight, torch.Tensor)
-        or any(size != 1 for size in weight.shape[2:])
         or node.args[0].meta["example_value"].dim() != dims + 2  # type: ignore[union-attr]
-        or (argument(node, 3, "stride") or 1) not in ones
-        or (argument(node, 4, "padding") or 0) not in zeros
-        or (argument(node, 6, "groups") or 1) != 1
+        or not is_over_channels(weight.shape[2:], stride or 1, padding or 0, groups or 1)
     )
+
+
+def is_over_channels(kernel: Any, stride: Any, padding: Any, groups: int) -> bool:
+    """Whether a convolution multiplies channels alone. Sizes as torch takes them: a number, or one a dimension."""
+
+    def all_are(size: int, given: Any) -> bool:
+        return all(n == size for n in ((given,) if isinstance(given, int) else given))
+
+    return all_are(1, kernel) and all_are(1, stride) and all_are(0, padding) and groups == 1
 
 
 def _site(node: fx.Node, weight: fx.Node, name: str) -> LinearSite:

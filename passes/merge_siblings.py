@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.operands import Gemm
 from ..lowering import ops
 from ..lowering.packed import SIBLING_FORMATS
 from ..lowering.torch_private import describe, fake_mode_of
@@ -39,7 +40,7 @@ def merge_siblings(gm: fx.GraphModule) -> int:
     place: dict[fx.Node, float] = {node: i for i, node in enumerate(gm.graph.nodes)}
     families: dict[tuple, list[_Linear]] = {}
     for gemm in gm.graph.find_nodes(op="call_function", target=ops.gemm):
-        if gemm.args[7] in SIBLING_FORMATS and gemm.users:
+        if Gemm(*gemm.args).precision in SIBLING_FORMATS and gemm.users:
             linear = _Linear.read(gemm)
             families.setdefault(linear.family(), []).append(linear)
     count = 0

@@ -64,8 +64,7 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         if reason is None:
             chosen.append((weight, name))
         else:
-            decisions.leave_alone(weight, reason)
-            TALLY.left(reason, weight.nbytes)
+            _leave(weight, reason)
     if chosen:
         at = device or chosen[0][0].device
         if at.type not in ("cpu", "cuda"):
@@ -77,21 +76,23 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
                 quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         except torch.linalg.LinAlgError as error:
             log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
-            quantized = []
             for weight, _ in chosen:
-                decisions.leave_alone(weight, TOO_EXTREME)
-                TALLY.left(TOO_EXTREME, weight.nbytes)
-            chosen = []
+                _leave(weight, TOO_EXTREME)
+            chosen, quantized = [], []
         for (weight, name), result in zip(chosen, quantized, strict=True):
             if not result.error <= config.error_budget:  # nan is none
                 finite = math.isfinite(result.error)
                 reason = f"its error would be {result.error:.2f}, above error_budget" if finite else TOO_EXTREME
-                decisions.leave_alone(weight, reason)
-                TALLY.left(reason, weight.nbytes)
+                _leave(weight, reason)
             else:
                 TALLY.quantized(precision, weight.nbytes, result.packed.nbytes())
                 freeze(weight, result.packed, name, result.error, config.weights)
     decisions.forget_statistics(task.weights)
+
+
+def _leave(weight: nn.Parameter, reason: str) -> None:
+    decisions.leave_alone(weight, reason)
+    TALLY.left(reason, weight.nbytes)
 
 
 def choose_precision(config: Config, few_rows: bool) -> str:

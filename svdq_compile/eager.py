@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from .errors import GradientsNeeded
 from .lowering import ops
 from .lowering.packed import PackedLinear
-from .passes.linears import LINEAR, POINTWISE_CONV
+from .passes.linears import LINEAR, POINTWISE_CONV, is_over_channels
 
 log = logging.getLogger("svdq_compile")
 
@@ -43,21 +42,10 @@ def linear_call(func: Callable, args: tuple, kwargs: dict) -> LinearCall | None:
     if func not in LINEAR and func not in POINTWISE_CONV:
         return None
     given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
-    dims = POINTWISE_CONV.get(func, 0)
-    if dims and not _is_over_channels(given, dims):
+    kernel = given["weight"].shape[2:]  # of a linear, nothing
+    if not is_over_channels(kernel, given.get("stride", 1), given.get("padding", 0), given.get("groups", 1)):
         return None
-    return LinearCall(func, given["input"], given["weight"], given.get("bias"), -1 - dims)
-
-
-def _is_over_channels(given: dict[str, Any], dims: int) -> bool:
-    stride, padding = given.get("stride", 1), given.get("padding", 0)
-    ones, zeros = (1, (1,), (1,) * dims), (0, (0,), (0,) * dims)
-    return (
-        all(size == 1 for size in given["weight"].shape[2:])
-        and (tuple(stride) if isinstance(stride, list) else stride) in ones
-        and (tuple(padding) if isinstance(padding, list) else padding) in zeros
-        and given.get("groups", 1) == 1
-    )
+    return LinearCall(func, given["input"], given["weight"], given.get("bias"), -1 - POINTWISE_CONV.get(func, 0))
 
 
 def run(call: LinearCall, packed: PackedLinear) -> Tensor:

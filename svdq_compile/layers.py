@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .passes.linears import MIN_FEATURES, QUANTIZABLE_DTYPES
+from .passes.linears import MIN_FEATURES, QUANTIZABLE_DTYPES, is_over_channels
 from .passes.scope import is_adapter, outside_blocks, without_wrapper
 
 
@@ -49,13 +49,9 @@ def without_adapters(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, An
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
-        return True
-    return (
-        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and all(size == 1 for size in (*module.kernel_size, *module.stride, module.groups))
-        and all(size == 0 for size in module.padding)
-    )
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return is_over_channels(module.kernel_size, module.stride, module.padding, module.groups)
+    return isinstance(module, nn.Linear)
 
 
 def _why_not(weight: nn.Parameter, is_outside: bool, name: str) -> str | None:

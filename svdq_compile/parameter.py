@@ -81,9 +81,13 @@ class QuantizedWeight(nn.Parameter):
             # A compiled graph may hold it: the backend replaces the linear that reads it, or refuses. A backend that
             # does not know of it gets the operators, or kept values, to which somebody may write later.
             call = eager.linear_call(func, args, kwargs)
-            if call is not None and isinstance(call.weight, QuantizedWeight) and not is_kept(call.weight):  # noqa: SIM102
-                if traced_for_torch_itself():
-                    return eager.run(call, call.weight._svdq)
+            if (
+                call is not None
+                and isinstance(call.weight, QuantizedWeight)
+                and not is_kept(call.weight)
+                and traced_for_torch_itself()
+            ):
+                return eager.run(call, call.weight._svdq)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _use(func, args, kwargs)

@@ -1,6 +1,8 @@
 """A small model of repeated blocks, and a clean compiler for each test."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -80,6 +82,22 @@ def quiet(**options) -> dict:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b|."""
     return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@contextmanager
+def logged(name: str, level: int = logging.DEBUG) -> Iterator[list[logging.LogRecord]]:
+    """Within the context, the list gets what this logger says; pytest's own way is switched off in pyproject.toml."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger(name)
+    handler.emit = records.append  # type: ignore[method-assign]
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import svdq_compile as svdq
-from conftest import FLIPPED_CODES, Net, compiled, inputs, net, quiet, relative_error
+from conftest import FLIPPED_CODES, Net, compiled, inputs, logged, net, quiet, relative_error
 from svdq_compile import eager
 from svdq_compile.errors import ExportRefused, GradientsNeeded, WeightsReleased
 from svdq_compile.parameter import QuantizedWeight
@@ -350,18 +350,12 @@ def test_jit_trace_takes_the_operators_along() -> None:
 
 def test_the_faster_way_is_told_once() -> None:
     eager.advise.cache_clear()
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    eager.log.addHandler(handler)
-    try:
+    with logged("svdq_compile", logging.WARNING) as records:
         model = quantized()
         compiled(model)(*inputs())
         assert not records, "nothing to say of compiled code"
         model(*inputs())
         model(*inputs())
-    finally:
-        eager.log.removeHandler(handler)
     (record,) = records
     assert (record.name, record.levelname) == ("svdq_compile", "WARNING")
     assert 'model.compile(backend="svdquant")' in record.getMessage()

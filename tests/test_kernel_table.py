@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import logged
 from svdq_compile.kernels.runtime.target import HOPPER
 from svdq_compile.lowering import kernel_table, launch, torch_private
 from svdq_compile.lowering.kernel_table import ANY, REFERENCE, Kernel, NoKernel, Table
@@ -34,25 +35,11 @@ def table_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing that these tests leave out or register outlives them."""
     monkeypatch.setattr(kernel_table, "_left_out", {})
     monkeypatch.setattr(kernel_table, "_told", set())
-    monkeypatch.setattr(kernel_table, "_TABLES", dict(kernel_table._TABLES))
+    monkeypatch.setattr(kernel_table, "TABLES", dict(kernel_table.TABLES))
     monkeypatch.delenv("SVDQ_KERNELS", raising=False)
     kernel_table.forced.cache_clear()
     yield
     kernel_table.forced.cache_clear()
-
-
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the tables log."""
-    texts: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda r: texts.append(f"{r.levelname} {r.getMessage()}")  # type: ignore[method-assign]
-    level = kernel_table.log.level
-    kernel_table.log.addHandler(handler)
-    kernel_table.log.setLevel(logging.DEBUG)
-    yield texts
-    kernel_table.log.removeHandler(handler)
-    kernel_table.log.setLevel(level)
 
 
 def table(*rows: Kernel) -> Table:
@@ -72,19 +59,21 @@ def test_the_first_row_that_can_runs() -> None:
     assert table(row("fast", needs="portable.no_such_module")).run(ONE) == REFERENCE
 
 
-def test_a_reason_is_told_once(messages: list[str]) -> None:
+def test_a_reason_is_told_once() -> None:
     rows = table(row("fast", why_not=lambda x: "it is Sunday"))
-    rows.run(ONE)
-    rows.run(ONE)
-    assert messages == ["DEBUG test not by fast: it is Sunday"]
+    with logged("svdq_compile.lowering") as records:
+        rows.run(ONE)
+        rows.run(ONE)
+    assert [(r.levelname, r.getMessage()) for r in records] == [("DEBUG", "test not by fast: it is Sunday")]
 
 
-def test_a_kernel_that_does_not_compile_is_left_out(messages: list[str]) -> None:
+def test_a_kernel_that_does_not_compile_is_left_out() -> None:
     pytest.importorskip("triton")
     rows = table(row("new", does_not_compile), row("old"))
-    for _ in range(2):
-        assert rows.run(ONE) == "old"
-    (warning,) = (m for m in messages if m.startswith("WARNING"))
+    with logged("svdq_compile.lowering", logging.WARNING) as records:
+        for _ in range(2):
+            assert rows.run(ONE) == "old"
+    (warning,) = (r.getMessage() for r in records)
     assert "kernel new" in warning
     assert torch.__version__ in warning
 
@@ -101,6 +90,17 @@ def test_a_generated_function_that_does_not_compile_is_left_out_alone() -> None:
         rows.run(ONE, bad)
     assert rows.run(ONE, good) == "kernel"
     assert rows.run(ONE, None) == "kernel"
+
+
+@pytest.mark.parametrize("fused", [Compiled("hook"), ONE])
+def test_what_is_fused_goes_to_no_row_that_cannot(fused: object) -> None:
+    """A part of the input, say, is no generated function, and must not be dropped either."""
+    pytest.importorskip("triton")
+    plain = Kernel("plain", ANY, (), None, lambda x: None, lambda x, *fused: "plain", fuses=False)
+    rows = table(row("kernel", does_not_compile), plain)
+    with pytest.raises(NoKernel):
+        rows.run(ONE, None, fused)
+    assert rows.run(ONE, None, None) == "plain"
 
 
 def test_errors_of_a_launch_are_raised() -> None:
@@ -125,13 +125,13 @@ def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_docs_show_the_tables() -> None:
-    """docs/kernels.md holds what `kernel_table.markdown(launch.TABLES)` gives."""
+    """docs/kernels.md holds what `kernel_table.markdown()` gives."""
     page = Path(__file__).parent.parent / "docs" / "kernels.md"
-    assert kernel_table.markdown(launch.TABLES) in page.read_text()
+    assert kernel_table.markdown() in page.read_text()
 
 
 def test_names_are_unique() -> None:
-    names = [kernel.name for table in launch.TABLES for kernel in table.rows[:-1]]
+    names = [kernel.name for table in kernel_table.TABLES.values() for kernel in table.rows[:-1]]
     assert len(set(names)) == len(names)
 
 

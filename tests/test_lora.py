@@ -3,7 +3,6 @@
 The rewritten graphs run as they are, without Inductor, except where a test is about what Inductor is given.
 """
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, fx, nn
 
 import svdq_compile as svdq
-from conftest import Net, inputs, net, quiet, relative_error
+from conftest import Net, inputs, logged, net, quiet, relative_error
 from svdq_compile import passes
 from svdq_compile.errors import WeightsReleased
 from zoo import ZOO, make
@@ -302,18 +301,9 @@ def test_an_adapter_with_a_bias_stays_beside_and_is_reported(graphs: list) -> No
     call = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet(rank=16))
     call(*inputs())
     adapted(model, lora_bias=True)
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("svdq_compile.passes")
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
+    with logged("svdq_compile.passes") as records:
         output = call(*inputs())
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-    assert any("not folded: blocks.0.to_q.lora_A.a" in message for message in messages)
+    assert any("not folded: blocks.0.to_q.lora_A.a" in record.getMessage() for record in records)
     assert relative_error(output, adapted(net(), lora_bias=True)(*inputs())) < 0.1
 
 

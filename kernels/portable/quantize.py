@@ -23,10 +23,10 @@ the same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 a
 Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
 step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
 
-On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Here a launch
-splits rows and channels over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x.
-Each program leaves its part of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its
-codes are a second launch, which walks x from its end, which is still in L2.
+On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Here a launch splits rows and channels
+over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x. Each program leaves its part
+of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its codes are a second launch,
+which walks x from its end, which is still in L2.
 
     peaks     [S, M]     fp32  the largest |v| in each of S parts of a row
     partial   [S, M, R]  fp32  each part's contribution to xd
@@ -163,7 +163,8 @@ def _codes_kernel(
 
 
 def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
-           fp8: bool) -> None:  # fmt: skip
+                   fp8: bool) -> None:  # fmt: skip
+    """Raise unless the operands are what the module says."""
     if precision not in GROUP_SIZE:
         raise ValueError(f"quantize: {precision} has no quantized activations, use one of {', '.join(GROUP_SIZE)}")
     if (shift or fp8) and precision != "int4":
@@ -190,6 +191,7 @@ def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor
 
 
 def allocate_results(x: Tensor, k: int, r: int, precision: str, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for qx, ascales and xd."""
     m, kp = x.shape[0], padded(k, GROUP_SIZE[precision])
     xd = x.new_empty(m, r)
     if precision == "nvfp4":
