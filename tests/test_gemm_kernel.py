@@ -197,14 +197,16 @@ def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.hopper.descriptors import plain, swizzled
 
     tm, tn = tile.tm, tile.tn
     blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
               "y": ("bf16", torch.bfloat16, tm // 2, tn), "beside": ("bf16", torch.bfloat16, tm // 2, tn)}  # fmt: skip
+    layouts = {name: swizzled(*block[1:]) for name, block in blocks.items() if name != "s"} | {"s": plain(16)}
     descriptors = {
-        name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
-        for name, (kind, dtype, rows, columns) in blocks.items()
+        name: f"tensordesc<{kind}{[rows, columns]},{layouts[name]!r}>"
+        for name, (kind, _, rows, columns) in blocks.items()
     }
     constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "LOW_RANK": low_rank, "BIAS": True,
                  "EPILOGUE": hook, "BESIDE": beside, "WARPS": tile.warps}  # fmt: skip

@@ -135,22 +135,20 @@ def test_plain_uses_int8_tensor_cores(capability):
 )
 def test_gluon_int4_overlaps(tm, tn, stages, warps):
     """e4m3 wgmma, left operand from registers, one group multiplied while another is rescaled; nothing spilled."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
-    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+    from svdq_compile.kernels.hopper.descriptors import plain, swizzled
 
     blocks = {"x": ("fp8e4nv", torch.float8_e4m3fn, tm, 128), "w": ("i8", torch.int8, tn, 64),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
               "y": ("bf16", torch.bfloat16, tm, tn)}  # fmt: skip
     types = {
-        name: f"tensordesc<{kind}{[rows, columns]},{gluon_gemm._layout(dtype, rows, columns)!r}>"
+        name: f"tensordesc<{kind}{[rows, columns]},{swizzled(dtype, rows, columns)!r}>"
         for name, (kind, dtype, rows, columns) in blocks.items()
     }
     for name, kind, bits, columns in (("s", "bf16", 16, tn), ("a", "fp32", 32, tm)):
-        plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
-        types[name] = f"tensordesc<{kind}{[2, columns]},{plain!r}>"
+        types[name] = f"tensordesc<{kind}{[2, columns]},{plain(bits)!r}>"
     types |= {"bias": "*bf16", "offset": "*fp32", "extra": ()}
     constants = {"TM": tm, "TN": tn, "STAGES": stages, "GROUP": 8, "BIAS": True, "OFFSET": True, "EPILOGUE": None,
                  "WARPS": warps}  # fmt: skip

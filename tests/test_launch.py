@@ -264,14 +264,13 @@ def test_a_profiler_sees_the_launch(driver, monkeypatch):
 
 def test_kernels_make_each_layout_once():
     """`launch` knows a layout by its identity: one made anew in each call would be compiled for in each call."""
-    from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
-    from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
-    from svdq_compile.kernels.hopper import quantize as gluon_quantize
+    from svdq_compile.kernels.hopper.descriptors import describe, plain
+    from svdq_compile.kernels.hopper.quantize import describe_down
 
     down = torch.zeros(96, 64, dtype=torch.bfloat16)
-    for describe in (
-        lambda: gluon_quantize.describe_down(down, 8, 2)[0],
-        lambda: gluon_int4._describe_scales(down, 64),
-        lambda: gluon_gemm._describe(down, 64, 64),
+    for made in (
+        lambda: describe_down(down, 8, 2)[0],
+        lambda: describe(down, 2, 64, plain(16)),
+        lambda: describe(down, 64, 64),
     ):
-        assert describe().layout is describe().layout
+        assert made().layout is made().layout

@@ -16,13 +16,11 @@ Every 4-bit value is an e4m3 number, and e4m3 `wgmma` leaves its sums in fp32: n
 sum of a group instead of the three that int8 needs. A group's sum is an integer below 2^13 (64 * 7 * 15), which
 Hopper's 14 bits of fp8 accumulation hold exactly; tests/gpu checks it at the extremes.
 
-The walk is that of gemm_w4a8.py: one warp copies, the default partition multiplies, a buffer goes back through a named
-barrier. Of a step's two groups, the second is multiplied while the first is rescaled. ptxas allows no more: a sum that
-is read while a product is in flight must be in registers of its own until nothing is in flight.
+The walk is that of ring.py. Of a step's two groups, the second is multiplied while the first is rescaled. ptxas allows
+no more: a sum that is read while a product is in flight must be in registers of its own until nothing is in flight.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,24 +38,14 @@ from triton.language.extra.cuda import gdc_wait
 from ..formats.layout import to_words
 from ..portable.gemm import check_scales, sibling_features
 from ..runtime.generated import Hook
-from ..runtime.launcher import Descriptor, check_tensor, launch
+from ..runtime.launcher import check_tensor, launch
 from ..runtime.target import processors
 from ..runtime.tuning import choose
-from .gemm_w4a8 import (
-    RANK_STEP,
-    _await_free,
-    _describe,
-    _hand_back,
-    _load,
-    _next,
-    _rank_tokens,
-    _store,
-    _tile_of,
-    _view,
-)
+from .descriptors import describe, plain
+from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
+from .versions import aggregate, load, store, view
 
 GROUP_SIZE = 64
-GROUP = 8  # token tiles in a row that use the same weights
 LOW = gl.constexpr("and.b32 $0, $1, 0x87878787;")
 HIGH = gl.constexpr("{ .reg .b32 t; shf.r.wrap.b32 t, $1, $1, 4; and.b32 $0, t, 0x87878787; }")
 UNIT = gl.constexpr(512.0)  # a magnitude of 1 is e4m3's smallest number, 2^-9
@@ -69,47 +57,46 @@ def _e4m3(p, ASM: gl.constexpr):
     return gl.inline_asm_elementwise(ASM, "=r,r", [p], dtype=gl.float8e4nv, is_pure=True, pack=4)
 
 
+@aggregate
+class Scales:
+    """Two groups' scales for each buffer: of features [STAGES, 2, TN], of tokens [STAGES, 2, TM]."""
+
+    features: gl.shared_memory_descriptor
+    tokens: gl.shared_memory_descriptor
+
+
 @gluon.jit
-def _copy(
-    x, w, s, a, xd, up, xs, ws, ss, as_, full, sibling, rank, tiles_m, tiles_n, k_steps, rank_steps,
-    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, THREADS: gl.constexpr,
-):  # fmt: skip
+def _copy(ring, tiles, scales, x, w, s, a, sibling, rank, k_steps, rank_steps):
     """The copying warp: every step of every tile, into the ring."""
     slot = 0
     filled = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
-        own = pn * TN // sibling * rank
+    for tile in range(gl.program_id(0), tiles.tiles_m * tiles.tiles_n, gl.num_programs(0)):
+        m0, n0 = tiles.origin(tile)
+        own = n0 // sibling * rank
         for i in range(k_steps + rank_steps):
-            if filled >= STAGES:
-                _await_free(slot, THREADS)
-            bar = full.index(slot)
+            ring.await_free(slot, filled)
             if i < k_steps:
-                mbarrier.expect(bar, TM * 136 + TN * 68)
-                _load(s, [2 * i, pn * TN], bar, ss.index(slot))
-                _load(a, [2 * i, pm * TM], bar, as_.index(slot))
-                _load(w, [pn * TN, i * 64], bar, ws.index(slot))
-                _load(x, [pm * TM, i * 128], bar, xs.index(slot))
+                bar = ring.full.index(slot)
+                mbarrier.expect(bar, ring.TM * 136 + ring.TN * 68)
+                load(s, [2 * i, n0], bar, scales.features.index(slot))
+                load(a, [2 * i, m0], bar, scales.tokens.index(slot))
+                load(w, [n0, i * 64], bar, ring.weights.index(slot))
+                load(x, [m0, i * 128], bar, ring.tokens.index(slot))
             else:
-                r = (i - k_steps) * RANK_STEP
-                mbarrier.expect(bar, (TM + TN) * 2 * RANK_STEP)
-                _load(up, [pn * TN, r], bar, _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout))
-                _load(xd, [pm * TM, own + r], bar, _rank_tokens(xs, slot, xd, TM))
-            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+                ring.load_low_rank(slot, m0, n0, own, i - k_steps)
+            slot = ring.after(slot)
             filled += 1
-    slot = gl.where(filled < STAGES, 0, slot)
-    for _ in range(gl.minimum(filled, STAGES)):  # leave no barrier half arrived at
-        _await_free(slot, THREADS)
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    ring.drain(slot, filled)
 
 
 @gluon.jit
 def _multiply(
-    y, xs, ws, ss, as_, ys, full, xd, up, bias, offset, extra, M, N, tiles_m, tiles_n, k_steps, rank_steps,
-    TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
+    ring, tiles, scales, y, ys, bias, offset, extra, M, N, k_steps, rank_steps,
+    BIAS: gl.constexpr, OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each tile's sums, and what is stored."""
+    TM: gl.constexpr = ring.TM
+    TN: gl.constexpr = ring.TN
     eight: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TM, 32])
     real: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TM, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, eight, 4)
@@ -119,84 +106,68 @@ def _multiply(
     zero = gl.full([TN, TM], 0, gl.float32, eight)
     slot = 0
     phase = 0
-    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
+    for tile in range(gl.program_id(0), tiles.tiles_m * tiles.tiles_n, gl.num_programs(0)):
+        m0, n0 = tiles.origin(tile)
         acc = zero
         for _ in range(k_steps):
-            mbarrier.wait(full.index(slot), phase)
-            p = ws.index(slot).load(left)
-            xt = xs.index(slot)
+            ring.await_full(slot, phase)
+            p = ring.weights.index(slot).load(left)
+            xt = ring.tokens.index(slot)
             even = warpgroup_mma(_e4m3(p, LOW), xt.slice(0, 64, 1).permute([1, 0]), zero, use_acc=False, is_async=True)
             odd = warpgroup_mma(_e4m3(p, HIGH), xt.slice(64, 64, 1).permute([1, 0]), zero, use_acc=False, is_async=True)
-            s = _view(ss.index(slot), gl.bfloat16, [2 * TN], flat)
-            a = _view(as_.index(slot), gl.float32, [2 * TM], flat)
+            s = view(scales.features.index(slot), gl.bfloat16, [2 * TN], flat)
+            a = view(scales.tokens.index(slot), gl.float32, [2 * TM], flat)
             even = warpgroup_mma_wait(1, deps=(even,))
             scale = s.slice(0, TN, 0).load(rows).to(gl.float32) * UNIT
             acc += even * scale[:, None] * a.slice(0, TM, 0).load(columns)[None, :]
             odd = warpgroup_mma_wait(0, deps=(odd,))
             scale = s.slice(TN, TN, 0).load(rows).to(gl.float32) * UNIT
             acc += odd * scale[:, None] * a.slice(TM, TM, 0).load(columns)[None, :]
-            _hand_back(slot, THREADS)
-            slot, phase = _next(slot, phase, STAGES)
+            ring.hand_back(slot)
+            slot, phase = ring.next(slot, phase)
         out = gl.convert_layout(acc, real, assert_trivial=True)
-        rn = pn * TN + gl.arange(0, TN, gl.SliceLayout(1, real))
+        rn = n0 + gl.arange(0, TN, gl.SliceLayout(1, real))
         if OFFSET:
             out -= gl.load(offset + rn, mask=rn < N, other=0.0)[:, None]
         if BIAS:
             out += gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32)[:, None]
         for _ in range(rank_steps):
-            mbarrier.wait(full.index(slot), phase)
-            u = _view(ws.index(slot), up.dtype, [TN, RANK_STEP], up.layout)
-            d = _rank_tokens(xs, slot, xd, TM)
+            ring.await_full(slot, phase)
+            u, d = ring.low_rank(slot)
             out = warpgroup_mma(u, d.permute([1, 0]), out, is_async=True)
             out = warpgroup_mma_wait(0, deps=(out,))
-            _hand_back(slot, THREADS)
-            slot, phase = _next(slot, phase, STAGES)
+            ring.hand_back(slot)
+            slot, phase = ring.next(slot, phase)
         if EPILOGUE is not None:
-            rm = pm * TM + gl.arange(0, TM, gl.SliceLayout(0, real))
+            rm = m0 + gl.arange(0, TM, gl.SliceLayout(0, real))
             out = EPILOGUE(out, rn[:, None], rm[None, :], (rn < N)[:, None] & (rm < M)[None, :], extra)
         tma.store_wait(0)
         ys.permute([1, 0]).store(out.to(y.dtype))
         fence_async_shared()
-        _store(y, [pm * TM, pn * TN], ys)
+        store(y, [m0, n0], ys)
     tma.store_wait(0)
 
 
-@gluon.jit
+# Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
+@gluon.jit(do_not_specialize=["M", "N", "sibling", "rank", "k_steps", "rank_steps"])
 def _int4_kernel(
     x, w, s, a, xd, up, y, bias, offset, extra, M, N, sibling, rank, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
     OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TM, 128], x.layout)
-    ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
-    ss = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, TN], s.layout)
-    as_ = gl.allocate_shared_memory(gl.float32, [STAGES, 2, TM], a.layout)
+    ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS)
+    of_features = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, TN], s.layout)
+    of_tokens = gl.allocate_shared_memory(gl.float32, [STAGES, 2, TM], a.layout)
     ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     gdc_wait()
-    THREADS: gl.constexpr = WARPS * 32 + 32  # who meets at a buffer's named barrier
-    tiles_m = gl.cdiv(M, TM)
-    tiles_n = gl.cdiv(N, TN)
+    scales = Scales(of_features, of_tokens)
+    tiles = Tiles(gl.cdiv(M, TM), gl.cdiv(N, TN), TM, TN, GROUP)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    y, xs, ws, ss, as_, ys, full, xd, up, bias, offset, extra, M, N, tiles_m, tiles_n, k_steps,
-                    rank_steps, TM, TN, STAGES, GROUP, BIAS, OFFSET, EPILOGUE, WARPS, THREADS,
-                ),
-            ),
-            (
-                _copy,
-                (
-                    x, w, s, a, xd, up, xs, ws, ss, as_, full, sibling, rank, tiles_m, tiles_n, k_steps, rank_steps,
-                    TM, TN, STAGES, GROUP, THREADS,
-                ),
-            ),
+            (_multiply, (ring, tiles, scales, y, ys, bias, offset, extra, M, N, k_steps, rank_steps, BIAS, OFFSET,
+                         EPILOGUE, WARPS)),
+            (_copy, (ring, tiles, scales, x, w, s, a, sibling, rank, k_steps, rank_steps)),
         ],
         [1],
         [24],
@@ -225,17 +196,6 @@ def candidates(m: int) -> tuple[Tile, ...]:
     if m <= 64:
         return (Tile(64, 128, 8),)
     return Tile(128, 128, 6), Tile(128, 64, 4, 4, 2)
-
-
-@cache  # one object each: `launch` knows a layout by its identity
-def _plain(bits: int) -> gl.NVMMASharedLayout:
-    """No swizzle: read back as plain rows."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
-
-
-def _describe_scales(tensor: Tensor, columns: int) -> Descriptor:
-    """Two groups' scales."""
-    return Descriptor(tensor, tensor.shape, tensor.stride(), (2, columns), _plain(8 * tensor.element_size()))
 
 
 def _by_group(ascales: Tensor) -> Tensor:
@@ -299,13 +259,13 @@ def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t:
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
     arguments = (
-        _describe(qx, t.tm, 128),
-        _describe(words.view(torch.int8), t.tn, 64),
-        _describe_scales(wscales, t.tn),
-        _describe_scales(by_group, t.tm),
-        _describe(xd, t.tm, RANK_STEP.value),
-        _describe(up, t.tn, RANK_STEP.value),
-        _describe(y, t.tm, t.tn),
+        describe(qx, t.tm, 128),
+        describe(words.view(torch.int8), t.tn, 64),
+        describe(wscales, 2, t.tn, plain(16)),
+        describe(by_group, 2, t.tm, plain(32)),
+        describe(xd, t.tm, RANK_STEP.value),
+        describe(up, t.tn, RANK_STEP.value),
+        describe(y, t.tm, t.tn),
         wscales if bias is None else bias,
         by_group if offset is None else offset,
         () if epilogue is None else epilogue.operands,
@@ -318,8 +278,5 @@ def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t:
     )
     function = None if epilogue is None else epilogue.function
     constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, offset is not None, function, t.warps)
-    options = {"num_warps": t.warps, "launch_pdl": True}
-    if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
-        options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
     programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))
-    launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options)
+    launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

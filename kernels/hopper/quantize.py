@@ -27,7 +27,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -38,15 +37,13 @@ from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Hook
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
+from .descriptors import describe
+from .versions import barrier, load, view
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
 MAX_RANK = {"w4a8": 256, "int4": 240}  # more would not fit into registers
 MAX_BLOCKS = COUNTERS // (ROWS.value + 2)
-# Renamed after Triton 3.6.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # One thread counts or polls: an atomic of Triton's has every warp wait for its result, and polls disturb the loads of
 # others. `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
 ARRIVE = gl.constexpr("""{
@@ -78,7 +75,7 @@ def _at_counter(counter, number, ASM: gl.constexpr):
 @gluon.jit
 def _arrive(counter, programs):
     """Let the other programs of the row block see all that this one wrote."""
-    _barrier()
+    barrier()
     _at_counter(counter, 2 * programs - 1, ARRIVE)
 
 
@@ -86,7 +83,7 @@ def _arrive(counter, programs):
 def _await(counter, programs):
     """Wait until every program of the row block has arrived."""
     _at_counter(counter, programs, AWAIT)
-    _barrier()
+    barrier()
 
 
 @gluon.jit
@@ -113,9 +110,9 @@ def _below(index, limit, EXACT: gl.constexpr):
 @gluon.jit
 def _load_down(down, rest, k, bar, ds, es, slot, RANK: gl.constexpr, REST: gl.constexpr):
     """Channels from k on of both pieces of `down` into a slot."""
-    _load(down, [0, k], bar, ds.index(slot))
+    load(down, [0, k], bar, ds.index(slot))
     if REST > 0:
-        _load(rest, [RANK, k], bar, es.index(slot))
+        load(rest, [RANK, k], bar, es.index(slot))
 
 
 @gluon.jit
@@ -131,7 +128,7 @@ def _store_part(target, acc, first, R: gl.constexpr):
 def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: gl.constexpr):
     """Box i smoothed, as its even channels and its odd ones [ROWS, 32] fp32: words make one instruction a number."""
     bits: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    word = _view(xs, gl.int32, [ROWS, K_TILE // 2], bits).slice(i * 32, 32, 1).load(layout)
+    word = view(xs, gl.int32, [ROWS, K_TILE // 2], bits).slice(i * 32, 32, 1).load(layout)
     if DTYPE == gl.bfloat16:
         even = (word << 16).to(gl.float32, bitcast=True)
         odd = (word & -65536).to(gl.float32, bitcast=True)
@@ -194,11 +191,11 @@ def _quantize_kernel(
     mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else (RANK + REST) * K_TILE * 2))
     if JOINED:  # no program straddles the two parts
         if first < W:
-            _load(x, [begin, first], full, xs)
+            load(x, [begin, first], full, xs)
         else:
-            _load(right, [begin, first - W], full, xs)
+            load(right, [begin, first - W], full, xs)
     else:
-        _load(x, [begin, first], full, xs)
+        load(x, [begin, first], full, xs)
     if RING:
         for i in gl.static_range(SLOTS):
             mbarrier.expect(ready.index(i), (RANK + REST) * 128)
@@ -215,7 +212,7 @@ def _quantize_kernel(
         factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
         factors.store(factor)
         inverses.store(gl.div_rn(gl.full_like(factor, 1.0), factor))
-    _barrier()
+    barrier()
     r = gl.arange(0, ROWS, row)
     rc = gl.arange(0, 32 if BY_ROW else 64, column)
     alive = _below(r, M - begin, EXACT)
@@ -229,7 +226,7 @@ def _quantize_kernel(
                 there = _below(rows, M, EXACT) & _below(columns, K, EXACT)
                 piece.store(prologue(piece.load(wide), rows, columns, there, extra, HOOK))
         fence_async_shared()
-        _barrier()
+        barrier()
     target = qx + (begin.to(gl.int64) * KP + first)
     peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 32], 0.0, gl.float32, pairs)
     acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
@@ -263,7 +260,7 @@ def _quantize_kernel(
             gl.store(ascales + (begin + r).to(gl.int64) * a_row + k // 64 * a_group, scale, mask=stored)
         if RING and i + SLOTS < BOXES:
             acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
-            _barrier()
+            barrier()
             mbarrier.expect(ready.index(i + SLOTS), (RANK + REST) * 128)
             _load_down(down, rest, k + SLOTS * 64, ready.index(i + SLOTS), ds, es, i % SLOTS, RANK, REST)
     peaks = counters + begin
@@ -299,7 +296,7 @@ def _quantize_kernel(
         if MEET:
             _await(there, S)
         else:
-            _barrier()
+            barrier()
         e = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))
         fp = gl.arange(0, PARTS, gl.SliceLayout(1, flat))[:, None]
         inside = e < ROWS * R
@@ -310,7 +307,7 @@ def _quantize_kernel(
         if MEET:
             _leave(there, S)
     if MEET and BY_ROW:
-        _barrier()  # every warp has read the peaks
+        barrier()  # every warp has read the peaks
         _leave_peaks(here, S, peaks)
 
 
@@ -365,15 +362,6 @@ def _pieces(r: int) -> tuple[int, int]:
     first = 1 << max(r, 16).bit_length() - 1
     rest = triton.next_power_of_2(r - first) if r > first else 0
     return (2 * first, 0) if rest == first else (first, rest)
-
-
-# One object: `launch` knows a layout by its identity.
-_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
-
-def describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
-    """What TMA copies in blocks."""
-    return Descriptor(tensor, tensor.shape, tensor.stride(), (rows, columns), _SWIZZLED)
 
 
 def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Descriptor]:
