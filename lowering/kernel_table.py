@@ -1,8 +1,8 @@
 """How an operator's kernel is found: a table for each operator (launch.py), the fastest first, the reference last.
 
 A row says why it cannot take some operands, or runs them. A kernel that this Triton cannot compile is left out for the
-rest of the process, with one warning; the next row takes over. Why a call went to a slower row is said at debug level
-(`TORCH_LOGS="+svdq_compile"`).
+rest of the process, with one warning; the next row takes over. What else keeps a call from a row of its GPU and its
+format is logged once, and how often each row ran in a graph (`TORCH_LOGS="svdq_compile"`).
 
 SVDQ_KERNELS=reference       or names of rows, with commas: in each table that has one of them, only these rows and the
                              reference are asked
@@ -12,7 +12,9 @@ import difflib
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,12 +64,16 @@ class Kernel:
 
     def refuses(self, operands: Any) -> str | None:
         """Why it cannot take these operands; None if it can."""
+        return self.is_for_others(operands) or _missing(self.needs) or self.why_not(operands)
+
+    def is_for_others(self, operands: Any) -> str | None:
+        """Why it is not meant for this device or this format; None if it is."""
         first = operands if isinstance(operands, Tensor) else operands[0]
         if not self.target.includes(first.device):
             return f"not on {self.target.name}"
         if self.formats and operands.precision not in self.formats:
             return f"it has no {operands.precision}"
-        return _missing(self.needs) or self.why_not(operands)
+        return None
 
 
 class Table:
@@ -76,6 +82,7 @@ class Table:
     def __init__(self, operator: str, rows: list[Kernel], reference: Callable[..., Any]) -> None:
         self.operator = operator
         self.rows = [*rows, Kernel(REFERENCE, ANY, (), None, takes_all, reference, fuses=False)]
+        self.used: Counter[str] = Counter()  # by row: how often it ran; plans of replay.py run past the table
         TABLES[operator] = self
 
     def choose(self, operands: Any, function: Any = None) -> Kernel:
@@ -87,7 +94,8 @@ class Table:
                 return kernel
             if (kernel.name, reason) not in _told:
                 _told.add((kernel.name, reason))
-                log.debug("%s not by %s: %s", self.operator, kernel.name, reason)
+                level = logging.DEBUG if kernel.is_for_others(operands) else logging.INFO
+                log.log(level, "%s not by %s: %s", self.operator, kernel.name, reason)
         raise AssertionError("the reference takes everything")
 
     def run(self, operands: Any, *fused: Any) -> Any:
@@ -98,7 +106,9 @@ class Table:
             if not kernel.fuses and any(f is not None for f in fused):
                 raise NoKernel(self.operator)
             try:
-                return kernel.run(operands, *fused)
+                result = kernel.run(operands, *fused)
+                self.used[kernel.name] += 1
+                return result
             except Exception as error:
                 if kernel.name == REFERENCE or not _is_compilers(error):
                     raise
@@ -109,6 +119,17 @@ class Table:
         if names.isdisjoint(kernel.name for kernel in self.rows):
             return self.rows
         return [kernel for kernel in self.rows if kernel.name in names or kernel.name == REFERENCE]
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Within the context, what the tables run; after it, how often: "gemm hopper_w4a8" -> 24."""
+    before = {table.operator: table.used.copy() for table in TABLES.values()}
+    counts: Counter[str] = Counter()
+    yield counts
+    for table in TABLES.values():
+        new = table.used - before[table.operator]
+        counts.update({f"{table.operator} {name}": n for name, n in new.items()})
 
 
 def markdown() -> str:

@@ -6,6 +6,7 @@ Parameters belong to does not matter, so a block compiled once serves all, as lo
 For another form (another rank, a layer that shares its input with others) another variant is compiled.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 
 from .config import Config
 from .errors import WeightsReleased
+from .lowering import kernel_table
 from .lowering.packed import PackedLinear, form, side_by_side
 from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
 from .observing import ObservingGraph
@@ -22,6 +24,8 @@ from .passes import fuse, pipeline, quantizing
 from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
+
+log = logging.getLogger("svdq_compile")
 
 
 class CompiledGraph:
@@ -53,7 +57,9 @@ class CompiledGraph:
         if resolved is None or not resolved.is_for(packs):
             self._lay_out(packs)
             resolved = Resolved(self._variant(args, packs), packs, self._weights)
-            packs[0].resolved[self] = resolved
+            if packs:
+                packs[0].resolved[self] = resolved
+            return resolved.first_call(args)
         return resolved(args)
 
     def _lay_out(self, packs: list[PackedLinear]) -> None:
@@ -105,6 +111,7 @@ class Variant:
         inputs = self.template(packs)
         for position, index in self.plain:
             inputs[position] = args[index]
+        self.is_told = False
         self.run: Callable = compile_with_inductor(gm, inputs, config.mode, partial(fuse, fusions=config.fusions))
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
@@ -126,6 +133,15 @@ class Resolved:
     def is_for(self, packs: list[PackedLinear]) -> bool:
         """Whether these are the packs it was made for; the first one is the caller's key."""
         return all(a is b for a, b in zip(self._others, packs[1:], strict=True))
+
+    def first_call(self, args: tuple) -> Any:
+        """Call, and log once for each variant how often each kernel ran."""
+        with kernel_table.counted() as counts:
+            result = self(args)
+        if not self._variant.is_told:
+            self._variant.is_told = True
+            log.info("kernels of this graph: %s", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
+        return result
 
     def __call__(self, args: tuple) -> Any:
         inputs = self._template.copy()

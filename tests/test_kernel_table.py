@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from conftest import logged
+from conftest import compiled, logged
 from svdq_compile.kernels.runtime.target import HOPPER
 from svdq_compile.lowering import kernel_table, launch, torch_private
 from svdq_compile.lowering.kernel_table import ANY, REFERENCE, Kernel, NoKernel, Table
@@ -64,7 +64,34 @@ def test_a_reason_is_told_once() -> None:
     with logged("svdq_compile.lowering") as records:
         rows.run(ONE)
         rows.run(ONE)
-    assert [(r.levelname, r.getMessage()) for r in records] == [("DEBUG", "test not by fast: it is Sunday")]
+    assert [(r.levelname, r.getMessage()) for r in records] == [("INFO", "test not by fast: it is Sunday")]
+
+
+def test_a_row_for_other_gpus_is_no_news() -> None:
+    rows = table(row("fast", target=HOPPER))
+    with logged("svdq_compile.lowering") as records:
+        rows.run(ONE)
+    assert [(r.levelname, r.getMessage()) for r in records] == [("DEBUG", "test not by fast: not on sm_90")]
+
+
+def test_what_ran_is_counted() -> None:
+    long = row("long", why_not=lambda x: "it is short" if len(x) < 5 else None)
+    rows = table(long, row("short"))
+    rows.run(ONE)
+    with kernel_table.counted() as counts:
+        rows.run(ONE)
+        rows.run(torch.ones(9))
+        rows.run(ONE)
+    assert counts == {"test long": 1, "test short": 2}
+
+
+def test_a_graph_tells_its_kernels_once() -> None:
+    model = compiled(nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).requires_grad_(False))
+    with logged("svdq_compile", logging.INFO) as records:
+        for _ in range(3):  # the first only observes
+            model(torch.randn(2, 80, 128))
+    told = [r.getMessage() for r in records if "kernels of this graph" in r.getMessage()]
+    assert told == ["kernels of this graph: gemm reference 2, quantize reference 2"]
 
 
 def test_a_kernel_that_does_not_compile_is_left_out() -> None:
