@@ -1,9 +1,9 @@
 """Every torch that pyproject.toml allows, with its own Triton: set up in build/compat, tested, written down.
 
-    python tests/compat.py            `make compat`: the kernels' tests with each Triton over the torch of .venv, the
-                                      whole suite where PAIRS says so. 12 GB on disk, and hours on two cores
-    python tests/compat.py 3.8.0      the same for some Tritons only; other rows of the table stay
-    python tests/compat.py --quick    in `make test`: each kernel compiled once by each Triton that .venv has not
+    python tests/compat.py                 `make compat`: the kernels' tests with each Triton over the torch of .venv,
+                                           the whole suite where PAIRS says so. 15 GB on disk, hours on two cores
+    python tests/compat.py --only 3.8.0    the same for one Triton; other rows of the table stay
+    python tests/compat.py --quick         in `make test`: each kernel compiled once by each Triton that .venv has not
 
 A Triton lies in a folder of its own, ahead of .venv on the path, so one torch serves them all. Results go to
 docs/compat.json, and from there to docs/compat.md. The interpreter's tests of a file count as one.
@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "compat"
 RESULTS = ROOT / "docs" / "compat.json"
 PAGE = ROOT / "docs" / "compat.md"
+
+KERNELS, WHOLE, QUICK = "kernels' tests", "whole suite", "each kernel compiled once"
 
 
 class Pair(NamedTuple):
@@ -63,54 +65,66 @@ NOTES = """\
 def main() -> int:
     """Run what is asked for; the exit status says whether all tests passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("triton", nargs="*", choices=[[], *(pair.triton for pair in PAIRS)])
+    parser.add_argument("--only", action="append", choices=[pair.triton for pair in PAIRS], help="a Triton, repeatable")
     parser.add_argument("--quick", action="store_true", help="each kernel once, with the Tritons that .venv has not")
     options = parser.parse_args()
-    pairs = [pair for pair in PAIRS if not options.triton or pair.triton in options.triton]
+    pairs = [pair for pair in PAIRS if not options.only or pair.triton in options.only]
     if options.quick:
         mine = importlib.metadata.version("triton")
-        runs = [_test(pair, "builds", ["-m", "builds", "--one-of-each"]) for pair in pairs if pair.triton != mine]
+        runs = [test(pair, QUICK) for pair in pairs if pair.triton != mine]
     else:
-        runs = [_recorded(pair, whole) for pair in pairs for whole in (False, True)[: 1 + pair.whole]]
+        runs = [recorded(pair, KERNELS) for pair in pairs]
+        runs += [recorded(pair, WHOLE) for pair in pairs if pair.whole]
     return int(any(run["failed"] for run in runs))
 
 
-def _recorded(pair: Pair, whole: bool) -> dict:
-    run = _test(pair, "whole suite") if whole else _test(pair, "kernels")
+def recorded(pair: Pair, what: str) -> dict:
+    """Like `test`, and the result goes into the files."""
+    run = test(pair, what)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[f"{pair.triton} {run['what']}"] = run
+    results[f"{pair.triton} {what}"] = run
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(results))
     return run
 
 
-def _test(pair: Pair, what: str, more: list[str] | None = None) -> dict:
-    """Tests with this pair: what ran, with which versions, and how it ended."""
-    path = [_install(f"triton-{pair.triton}", ["--no-deps", f"triton=={pair.triton}", *pair.beside])]
-    files = [f for f in sorted((ROOT / "tests").glob("test_*.py")) if re.search("kernel_t(esting|able)", f.read_text())]
-    if what == "whole suite":
-        path.append(_install(f"torch-{pair.torch}", [f"torch=={pair.torch}"]))
-        files = []
+def test(pair: Pair, what: str) -> dict:
+    """Some of the tests with this pair: which versions they ran with, and how they ended."""
+    path = [install(f"triton-{pair.triton}", "--no-deps", f"triton=={pair.triton}", *pair.beside)]
+    expected = {"triton": pair.triton}
+    if what == WHOLE:
+        path.append(install(f"torch-{pair.torch}", f"torch=={pair.torch}"))
+        expected["torch"] = pair.torch
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    versions = _versions(environment)
-    assert versions["triton"] == pair.triton, f"{versions} where {pair} was set up"
+    versions = imported_versions(environment)
+    assert all(versions[name].split("+")[0] == version for name, version in expected.items()), versions
     print(f"\n{what} with " + ", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     report = FOLDER / "report.xml"
     report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *selection(what)]
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "load" if more else "loadfile"]
-    run = subprocess.run([*command, f"--junitxml={report}", *(more or []), *files], cwd=ROOT, env=environment)
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if not report.exists():
-        raise SystemExit(f"pytest ended with {run.returncode} before it ran a test")
-    counts = {key: int(n) for key, n in next(ElementTree.parse(report).iter("testsuite")).items() if n.isdigit()}
-    failed = counts["failures"] + counts["errors"]
-    return {"what": what, "versions": versions, "passed": counts["tests"] - failed - counts["skipped"],
-            "failed": failed, "skipped": counts["skipped"], "minutes": round((time.perf_counter() - begin) / 60, 1),
-            "date": date.today().isoformat()}  # fmt: skip
+        raise SystemExit(f"pytest ended with {status} before it ran a test")
+    minutes = round((time.perf_counter() - begin) / 60, 1)
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    tests, failures, errors, skipped = (int(suite.attrib[k]) for k in ("tests", "failures", "errors", "skipped"))
+    failed = failures + errors
+    return {"versions": versions, "passed": tests - failed - skipped, "failed": failed, "skipped": skipped,
+            "minutes": minutes, "date": date.today().isoformat()}  # fmt: skip
 
 
-def _install(name: str, requirements: list[str]) -> Path:
-    """The folder with these packages. Set up whole or not at all."""
+def selection(what: str) -> list[str]:
+    """What pytest is told to run."""
+    by_file = ["--dist", "loadfile"]
+    if what == WHOLE:
+        return by_file
+    files = [f for f in sorted((ROOT / "tests").glob("test_*.py")) if re.search("kernel_t(esting|able)", f.read_text())]
+    return [*(["-m", "builds", "--one-of-each"] if what == QUICK else by_file), *map(str, files)]
+
+
+def install(name: str, *requirements: str) -> Path:
+    """The folder with these packages, set up whole or not at all."""
     folder = FOLDER / name
     if not folder.exists():
         print(f"setting up {folder.relative_to(ROOT)}", flush=True)
@@ -121,7 +135,8 @@ def _install(name: str, requirements: list[str]) -> Path:
     return folder
 
 
-def _versions(environment: dict[str, str]) -> dict[str, str]:
+def imported_versions(environment: dict[str, str]) -> dict[str, str]:
+    """Of what Python imports there."""
     code = "import json, numpy, torch, triton; modules = torch, triton, numpy; "
     code += "print(json.dumps({module.__name__: module.__version__ for module in modules}))"
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -133,12 +148,13 @@ def page(results: dict[str, dict]) -> str:
     lines = ["# Which torch and Triton", "", "Written by `make compat`.", "",
              "| torch | its Triton | kernels' tests | whole suite |", "|---|---|---|---|"]  # fmt: skip
     for pair in PAIRS:
-        cells = [_cell(results.get(f"{pair.triton} {what}")) for what in ("kernels", "whole suite")]
+        cells = [cell(results.get(f"{pair.triton} {what}")) for what in (KERNELS, WHOLE)]
         lines.append(f"| {pair.torch} | {pair.triton} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", NOTES])
 
 
-def _cell(run: dict | None) -> str:
+def cell(run: dict | None) -> str:
+    """How a run ended, and with what."""
     if run is None:
         return ""
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "numpy"))
