@@ -156,7 +156,7 @@ def page(results: dict[str, dict]) -> str:
 def cell(run: dict | None) -> str:
     """How a run ended, and with what."""
     if run is None:
-        return ""
+        return "not run"
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("torch", "numpy"))
     skipped = f", {run['skipped']} skipped" if run["skipped"] else ""
     return f"{run['passed']} passed, {run['failed']} failed{skipped} ({versions}; {run['date']})"
