@@ -29,7 +29,7 @@ def _has_triton() -> bool:
     except ImportError as error:
         log.warning(
             "Triton cannot be imported (%s: %s): quantized layers run without kernels, as plain torch, slowly. "
-            "Install the Triton that belongs to torch %s; the README says which.",
+            "Install the Triton that belongs to torch %s; docs/compat.md says which.",
             type(error).__name__, error, torch.__version__,
         )  # fmt: skip
         return False
