@@ -1,19 +1,24 @@
 # Everything sets itself up on first use, in .venv, and is quick the second time.
 #   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html
 #   make test    format, lint, types, tests
+#   make compat  every supported torch and Triton: docs/compat.md (12 GB, hours)
 #   make zoo     the twelve diffusers models through Inductor as well (about 20 minutes on 2 cores)
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types zoo clean
+.PHONY: demo test lint types compat zoo clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint types
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python tests/compat.py --quick
+
+compat: $(READY)
+	$(BIN)/python tests/compat.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

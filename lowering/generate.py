@@ -130,7 +130,7 @@ def source(region: Region, tiles: bool = False) -> str:
     drawing = "\n".join(f"    {line}" for line in region.drawing().split("\n"))
     beside = "beside, " if tiles and ("beside", FULL) in region.operands else ""
     signature = f"y, {beside}columns, rows, live, extra" if is_epilogue else "x, rows, columns, live, extra"
-    result = region.steps[-1].name if region.steps else "x"
+    result = region.steps[-1].name if region.steps else "y" if is_epilogue else "x"
     body = [*_loads(region, tiles), *map(_line, region.steps), f"return {result}"]
     lines = "\n".join(f"    {line}" for line in body)
     return (

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import kernels
@@ -64,7 +66,7 @@ class Kernel:
 
     def refuses(self, operands: Any) -> str | None:
         """Why it cannot take these operands; None if it can."""
-        return self.is_for_others(operands) or _missing(self.needs) or self.why_not(operands)
+        return self.is_for_others(operands) or _missing(self.name, self.needs) or self.why_not(operands)
 
     def is_for_others(self, operands: Any) -> str | None:
         """Why it is not meant for this device or this format; None if it is."""
@@ -156,33 +158,36 @@ def forced(text: str) -> frozenset[str]:
 
 
 @cache
-def _missing(module: str | None) -> str | None:
-    """Why a kernel's module cannot be imported: Gluon is experimental, and a release may lack what one needs."""
+def _missing(name: str, module: str | None) -> str | None:
+    """Why a kernel's module cannot be imported, said in one warning: Gluon is experimental, and a release may lack what
+    one needs or take it otherwise.
+    """
     if module is not None:
         try:
             importlib.import_module(f"{kernels.__name__}.{module}")
-        except (ImportError, AttributeError) as error:
-            return f"this Triton lacks what it needs ({error})"
+        except Exception as error:
+            _warn(f"{name} cannot be imported", error)
+            return f"it cannot be imported: {type(error).__name__}"
     return None
 
 
 def _is_compilers(error: Exception) -> bool:
-    """Whether a compiler has failed, and not the launch or the operands."""
-    import triton
-    from triton.runtime import errors
+    """Asked once a kernel has run, so Triton is there to ask."""
+    from ..kernels.runtime.tuning import failed_to_compile
 
-    kinds = (triton.CompilationError, errors.OutOfResources, getattr(errors, "PTXASError", errors.OutOfResources))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+    return failed_to_compile(error)
 
 
 def _leave_out(operator: str, name: str, function: Any, error: Exception) -> None:
-    import torch
-    import triton
+    _left_out[name, function] = f"it does not compile: {type(error).__name__}"
+    what = "" if function is None else " with one generated function"
+    _warn(f"{name} ({operator}){what} does not compile", error)
 
-    reason = f"it does not compile: {type(error).__name__}"
-    _left_out[name, function] = reason
+
+def _warn(what: str, error: Exception) -> None:
+    triton = getattr(sys.modules.get("triton"), "__version__", "(none)")
+    last_line = (str(error).strip().splitlines() or [""])[-1]
     log.warning(
-        "kernel %s (%s)%s does not compile with Triton %s and torch %s: left out, a slower one takes over. %s: %s",
-        name, operator, "" if function is None else " with one generated function", triton.__version__,
-        torch.__version__, type(error).__name__, (str(error).strip().splitlines() or [""])[-1],
+        "kernel %s with Triton %s and torch %s: left out, a slower one takes over. %s: %s",
+        what, triton, torch.__version__, type(error).__name__, last_line,
     )  # fmt: skip

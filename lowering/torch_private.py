@@ -1,4 +1,4 @@
-"""The private corners of torch that this package leans on, all of them. Tried on torch 2.11 and 2.13."""
+"""The private corners of torch that this package leans on, all of them. docs/compat.md: the versions tried."""
 
 import inspect
 import os

@@ -53,7 +53,8 @@ def value_of(node: Any) -> Tensor | None:
 def operation(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
     """(name of the region's operation, arguments: nodes and numbers), or None if a region cannot hold this node.
 
-    A cast to fp32 is ("", (argument,)): in a region everything is fp32 already.
+    A cast to fp32 is ("", (argument,)), for in a region everything is fp32 already; so is a product with 1, or a
+    division by it, which some versions of torch leave in a graph.
     """
     value = value_of(node)
     if node.op != "call_function" or value is None or value.dtype not in FLOATS:
@@ -71,7 +72,8 @@ def _meaning(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
     if target in _UNARY and not node.kwargs:
         return _UNARY[target], args[:1]  # type: ignore[index]
     if target in _BINARY and len(args) == 2 and not node.kwargs:  # no alpha, no rounding mode
-        return _BINARY[target], args  # type: ignore[index]
+        name = _BINARY[target]  # type: ignore[index]
+        return ("", args[:1]) if name in ("mul", "div") and args[1] == 1 else (name, args)
     if target is aten.pow.Tensor_Scalar and args[1] == 2:
         return "mul", (args[0], args[0])
     return None

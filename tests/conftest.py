@@ -100,6 +100,16 @@ def logged(name: str, level: int = logging.DEBUG) -> Iterator[list[logging.LogRe
         logger.setLevel(before)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of-each", action="store_true", help="of a test with parameters, the last ones only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--one-of-each` (compat.py), one item of each test: the last, whose parameters ask for the most."""
+    if config.getoption("--one-of-each"):
+        items[:] = {(item.path, item.function): item for item in items}.values()  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """Dynamo forgets what other tests compiled, and nothing records gradients unless a test wants to."""

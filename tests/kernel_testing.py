@@ -20,6 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, in a process of its own")
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 
+
+def builds(test):
+    """Marks a test that compiles kernels for GPUs: CI runs these with every supported Triton (tests/compat.py)."""
+    return pytest.mark.builds(compiled(test))
+
+
 HALF = torch.float16
 ROUNDING = 3e-4  # one rounding to fp16 is 2^-11 at most, about 2e-4 on average
 

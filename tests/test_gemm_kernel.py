@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
+from kernel_testing import (
+    HALF,
+    ROUNDING,
+    builds,
+    compile_for,
+    compiled,
+    error,
+    interpreted,
+    run_interpreted,
+    waits_first,
+)
 
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
@@ -178,7 +188,7 @@ INT8_MMA = {
 }
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_gemm_uses_int8_tensor_cores(capability, grouped):
@@ -214,7 +224,7 @@ def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
     return compile_for(gluon_gemm._gemm_kernel, 90, constants, tile.warps, types, source=GluonASTSource)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("rows", [32, 4608])
 def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     """int8 wgmma with the left operand from registers, one product outstanding, operands copied by TMA, and no barrier
@@ -233,7 +243,7 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     assert built.spilled == 0
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("rows", [32, 4608])
 def test_gluon_gemm_with_hooks(rows):
     """A hook written in plain Triton; what is beside comes by TMA and is transposed by ldmatrix; no spills."""

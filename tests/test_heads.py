@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_testing import count, run, run_as_aten, zoo
-from kernel_testing import compile_for, compiled, error, interpreted, run_interpreted, waits_first
+from kernel_testing import builds, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 from torch import Tensor, fx, nn
 
 from conftest import WIDTH, relative_error
@@ -315,7 +315,7 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
     return compile_for(triton_heads._heads_kernel, 90, constants, tile.warps, types, source=source)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("text", [FLUX, HALVES])
 @pytest.mark.parametrize(("heads", "d"), [(24, 128), (24, 64), (30, 256)])
 def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, monkeypatch) -> None:

@@ -4,7 +4,17 @@ import re
 
 import pytest
 import torch
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted, waits_first
+from kernel_testing import (
+    HALF,
+    ROUNDING,
+    builds,
+    compile_for,
+    compiled,
+    error,
+    interpreted,
+    run_interpreted,
+    waits_first,
+)
 
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
@@ -117,7 +127,7 @@ def test_gluon_takes_no_matrix_beside():
 # ** instructions **
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("capability", [80, 89])
 def test_plain_uses_int8_tensor_cores(capability):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel
@@ -129,7 +139,7 @@ def test_plain_uses_int8_tensor_cores(capability):
     assert built.spilled == 0
 
 
-@compiled
+@builds
 @pytest.mark.parametrize(
     ("tm", "tn", "stages", "warps"), [(32, 128, 8, 8), (64, 128, 8, 8), (128, 128, 6, 8), (128, 64, 4, 4)]
 )

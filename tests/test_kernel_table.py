@@ -2,13 +2,20 @@
 
 import inspect
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from conftest import compiled, logged
 from svdq_compile.kernels.runtime.target import HOPPER
@@ -37,9 +44,11 @@ def table_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernel_table, "_told", set())
     monkeypatch.setattr(kernel_table, "TABLES", dict(kernel_table.TABLES))
     monkeypatch.delenv("SVDQ_KERNELS", raising=False)
-    kernel_table.forced.cache_clear()
+    for cached in (kernel_table.forced, kernel_table._missing):
+        cached.cache_clear()
     yield
-    kernel_table.forced.cache_clear()
+    for cached in (kernel_table.forced, kernel_table._missing):
+        cached.cache_clear()
 
 
 def table(*rows: Kernel) -> Table:
@@ -95,7 +104,6 @@ def test_a_graph_tells_its_kernels_once() -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_left_out() -> None:
-    pytest.importorskip("triton")
     rows = table(row("new", does_not_compile), row("old"))
     with logged("svdq_compile.lowering", logging.WARNING) as records:
         for _ in range(2):
@@ -105,8 +113,91 @@ def test_a_kernel_that_does_not_compile_is_left_out() -> None:
     assert torch.__version__ in warning
 
 
+@pytest.mark.parametrize("module", ["hopper.gemm_w4a8", "hopper.gemm_int4", "hopper.quantize"])
+@pytest.mark.parametrize("gluon", [None, ModuleType("empty")])
+def test_a_kernel_that_cannot_be_imported_is_left_out(
+    module: str, gluon: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Triton without Gluon, or with another one than we know: one warning, and the next row."""
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", gluon)
+    monkeypatch.delitem(sys.modules, f"{kernel_table.kernels.__name__}.{module}", raising=False)
+    rows = table(row("new", needs=module), row("old", needs="portable.row_moments"))
+    with logged("svdq_compile.lowering", logging.WARNING) as records:
+        for _ in range(2):
+            assert rows.run(ONE) == "old"
+    (warning,) = (r.getMessage() for r in records)
+    assert "kernel new cannot be imported" in warning
+    assert torch.__version__ in warning
+
+
+@triton.jit
+def uses_what_is_not_there(x):
+    tl.store(x, tl.no_such_operation(x))
+
+
+@triton.jit
+def does_not_assemble(x):
+    tl.store(x, tl.inline_asm_elementwise("nonsense $0, $1;", "=r,r", [tl.load(x)], tl.int32, True, 1))
+
+
+@pytest.mark.parametrize("stage", ["front end", "ptxas"])
+def test_what_compilers_raise_is_known(stage: str) -> None:
+    """By the real compilers: a kernel that uses what Triton has not, and one whose PTX does not assemble."""
+    kernel = {"front end": uses_what_is_not_there, "ptxas": does_not_assemble}[stage]
+    source = ASTSource(kernel, {"x": "*i32"}, {})
+    with pytest.raises(Exception) as caught:  # noqa: PT011 any kind, that is the question
+        triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    rows = table(row("new", lambda x: raised(caught.value)), row("old"))
+    assert rows.run(ONE) == "old"
+
+
+def raised(error: BaseException) -> str:
+    raise error
+
+
+BROKEN = """
+import sys, logging, torch
+{break_triton}
+import svdq_compile as svdq
+from svdq_compile.kernels.runtime.target import PORTABLE
+model = torch.nn.Sequential(torch.nn.Linear(128, 128)).requires_grad_(False)
+x = torch.randn(4, 128)
+expected = model(x)
+svdq.quantize(model, svdq.Config(progress=False))
+assert (model(x) - expected).norm() < 0.2 * expected.norm()
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda device: (9, 0)
+assert not PORTABLE.includes(torch.device("cuda", 0))
+assert not PORTABLE.includes(torch.device("cuda", 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("init", "complaint"),
+    [
+        (
+            "raise ImportError('libtriton.so: undefined symbol: foo')",
+            "ImportError: libtriton.so: undefined symbol: foo",
+        ),
+        (None, "(ModuleNotFoundError: "),
+    ],
+)
+def test_a_broken_triton_leaves_the_reference(init: str | None, complaint: str, tmp_path: Path) -> None:
+    """On the CPU nobody asks for Triton; on a GPU one warning says why no kernel runs. (An import that raises anything
+    else than ImportError ends torch's own.)
+    """
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text(init or "")
+    break_triton = "sys.modules['triton'] = None" if init is None else f"sys.path.insert(0, {str(tmp_path)!r})"
+    code = BROKEN.format(break_triton=break_triton)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    (warning,) = (line for line in run.stderr.splitlines() if "Triton cannot be imported" in line)
+    assert complaint in warning
+    assert torch.__version__ in warning
+
+
 def test_a_generated_function_that_does_not_compile_is_left_out_alone() -> None:
-    pytest.importorskip("triton")
     bad, good = Compiled("bad"), Compiled("good")
 
     def run(x: Tensor, hook: Compiled | None) -> str:
@@ -122,7 +213,6 @@ def test_a_generated_function_that_does_not_compile_is_left_out_alone() -> None:
 @pytest.mark.parametrize("fused", [Compiled("hook"), ONE])
 def test_what_is_fused_goes_to_no_row_that_cannot(fused: object) -> None:
     """A part of the input, say, is no generated function, and must not be dropped either."""
-    pytest.importorskip("triton")
     plain = Kernel("plain", ANY, (), None, lambda x: None, lambda x, *fused: "plain", fuses=False)
     rows = table(row("kernel", does_not_compile), plain)
     with pytest.raises(NoKernel):

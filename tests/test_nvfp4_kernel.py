@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_testing import HALF, ROUNDING, compile_for, compiled, error, interpreted, run_interpreted
+from kernel_testing import HALF, ROUNDING, builds, compile_for, compiled, error, interpreted, run_interpreted
 
 from svdq_compile.kernels.formats import nvfp4
 from svdq_compile.kernels.portable import gemm_nvfp4 as triton_nvfp4
@@ -207,7 +207,7 @@ def tiles():
     ]
 
 
-@compiled
+@builds
 @pytest.mark.parametrize(("capability", "tile"), tiles())
 def test_gemm_uses_4_bit_tensor_cores(capability, tile):
     built = build(capability, tile, align=1024)
@@ -217,7 +217,7 @@ def test_gemm_uses_4_bit_tensor_cores(capability, tile):
     assert tile.stages == 1 or re.search(r"cp\.async\.cg\.shared\.global .*0x10;?", built.ptx)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("align", [16, 64])
 @pytest.mark.parametrize("capability", [100, 120])
 def test_gemm_of_ragged_channels(capability, align):
@@ -229,7 +229,7 @@ def test_gemm_of_ragged_channels(capability, align):
         assert not re.search(r"ld\.global\.b8", built.ptx)
 
 
-@compiled
+@builds
 @pytest.mark.skipif(triton_nvfp4._TRITON < triton_nvfp4._FENCED, reason="this Triton has no fences")
 @pytest.mark.parametrize("tile", [t for capability, t in tiles() if capability == 100])
 def test_gemm_keeps_a_product_in_flight_on_sm100(tile):

@@ -9,6 +9,7 @@ from kernel_testing import (
     HALF,
     ROUNDING,
     SHARED,
+    builds,
     compile_for,
     compiled,
     error,
@@ -201,7 +202,7 @@ TYPES = {"x": "*i16", "right": "*i16", "smooth": "*fp32", "down": "*bf16", "qx":
          "extra": ()}  # fmt: skip
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("capability", list(SHARED))
 @pytest.mark.parametrize("precision", ["w4a8", "int4", "nvfp4"])
 @pytest.mark.parametrize(("rank", "warps", "stages"), [(32, 4, 4), (256, 8, 2)])
@@ -210,13 +211,14 @@ def test_compiles_without_spills(capability, precision, rank, warps, stages):
     constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": rank, "FORMAT": precision, "UNSIGNED": False,
                  "JOINED": False, "HOOK": None}  # fmt: skip
     spilled = compile_for(tq._measure_kernel, capability, constants, warps, types, stages).spilled
-    assert spilled <= (16 if capability == 100 else 0)  # for one more program on a multiprocessor
+    # On Blackwell for one more program on a multiprocessor, or, at rank 256, not to read `down` twice as often.
+    assert spilled <= (16 if capability >= 100 else 0)
     if precision == "w4a8":
         constants = {"DTYPE": tl.bfloat16, "TM": 8, "TK": 1024, "PARTS": 8, "JOINED": False, "HOOK": None}
         assert not compile_for(tq._codes_kernel, capability, constants, 4, types).spilled
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("changes", [{"JOINED": True}, {"HOOK": modulated}, {"FORMAT": "int4", "UNSIGNED": True}])
 def test_variants_compile_without_spills(changes):
     constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": 32, "FORMAT": "w4a8", "UNSIGNED": False,
@@ -248,7 +250,7 @@ def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
 @pytest.mark.parametrize("m", [4608, 77])
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
     assert "cp.async.bulk.tensor" in built.ptx
 
 
-@compiled
+@builds
 @pytest.mark.parametrize(
     ("rank", "k", "joined", "hook"),
     [(32, 15360, True, None), (128, 3072, True, None), (32, 12288, False, gelu), (32, 15360, True, modulated),

@@ -97,7 +97,8 @@ def run_function(region: Region, block: Tensor, values: dict[str, Tensor], sampl
 # The interpreter cuts bf16 off instead of rounding it: fp16 stands for both.
 @interpreted
 @pytest.mark.parametrize(
-    ("text", "tiles"), [(MODULATE, False), (RESIDUAL, True), (RESIDUAL, False), (EVERYTHING, False)]
+    ("text", "tiles"),
+    [(MODULATE, False), (RESIDUAL, True), (RESIDUAL, False), (EVERYTHING, False), ("epilogue(y)", False)],
 )
 def test_interpreted_function_is_what_evaluate_says(text: str, tiles: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_testing import compile_for, compiled, interpreted, run_interpreted
+from kernel_testing import builds, compile_for, compiled, interpreted, run_interpreted
 from torch import Tensor
 
 from svdq_compile.kernels.formats import FORMATS, nibbles
@@ -57,7 +57,7 @@ def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_values_stay_in_registers(capability: int, precision: str) -> None:

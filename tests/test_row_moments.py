@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_testing import count, run, run_as_aten
-from kernel_testing import HALF, compile_for, compiled, error, interpreted, run_interpreted, waits_first
+from kernel_testing import HALF, builds, compile_for, compiled, error, interpreted, run_interpreted, waits_first
 from torch import Tensor, nn
 
 from conftest import relative_error
@@ -34,7 +34,7 @@ def test_in_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@compiled
+@builds
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_rows_are_read_in_wide_pieces(capability: int) -> None:
     from svdq_compile.kernels.portable.row_moments import _moments_kernel

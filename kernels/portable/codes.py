@@ -41,9 +41,12 @@ def int8_pair(even, odd, reciprocal):
 
 @triton.jit
 def quotient(a, b, inverse):
-    """a / b as a division rounds it, signed zeros too, in three operations; inverse is 1 / b rounded."""
+    """a / b as a division rounds it, signed zeros too, in three operations; inverse is 1 / b rounded.
+
+    Negated by a product: until Triton 3.7 a minus is a subtraction from zero, which loses the sign of -0.
+    """
     q = a * inverse
-    return tl.fma(-tl.fma(q, b, -a), inverse, q)
+    return tl.fma(tl.fma(q, b, a * -1.0) * -1.0, inverse, q)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..runtime.generated import Hook
 from ..runtime.launcher import check_low_rank, check_tensor, launch
-from ..runtime.target import launches_early
+from ..runtime.target import capability, launches_early
 from .unpack import biased
 
 MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more than a 16-bit copy of them
@@ -187,11 +187,13 @@ class Split:
     words: int
 
 
-def choose_split(m: int, k: int) -> Split:
-    """For m tokens and k channels, the fastest of a few on an H100 (docs/kernels.md)."""
+def choose_split(m: int, k: int, major: int) -> Split:
+    """For m tokens, k channels and a GPU's major capability, the fastest of a few on an H100 (docs/kernels.md)."""
     if m > 8:
         return Split(4, 3)  # a word takes twice the registers
-    return Split(4, -(-k // 512)) if 0 < k <= 3072 else Split(8, 3)
+    if 0 < k <= 3072:
+        return Split(4, -(-k // 512))
+    return Split(4, 6) if major == 10 else Split(8, 3)  # as many words under way: Triton 3.8 spills with 8 warps there
 
 
 def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | None, bias: Tensor | None,
@@ -220,7 +222,7 @@ def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | 
     y = x.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
-    s = split or choose_split(m, k)
+    s = split or choose_split(m, k, capability(x.device)[0])
     extra, function = ((), None) if epilogue is None else (epilogue.operands, epilogue.function)
     scales, offsets = wscales.view(torch.int32), wscales if bias is None else bias
     arguments = (x, qweight, scales, *low_rank, offsets, y, m, n, k, r, xd_stride, extra)

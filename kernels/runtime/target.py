@@ -1,21 +1,39 @@
-"""What the GPU of a tensor is and can do: asked here and nowhere else, without importing Triton."""
+"""What the GPU of a tensor is and can do: asked here and nowhere else. Triton is imported only where there is a GPU."""
 
-import importlib.util
+import importlib
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
+log = logging.getLogger("svdq_compile.kernels")
+
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
-    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip:
         return 0, 0
     if not torch.cuda.is_available():  # fake tensors know devices that are not there
         return 0, 0
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device) if _has_triton() else (0, 0)
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton can be imported; if not, one warning says why."""
+    try:
+        importlib.import_module("triton.language")
+    except ImportError as error:
+        log.warning(
+            "Triton cannot be imported (%s: %s): quantized layers run without kernels, as plain torch, slowly. "
+            "Install the Triton that belongs to torch %s; docs/compat.md says which.",
+            type(error).__name__, error, torch.__version__,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def has_kernels(device: torch.device) -> bool:

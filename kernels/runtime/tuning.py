@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 import triton
+from triton.runtime import errors
 
 SECONDS = 5.0
 REPEATS = 7
@@ -30,6 +31,12 @@ class CannotRun(Exception):
 _C = TypeVar("_C", bound=Hashable)
 _chosen: dict[tuple, int] = {}
 _spent = 0.0
+
+
+def failed_to_compile(error: Exception) -> bool:
+    """Whether Triton, or ptxas behind it, could not make a kernel; a failing launch or wrong operands are not that."""
+    kinds = (triton.CompilationError, errors.OutOfResources, errors.PTXASError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
 def cache_folder() -> Path:
@@ -71,7 +78,9 @@ def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
         try:
             run(candidate)
             times.append(_milliseconds(partial(run, candidate)))
-        except (CannotRun, triton.CompilationError, triton.runtime.errors.OutOfResources):
+        except Exception as error:
+            if not isinstance(error, CannotRun) and not failed_to_compile(error):
+                raise
             times.append(float("inf"))
     _spent += time.perf_counter() - begin
     return min(range(len(times)), key=times.__getitem__)
