@@ -1,4 +1,4 @@
-"""svdq::attention: the pass, on graphs of tensors on a GPU that need not be there; the operator; the choice of a row."""
+"""svdq::attention: the pass, on graphs for a GPU that need not be there; the operator; the choice among its rows."""
 
 import itertools
 import operator
@@ -204,13 +204,14 @@ def test_the_reference(inputs: Callable, order: list[int], heads: int, channels:
     torch.library.opcheck(ops.attention, (q, k, v, False, None, SBHD), test_utils=checks)
 
 
-class Rows:
-    """Stands in for torch's operators: exact results that lie in an order of their own; counts its calls."""
+class StandIn:
+    """For torch's operators: exact results that lie in an order of their own, from operands as torch's take them."""
 
     def __init__(self, order: Sequence[int] = BHSD) -> None:
         self.order, self.calls = order, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *between, scale: float | None) -> tuple[Tensor]:
+        assert {t.stride(3) for t in (q, k, v)} == {1}
         self.calls += 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=between[-1], scale=scale, enable_gqa=True)
         return (lying(self.order, *y.shape).to(y.dtype).copy_(y),)
@@ -236,7 +237,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("own", [BSHD, BHSD, SBHD], ids=str)
 def test_every_row_gives_the_same_layout(own: list[int], shape: tuple, rows: Callable) -> None:
     """Inductor plans views from the shape function; numbers that lie otherwise would be read as others."""
-    rows(row("cudnn", Rows(own)))
+    rows(row("cudnn", StandIn(own)))
     q, k, v = (normal(BSHD, *shape) for _ in range(3))
     for order in (BSHD, BHSD, SBHD):
         planned = Attention(q, k, v, False, None, order).empty_result().stride()
@@ -251,7 +252,7 @@ def test_a_site_calls_the_row_itself(rows: Callable, monkeypatch: pytest.MonkeyP
     """The choice is made in the first calls; what a row gives is brought into its order in all of them."""
     monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
     asked: list[Attention] = []
-    stand_in = Rows(BHSD)
+    stand_in = StandIn(BHSD)
     rows(row("cudnn", stand_in, asked.append))
     site = ops.site("svdq.attention.default")
     for is_causal, scale in ((True, 0.3), (True, 0.3), (True, 0.3), (True, 0.3)):
@@ -264,18 +265,24 @@ def test_a_site_calls_the_row_itself(rows: Callable, monkeypatch: pytest.MonkeyP
 
 
 class Around(nn.Module):
-    """An attention by torch's operator, and views of its result that only the planned strides allow."""
+    """An attention by torch's operator, and views of its result that only the planned strides allow.
+
+    q is a copy that Inductor would rather make with the tokens side by side, as they are in its source.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in (q + 1, k, v))
-        y = FLASH(q, k, v, 0.0, True)[0]
+        y = FLASH(*self.heads(q, k, v), 0.0, True)[0]
         return y.transpose(1, 2).flatten(2) * 2, y[:, 1:3].sum(-1)
+
+    def heads(self, *qkv: Tensor) -> list[Tensor]:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in (qkv[0].mT, *qkv[1:]))
+        return [(q + 1).contiguous(), k, v]
 
 
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
 def test_compiled_code_reads_the_layout_that_was_planned(dynamic: bool, rows: Callable) -> None:
-    stand_in = Rows(BHSD)
+    stand_in = StandIn(BHSD)
     rows(row("cudnn", stand_in))
     graphs: list[fx.GraphModule] = []
 
@@ -290,9 +297,8 @@ def test_compiled_code_reads_the_layout_that_was_planned(dynamic: bool, rows: Ca
     call = torch.compile(Around(), backend=backend, fullgraph=True, dynamic=dynamic)
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         for length in (6, 10) if dynamic else (6, 6, 6):
-            q, k, v = (torch.randn(2, length, 64) for _ in range(3))
-            heads = [t.unflatten(-1, (4, 16)).transpose(1, 2) for t in (q + 1, k, v)]
-            y = F.scaled_dot_product_attention(*heads, is_causal=True)
+            q, k, v = torch.randn(2, 64, length), torch.randn(2, length, 64), torch.randn(2, length, 64)
+            y = F.scaled_dot_product_attention(*Around().heads(q, k, v), is_causal=True)
             flat, sums = call(q, k, v)
             torch.testing.assert_close(flat, y.transpose(1, 2).flatten(2) * 2)
             torch.testing.assert_close(sums, y[:, 1:3].sum(-1))
@@ -371,11 +377,11 @@ def test_the_rows_that_can_are_measured(rows: Callable, questions: list[tuple]) 
     def fails(*args, **options) -> None:
         raise RuntimeError("no valid execution plans")
 
-    never = replace(row("other", Rows()), why_not=lambda o: "it is Sunday")
-    rows(row("cudnn", Rows()), row("flash", Rows()), never, row("efficient", fails))
+    never = replace(row("other", StandIn()), why_not=lambda o: "it is Sunday")
+    rows(row("cudnn", StandIn()), row("flash", StandIn()), never, row("efficient", fails))
     assert launch.ATTENTION.choose(operands()).name == "flash"
     assert [candidates for _, candidates in questions] == [["cudnn", "flash", "efficient"]]
-    rows(never, row("cudnn", Rows()))
+    rows(never, row("cudnn", StandIn()))
     assert launch.ATTENTION.choose(operands()).name == "cudnn"
     rows(never)
     assert launch.ATTENTION.choose(operands()).name == REFERENCE
