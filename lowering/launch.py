@@ -359,23 +359,6 @@ def heads(x: Tensor, y: Tensor, region: portable_heads.Region, interleaved: bool
 # ** attention **
 
 
-def _torchs_kernel(operator: Callable[..., Any], *between: Any) -> Callable[[Attention], Tensor]:
-    """Run one of torch's attentions. between: what it takes between v and is_causal, here no mask and no dropout."""
-
-    def run(o: Attention) -> Tensor:
-        return o.in_order(operator(o.q, o.k, o.v, *between, o.is_causal, scale=o.scale)[0])
-
-    return run
-
-
-def _torchs_answer(kernel: str, o: Attention) -> str | None:
-    """Whether torch would run it here; it knows of sizes, strides, GPUs, and what the user has switched off."""
-    ask = getattr(torch.backends.cuda, f"can_use_{kernel}_attention")
-    grouped = o.q.shape[1] != o.k.shape[1]
-    can = ask(torch.backends.cuda.SDPAParams(o.q, o.k, o.v, None, 0.0, o.is_causal, grouped))
-    return None if can else f"torch.backends.cuda.{ask.__name__} refuses"
-
-
 def _attention_why_not(o: Attention) -> str | None:
     if o.q.dtype not in _SIXTEEN_BIT:
         return f"q is {o.q.dtype}, not 16 bits"
@@ -399,43 +382,39 @@ def _reference_attention(o: Attention) -> Tensor:
 _CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
+TORCHS_ATTENTIONS = frozenset({_CUDNN, _FLASH, _EFFICIENT})
 
-# All rows are exact.
+
+def _torchs_kernel(
+    name: str, why_not: Callable[[Attention], str | None], operator: Callable[..., Any], *between: Any
+) -> Kernel:
+    """One of torch's attentions, an exact one. between: what it takes between v and is_causal, here no mask and no
+    dropout.
+    """
+
+    def torchs_answer(o: Attention) -> str | None:
+        """torch knows of sizes, strides, GPUs, and what the user has switched off."""
+        ask = getattr(torch.backends.cuda, f"can_use_{name}_attention")
+        grouped = o.q.shape[1] != o.k.shape[1]
+        can = ask(torch.backends.cuda.SDPAParams(o.q, o.k, o.v, None, 0.0, o.is_causal, grouped))
+        return None if can else f"torch.backends.cuda.{ask.__name__} refuses"
+
+    def run(o: Attention) -> Tensor:
+        return o.in_order(operator(o.q, o.k, o.v, *between, o.is_causal, scale=o.scale)[0])
+
+    return Kernel(name, PORTABLE, (), None, lambda o: why_not(o) or torchs_answer(o), run, fuses=False)
+
+
 ATTENTION = Table(
     "attention",
     [
-        Kernel(
-            "cudnn",
-            PORTABLE,
-            (),
-            None,
-            lambda o: _attention_why_not(o) or _torchs_answer("cudnn", o),
-            _torchs_kernel(_CUDNN, None, False, 0.0),
-            fuses=False,
-        ),
-        Kernel(
-            "flash",
-            PORTABLE,
-            (),
-            None,
-            lambda o: _attention_why_not(o) or _torchs_answer("flash", o),
-            _torchs_kernel(_FLASH, 0.0),
-            fuses=False,
-        ),
-        Kernel(
-            "efficient",
-            PORTABLE,
-            (),
-            None,
-            lambda o: _torchs_answer("efficient", o),
-            _torchs_kernel(_EFFICIENT, None, False, 0.0),
-            fuses=False,
-        ),
+        _torchs_kernel("cudnn", _attention_why_not, _CUDNN, None, False, 0.0),
+        _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
+        _torchs_kernel("efficient", takes_all, _EFFICIENT, None, False, 0.0),
     ],
     _reference_attention,
     _attention_class,
 )
-TORCHS_ATTENTIONS = frozenset({_CUDNN, _FLASH, _EFFICIENT})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: Sequence[int]) -> Tensor:

@@ -28,8 +28,7 @@ def _define(
 ) -> None:
     """compiled: what Inductor's code calls instead where sizes are fixed; recorder: see `Replayed`.
 
-    layout  of the inputs. flexible_layout: any, or Inductor would copy them into the order that their dimensions had in
-            memory when the model was traced.
+    layout  flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))

@@ -218,7 +218,7 @@ class StandIn:
 
 
 def row(name: str, stand_in: Callable, why_not: Callable = takes_all) -> Kernel:
-    return Kernel(name, ANY, (), None, why_not, launch._torchs_kernel(stand_in, None, False, 0.0), fuses=False)
+    return replace(launch._torchs_kernel(name, why_not, stand_in, None, False, 0.0), target=ANY, why_not=why_not)
 
 
 @pytest.fixture
