@@ -158,6 +158,16 @@ def test_results_with_gaps_are_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
+def test_strides_of_single_samples_do_not_count() -> None:
+    gm = graph_of(FLASH, shape=(1, 4, 64, 32))
+    (call,) = gm.graph.find_nodes(op="call_function", target=FLASH)
+    y, *more = call.meta["val"]
+    call.meta["val"] = (y.as_strided(y.shape, (7, *y.stride()[1:])), *more)
+    assert replace_attention(gm) == 1
+    assert gm.graph.find_nodes(op="call_function", target=ops.attention)[0].args[-1] == BSHD
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_a_scale_computed_in_the_graph_is_left_alone() -> None:
     gm = graph_of(FLASH)
     (call,) = gm.graph.find_nodes(op="call_function", target=FLASH)
@@ -226,6 +236,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put rows into the table, before the reference."""
     monkeypatch.delenv("SVDQ_KERNELS", raising=False)
     monkeypatch.setattr(kernel_table, "_told", set())
+    monkeypatch.setattr(ops.IMPLEMENTATIONS["svdq.attention.default"], "_plans", {})
 
     def put(*kernels: Kernel) -> None:
         monkeypatch.setattr(launch.ATTENTION, "rows", [*kernels, launch.ATTENTION.rows[-1]])
@@ -400,10 +411,10 @@ def test_one_measurement_for_a_class_of_shapes() -> None:
         seen(is_causal=True),
         seen(order=BHSD),
         launch._attention_class(o._replace(k=o.k[:, :2], v=o.v[:, :2])),
-        launch._attention_class(o._replace(v=torch.cat((o.v, o.v), -1))),
-        launch._attention_class(o._replace(q=torch.cat((o.q, o.q), -1), k=torch.cat((o.k, o.k), -1))),
-        launch._attention_class(o._replace(q=torch.cat((o.q, o.q), 1))),
-        launch._attention_class(o._replace(q=torch.cat((o.q, o.q), 2))),
+        launch._attention_class(o._replace(v=o.v[..., :16])),
+        launch._attention_class(o._replace(q=o.q[..., :16], k=o.k[..., :16])),
+        launch._attention_class(o._replace(q=o.q[:, :2])),
+        launch._attention_class(o._replace(q=o.q[:, :, :32])),
         *(launch._attention_class(o._replace(**{name: getattr(o, name).contiguous()})) for name in "qkv"),
     ]
     assert len({seen(), *other}) == 1 + len(other)
