@@ -5,7 +5,6 @@ tensors, with any leading dimensions; `rows()` makes matrices of them for the ke
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -91,7 +90,7 @@ class Attention(NamedTuple):
     v: Any
     is_causal: bool
     scale: float | None
-    order: Sequence[int]
+    order: list[int]
 
     def empty_result(self) -> Tensor:
         shape = (*self.q.shape[:3], self.v.shape[3])

@@ -6,7 +6,7 @@ taken too, and is reordered in every call. docs/kernels.md shows the tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -417,7 +417,7 @@ ATTENTION = Table(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: Sequence[int]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
     """`reference.attention` on the kernel that was fastest, its result in this order (operands.Attention)."""
     with _on(q.device):
         return ATTENTION.run(Attention(q, k, v, is_causal, scale, order))
