@@ -4,6 +4,8 @@ In a graph the fields are nodes: `Gemm(*node.args)`, and `node.args = record._re
 tensors, with any leading dimensions; `rows()` makes matrices of them for the kernels.
 """
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -73,3 +75,39 @@ class Gemv(NamedTuple):
         xd = None if self.xd is None else as_rows(self.xd)
         up = None if self.up is None else self.up.contiguous()
         return self._replace(x=as_rows(self.x).contiguous(), xd=xd, weight=tuple(self.weight), up=up)
+
+
+class Attention(NamedTuple):
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] -> y [B, H, S, E]. Each head of k and v serves H / G of q's.
+
+    is_causal  the s-th row of q reads the first s + 1 of k and v
+    scale      of the products; None: D ** -0.5
+    order      y's dimensions as they lie in memory, the outermost first, without gaps
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    is_causal: bool
+    scale: float | None
+    order: list[int]
+
+    def empty_result(self) -> Tensor:
+        shape = (*self.q.shape[:3], self.v.shape[3])
+        return self._turned_back(self.q.new_empty([shape[dim] for dim in self.order]))
+
+    def in_order(self, y: Tensor) -> Tensor:
+        """y, copied where its dimensions lie differently."""
+        if y.stride() == _strides(y.shape, tuple(self.order)):
+            return y
+        return self._turned_back(y.permute(self.order).contiguous())
+
+    def _turned_back(self, outermost_first: Tensor) -> Tensor:
+        return outermost_first.permute([self.order.index(dim) for dim in range(4)])
+
+
+@lru_cache
+def _strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor whose dimensions lie in this order, the outermost first, without gaps."""
+    sizes = [shape[dim] for dim in order]
+    return tuple(math.prod(sizes[order.index(dim) + 1 :]) for dim in range(len(shape)))

@@ -1,4 +1,5 @@
 """How an operator's kernel is found: a table for each operator (launch.py), the fastest first, the reference last.
+Where no order holds for all shapes, the rows that can are measured.
 
 A row says why it cannot take some operands, or runs them. A kernel that this Triton cannot compile is left out for the
 rest of the process, with one warning; the next row takes over. What else keeps a call from a row of its GPU and its
@@ -79,26 +80,54 @@ class Kernel:
 
 
 class Table:
-    """The rows of one operator. They are asked in order; the reference takes everything but what is fused."""
+    """The rows of one operator. They are asked in order; the reference takes everything but what is fused.
 
-    def __init__(self, operator: str, rows: list[Kernel], reference: Callable[..., Any]) -> None:
+    shape_class  (operands) -> those among which one row is the fastest, if only measuring can tell which
+                 (runtime/tuning.py); None: the first that can
+    """
+
+    def __init__(
+        self,
+        operator: str,
+        rows: list[Kernel],
+        reference: Callable[..., Any],
+        shape_class: Callable[[Any], tuple] | None = None,
+    ) -> None:
         self.operator = operator
+        self._shape_class = shape_class
         self.rows = [*rows, Kernel(REFERENCE, ANY, (), None, takes_all, reference, fuses=False)]
         self.used: Counter[str] = Counter()  # by row: how often it ran; plans of replay.py run past the table
         TABLES[operator] = self
 
     def choose(self, operands: Any, function: Any = None) -> Kernel:
-        """The first row that can run these operands with this generated function."""
+        """The first row that can run these operands with this generated function, or the fastest such row."""
+        able = self._able(operands, function)
+        return next(able) if self._shape_class is None else self._fastest(list(able), operands, self._shape_class)
+
+    def _able(self, operands: Any, function: Any) -> Iterator[Kernel]:
         for kernel in self._asked():
             reason = _left_out.get((kernel.name, None)) or _left_out.get((kernel.name, function))
             reason = reason or kernel.refuses(operands)
             if reason is None:
-                return kernel
-            if (kernel.name, reason) not in _told:
+                yield kernel
+            elif (kernel.name, reason) not in _told:
                 _told.add((kernel.name, reason))
                 level = logging.DEBUG if kernel.is_for_others(operands) else logging.INFO
                 log.log(level, "%s not by %s: %s", self.operator, kernel.name, reason)
-        raise AssertionError("the reference takes everything")
+
+    def _fastest(self, able: list[Kernel], operands: Any, shape_class: Callable[[Any], tuple]) -> Kernel:
+        rows = {kernel.name: kernel for kernel in able[:-1] or able}  # the last is the reference
+        if len(rows) == 1:
+            return next(iter(rows.values()))
+        from ..kernels.runtime.tuning import CannotRun, choose
+
+        def run(name: str) -> None:
+            try:
+                rows[name].run(operands)
+            except RuntimeError as no:
+                raise CannotRun from no
+
+        return rows[choose(self.operator, shape_class(operands), list(rows), run, operands[0].device)]
 
     def run(self, operands: Any, *fused: Any) -> Any:
         """The result, by the first row that can. Raises NoKernel where that one could not do what is fused."""

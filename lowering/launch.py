@@ -6,6 +6,7 @@ taken too, and is reordered in every call. docs/kernels.md shows the tables.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.formats import FORMATS, layout
-from ..kernels.operands import Gemm, Gemv, Quantize, as_lines
+from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
 from . import reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
@@ -284,7 +285,7 @@ def gemv(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-# ** row_moments, heads, round_weight **
+# ** row_moments, heads **
 
 
 def _moments_why_not(x: Tensor) -> str | None:
@@ -353,6 +354,84 @@ def heads(x: Tensor, y: Tensor, region: portable_heads.Region, interleaved: bool
     """A region over attention heads, x -> y, if `takes_heads`. Raises NoKernel if none is left that compiles it."""
     with _on(x.device):
         HEADS.run(x, region, y, interleaved)
+
+
+# ** attention **
+
+
+def _attention_why_not(o: Attention) -> str | None:
+    if o.q.dtype not in _SIXTEEN_BIT:
+        return f"q is {o.q.dtype}, not 16 bits"
+    if o.is_causal and o.q.shape[2] != o.k.shape[2]:
+        return "is_causal may begin at another corner where q and k differ in length"
+    return None
+
+
+def _attention_class(o: Attention) -> tuple:
+    """Batch and lengths up to the next power of two, all else as it is, and how the dimensions lie in memory."""
+    (b, h, s, d), (_, g, t, e) = o.q.shape, o.v.shape
+    orders = (sorted(range(4), key=lambda dim: (x.shape[dim] > 1, -x.stride(dim))) for x in (o.q, o.k, o.v))
+    rounded = (1 << (n - 1).bit_length() for n in (b, s, t))
+    return str(o.q.dtype), o.is_causal, h, g, d, e, *rounded, *map(tuple, (*orders, o.order))
+
+
+def _reference_attention(o: Attention) -> Tensor:
+    return o.in_order(reference.attention(o.q, o.k, o.v, o.is_causal, o.scale))
+
+
+_CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
+TORCHS_ATTENTIONS = frozenset({_CUDNN, _FLASH, _EFFICIENT})
+
+
+def _torchs_kernel(
+    name: str, why_not: Callable[[Attention], str | None], operator: Callable[..., Any], *between: Any
+) -> Kernel:
+    """One of torch's attentions, an exact one. between: what it takes between v and is_causal, here no mask and no
+    dropout.
+    """
+
+    def torchs_answer(o: Attention) -> str | None:
+        """torch knows of sizes, strides, GPUs, and what the user has switched off."""
+        ask = getattr(torch.backends.cuda, f"can_use_{name}_attention")
+        grouped = o.q.shape[1] != o.k.shape[1]
+        can = ask(torch.backends.cuda.SDPAParams(o.q, o.k, o.v, None, 0.0, o.is_causal, grouped))
+        return None if can else f"torch.backends.cuda.{ask.__name__} refuses"
+
+    def run(o: Attention) -> Tensor:
+        return o.in_order(operator(o.q, o.k, o.v, *between, o.is_causal, scale=o.scale)[0])
+
+    return Kernel(name, PORTABLE, (), None, lambda o: why_not(o) or torchs_answer(o), run, fuses=False)
+
+
+ATTENTION = Table(
+    "attention",
+    [
+        _torchs_kernel("cudnn", _attention_why_not, _CUDNN, None, False, 0.0),
+        _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
+        _torchs_kernel("efficient", takes_all, _EFFICIENT, None, False, 0.0),
+    ],
+    _reference_attention,
+    _attention_class,
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
+    """`reference.attention` on the kernel that was fastest, its result in this order (operands.Attention)."""
+    with _on(q.device):
+        return ATTENTION.run(Attention(q, k, v, is_causal, scale, order))
+
+
+def record_attention(function: Callable[..., Any], operands: tuple) -> tuple[Tensor, Callable[..., Tensor]]:
+    """As `replay.record`: a row is chosen, and from then on called. What it launches is torch's affair."""
+    o = Attention(*operands)
+    with _on(o.q.device):
+        run = ATTENTION.choose(o).run
+        return run(o), lambda *operands: run(Attention(*operands))
+
+
+# ** round_weight **
 
 
 class Rounding(NamedTuple):

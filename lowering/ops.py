@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS
 from ..kernels.formats.groups import padded
+from ..kernels.operands import Attention
 from . import fused, heads, join, launch
 from .packed import PackedLinear
 from .replay import Replayed, Site
@@ -22,12 +23,16 @@ _LIBRARY = torch.library.Library("svdq", "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _define(schema: str, implementation, fake, compiled=None) -> None:
-    """compiled: what Inductor's code calls instead where sizes are fixed."""
+def _define(
+    schema: str, implementation, fake, compiled=None, recorder=None, layout: torch.Tag = torch.Tag.flexible_layout
+) -> None:
+    """compiled: what Inductor's code calls instead where sizes are fixed; recorder: see `Replayed`.
+
+    layout  flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced
+    """
     name = schema.split("(", 1)[0]
-    # flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced.
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-    replayed = Replayed(implementation)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
+    replayed = Replayed(implementation, recorder)
     IMPLEMENTATIONS[f"svdq.{name}.default"] = compiled or replayed
     _LIBRARY.impl(name, replayed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
@@ -111,6 +116,13 @@ _define(
     heads.head_region,
     heads.empty_result,
 )
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, bool is_causal, float? scale, int[] order) -> Tensor",
+    launch.attention,
+    lambda *operands: Attention(*operands).empty_result(),
+    recorder=launch.record_attention,
+    layout=torch.Tag.needs_fixed_stride_order,  # torch's kernels want the channels of a head side by side
+)
 _define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, join.empty_result, join.joined)
 
 # Whose result, in compiled code, may be an operand's memory: nothing else may be written there once it has been read.
@@ -124,6 +136,7 @@ gemv = torch.ops.svdq.gemv.default
 head_region = torch.ops.svdq.head_region.default
 row_moments = torch.ops.svdq.row_moments.default
 joined = torch.ops.svdq.joined.default
+attention = torch.ops.svdq.attention.default
 
 
 def site(name: str) -> Callable[..., Any]:

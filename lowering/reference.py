@@ -48,6 +48,15 @@ def gemm(
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] -> y [B, H, S, E] in q's dtype, as `operands.Attention` says."""
+    k, v = (t.float().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    products = q.float() @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+    if is_causal:
+        products = products.masked_fill(torch.ones_like(products, dtype=torch.bool).triu(1), float("-inf"))
+    return (products.softmax(-1) @ v).to(q.dtype)
+
+
 def _low_rank(xd: Tensor, up: Tensor) -> Tensor:
     rank = max(up.shape[1], 1)
     if xd.shape[-1] <= rank:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..kernels.runtime.launcher import Direct
 
 Plan = Callable[..., Any]  # of the operands; None where it does not stand for them
+Recorder = Callable[[Callable[..., Any], tuple], tuple[Any, Plan | None]]  # as `record`
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -105,9 +106,9 @@ class _Watch(TorchDispatchMode):
 class Replayed:
     """An operator's implementation, of tensors, lists of them and constants, replayed where it can be."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], recorder: "Recorder | None" = None) -> None:
         functools.update_wrapper(self, function)
-        self._function = function
+        self._function, self._record = function, recorder or record
         self._plans: dict[tuple, Plan | int] = {}  # or how often there was none
 
     def __call__(self, *operands: Any) -> Any:
@@ -129,7 +130,7 @@ class Replayed:
         if plan < 0:
             self._plans[key] = 0
             return self._function(*operands), None
-        result, made = record(self._function, operands)
+        result, made = self._record(self._function, operands)
         self._plans[key] = plan + 1 if made is None else made
         return result, made
 

@@ -10,7 +10,6 @@ from functools import partial
 
 from torch import fx
 
-from .choose_attention import choose_attention
 from .drop_replaced_weights import drop_replaced_weights
 from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
@@ -22,6 +21,7 @@ from .merge_siblings import merge_siblings
 from .observe_linears import observe_linears
 from .pipeline import Pass, run
 from .quantize_linears import Packs, quantize_linears
+from .replace_attention import replace_attention
 from .share_quantized_inputs import share_quantized_inputs
 
 
@@ -46,10 +46,11 @@ FUSING: dict[str, Pass] = {
     "heads": fuse_heads,  # before somebody else takes the means
     "rows": measure_rows,  # before what it measures becomes part of a prologue
     "prologues": fuse_prologues,
-    "joins": join_parts,  # last: it asks who reads what
+    "joins": join_parts,  # after: it asks who reads what
+    "attention": replace_attention,  # last: the others know torch's operators
 }
 
 
 def fuse(gm: fx.GraphModule, fusions: Collection[str]) -> None:
-    """Run those of the third list that are named over a graph, and what is no matter of choice."""
-    run(gm, [*(rewrite for name, rewrite in FUSING.items() if name in fusions), choose_attention])
+    """Run those of the third list that are named over a graph."""
+    run(gm, [rewrite for name, rewrite in FUSING.items() if name in fusions])

@@ -10,7 +10,7 @@ from .errors import OptionError
 PRECISIONS = ("auto", "w4a8", "int4", "nvfp4", "w4a16")
 WEIGHTS = ("release", "offload", "keep")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-FUSIONS = ("epilogues", "siblings", "heads", "rows", "prologues", "joins")  # of passes.FUSING
+FUSIONS = ("epilogues", "siblings", "heads", "rows", "prologues", "joins", "attention")  # of passes.FUSING
 MAX_RANK = 256
 
 
@@ -33,8 +33,9 @@ class Config:
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
-                       kernels, and linears of one input into one product: True, False, or a list of what to fuse
-                       ("epilogues", "siblings", "heads", "rows", "prologues", "joins")
+                       kernels, and linears of one input into one product, and run attention by the kernel that
+                       measures fastest: True, False, or a list of what to do ("epilogues", "siblings", "heads",
+                       "rows", "prologues", "joins", "attention")
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing
     """

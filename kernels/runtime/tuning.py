@@ -45,7 +45,7 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svdq_compile"
 
 
-def choose(kernel: str, shape: tuple[int, ...], candidates: Sequence[_C], run: Callable[[_C], object],
+def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], run: Callable[[_C], object],
            device: torch.device) -> _C:  # fmt: skip
     """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands."""
     if len(candidates) == 1 or device.type != "cuda":
