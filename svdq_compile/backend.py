@@ -14,7 +14,8 @@ from . import decisions
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.torch_private import allow_many_graphs, check_weights_at_every_call, compile_with_inductor
+from .lowering.inductor import compile_with_inductor
+from .lowering.torch_private import allow_many_graphs, check_weights_at_every_call
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import weight_inputs
