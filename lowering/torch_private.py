@@ -1,9 +1,24 @@
-"""The private corners of torch that this package leans on, all of them. Tried on torch 2.11 and 2.13."""
+"""The private corners of torch that this package leans on, but for Inductor's (inductor.py). Tried on torch 2.11 and
+2.13.
+
+What it changes for the whole process, all of it; each leaves other models as they are:
+
+    torch._dynamo.convert_frame._compile   converts the frames of our backend by settings of ours (`_settings`)
+    torch.export._trace._export            refuses a model that holds a quantized weight, once there is one
+    CUSTOM_EXTERN_KERNEL_CODEGEN           Inductor's: how to write calls of our operators (inductor.py)
+    torch.library                          our operators, in a namespace of their own (ops.py)
+
+torch._dynamo and torch.export are imported inside functions: that takes as long as importing torch, and whoever
+quantizes, loads or saves a model needs neither.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -112,32 +127,92 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
         model._compiled_call_impl = before
 
 
-def check_weights_at_every_call() -> None:
-    """Have Dynamo look at the type of each weight whenever compiled code is called.
+# Dynamo's limits on how many graphs one function may have. Each set of active adapters is a graph of its own, and so is
+# each size of picture; at the default of 8 torch would go on eagerly, in 4-bit still, but slowly.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
-    It skips guards on tensors, and on whole modules in torch 2.10 and 2.11, as long as the dictionaries that hold them
-    have the same entries. A weight that becomes a QuantizedWeight stays the same entry: its new class would go unseen.
+# Where the dictionaries around them have the same entries as before, Dynamo skips its guards on tensors, and on whole
+# modules in torch 2.11. A weight that becomes a QuantizedWeight stays the same entry: its new class would go unseen.
+_SKIPPING = ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards")
+
+
+def _settings() -> dict[str, Any]:
+    """How Dynamo converts our frames: high limits, unless somebody has set them, and guards on every weight."""
+    config: Any = torch._dynamo.config
+    raised = {name: least for name, least in _LIMITS.items() if getattr(config, name) == config._config[name].default}
+    return raised | dict.fromkeys(_SKIPPING, False)
+
+
+@dataclass
+class _Conversion:
+    """A frame that Dynamo is converting.
+
+    backend  what torch.compile was given
+    after    what is to be undone then
     """
-    for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
-        if hasattr(torch._dynamo.config, name):
-            _set_in_every_thread(name, False)
+
+    backend: Any
+    after: ExitStack
+    is_ours: bool = False
+
+    def use_settings(self) -> None:
+        if not self.is_ours:
+            self.is_ours = True
+            self.after.enter_context(torch._dynamo.config.patch(_settings()))
+
+
+_conversion: ContextVar[_Conversion | None] = ContextVar("_conversion", default=None)
+_our_backends: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # by id: they need not be hashable
+
+
+def convert_by_our_settings(backend: Callable) -> Callable:
+    """Decorate a backend, so that Dynamo converts the frames that it compiles by `_settings`, in whatever thread.
+
+    All of them are read while a frame is converted: the limits before the backend is called, what guards may skip after
+    it has returned. So no other model's frames are touched, nor does a call of compiled code cost anything.
+    """
+    _watch_conversions()
+    _our_backends[id(backend)] = backend
+    return backend
+
+
+def converting_for_us() -> None:
+    """Called by our backend: whoever has called it (somebody's backend that stands around it) is ours from now on."""
+    conversion = _conversion.get()
+    if conversion is None:  # it was imported in the middle of a conversion, which we therefore do not see the end of
+        torch._dynamo.config.patch(_settings()).__enter__()
+        return
+    with suppress(TypeError):  # cannot be referred to weakly
+        _our_backends[id(conversion.backend)] = conversion.backend
+    conversion.use_settings()
 
 
 @cache
-def allow_many_graphs() -> None:
-    """Raise Dynamo's limits on how many graphs one function may have, once: what is set later counts.
+def _watch_conversions() -> None:
+    from torch._dynamo import convert_frame
 
-    Each set of active adapters is a graph of its own, and so is each size of picture. At the default limit of 8 torch
-    would go on eagerly, in 4-bit still, but slowly.
-    """
-    for name, least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-        _set_in_every_thread(name, max(least, getattr(torch._dynamo.config, name)))
+    convert = convert_frame._compile
+
+    @wraps(convert)
+    def watched(*args: Any, skip: int = 0, **kwargs: Any) -> Any:
+        with ExitStack() as after:
+            conversion = _Conversion(_innermost(args[_COMPILER_FN]), after)
+            after.callback(_conversion.reset, _conversion.set(conversion))
+            if id(conversion.backend) in _our_backends:
+                conversion.use_settings()
+            return convert(*args, skip=skip + 1, **kwargs)  # skip: frames that stack traces leave out
+
+    convert_frame._compile = watched
 
 
-def _set_in_every_thread(name: str, value: Any) -> None:
-    """Set one of Dynamo's options. An assignment holds for this thread alone; others begin with the default."""
-    setattr(torch._dynamo.config, name, value)
-    torch._dynamo.config._config[name].default = value  # type: ignore[attr-defined]
+_COMPILER_FN = 5  # its place among the arguments of _compile
+
+
+def _innermost(backend: Any) -> Any:
+    """What torch.compile was given, out of what it has wrapped around that."""
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return getattr(backend, "compiler_fn", backend)
 
 
 def traced_for_torch_itself() -> bool:
@@ -147,9 +222,7 @@ def traced_for_torch_itself() -> bool:
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    backend = InstructionTranslator.current_tx().output.compiler_fn
-    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
-        backend = getattr(backend, name, backend)
+    backend = _innermost(InstructionTranslator.current_tx().output.compiler_fn)
     return (getattr(backend, "__module__", None) or type(backend).__module__).split(".")[0] == "torch"
 
 
