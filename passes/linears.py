@@ -18,7 +18,8 @@ from torch import fx
 
 from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
-from .scope import is_adapter, layer_name, outside_blocks, sibling_scope
+from .peft_names import is_adapter
+from .scope import layer_name, outside_blocks, sibling_scope
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -106,14 +107,23 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str
         return "the graph does not tell its shapes"
     if is_spatial_conv(node):
         return "a convolution larger than 1x1"
+    reason = why_not(name, value, is_outside)
+    if reason is None and any(not _reads_as_weight(user, weight) for user in weight.users):
+        return "something other than a linear reads its weight"
+    return reason
+
+
+def why_not(name: str, weight: torch.Tensor, is_outside: bool) -> str | None:
+    """Why a linear of this name and weight stays as it is, wherever it was found; None if it may be quantized.
+
+    is_outside  of the repeated blocks (`scope.outside_blocks`)
+    """
     if is_adapter(name):
         return "an adapter, which is small and may be swapped"
-    if value.dtype not in QUANTIZABLE_DTYPES:
-        return f"its weight is {value.dtype}"
-    if min(value.shape[:2]) < MIN_FEATURES:
-        return f"it is small ({value.shape[0]} x {value.shape[1]})"
-    if any(not _reads_as_weight(user, weight) for user in weight.users):
-        return "something other than a linear reads its weight"
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        return f"its weight is {weight.dtype}"
+    if min(weight.shape[:2]) < MIN_FEATURES:
+        return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
     if is_outside:
         return "outside the repeated blocks: an embedder or a final projection"
     return None
