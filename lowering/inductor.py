@@ -1,7 +1,7 @@
 """All that talks to Inductor: handing it a graph, our pass over its aten graph, our operators in the code it writes.
 
-Tried on torch 2.11 and 2.13. Only the backend imports this file: to observe, quantize, load and save, Inductor is not
-needed, and importing it takes as long as torch itself.
+Tried on torch 2.11 and 2.13. Only the backend imports this file: whoever quantizes, loads or saves a model needs no
+Inductor, and importing it takes as long as torch itself.
 """
 
 import inspect

@@ -161,6 +161,7 @@ class _Conversion:
             self.after.enter_context(torch._dynamo.config.patch(_settings()))
 
 
+_COMPILER_FN = 5  # the backend's place among the arguments of convert_frame._compile
 _conversion: ContextVar[_Conversion | None] = ContextVar("_conversion", default=None)
 _our_backends: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # by id: they need not be hashable
 
@@ -203,9 +204,6 @@ def _watch_conversions() -> None:
             return convert(*args, skip=skip + 1, **kwargs)  # skip: frames that stack traces leave out
 
     convert_frame._compile = watched
-
-
-_COMPILER_FN = 5  # its place among the arguments of _compile
 
 
 def _innermost(backend: Any) -> Any:

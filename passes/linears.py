@@ -8,7 +8,7 @@ small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the rep
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
 from .peft_names import is_adapter
 from .scope import layer_name, outside_blocks, sibling_scope
+from .subgraphs import invocations
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -73,17 +74,16 @@ class Found:
     rejected: dict[fx.Node, tuple[str, str]]
 
 
-def find_linears(graph: fx.Graph, quantized: Collection[fx.Node] = ()) -> Found:
-    """Look through one graph; subgraphs of higher-order operators are looked through on their own.
+def find_linears(gm: fx.GraphModule, quantized: Collection[fx.Node] = ()) -> Found:
+    """Look through one graph; the bodies that it calls are looked through on their own (`subgraphs.invocations`).
 
     quantized  placeholders of weights that are in few bits already: wherever they stand, their linears are taken
     """
     sites: list[LinearSite] = []
     rejected: dict[fx.Node, tuple[str, str]] = {}
-    calls = [n for n in graph.nodes if n.op == "call_function" and (n.target in LINEAR or n.target in POINTWISE_CONV)]
-    names = {n: layer_name(n) for n in calls}
-    outside = outside_blocks(list(names.values()))
-    for node in calls:
+    names = _names(gm)
+    outside = outside_blocks([*names.values(), *_names_in_bodies(gm)])
+    for node in names:
         weight = argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
@@ -93,6 +93,18 @@ def find_linears(graph: fx.Graph, quantized: Collection[fx.Node] = ()) -> Found:
         elif not is_spatial_conv(node):
             rejected[weight] = (names[node], reason)
     return Found([s for s in sites if s.weight not in rejected], rejected)
+
+
+def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    nodes = (node for node in gm.graph.nodes if node.op == "call_function")
+    return {node: layer_name(node) for node in nodes if node.target in LINEAR or node.target in POINTWISE_CONV}
+
+
+def _names_in_bodies(gm: fx.GraphModule) -> Iterator[str]:
+    for name in {call.subgraph for call in invocations(gm)}:
+        body: fx.GraphModule = gm.get_submodule(name)  # type: ignore[assignment]
+        yield from _names(body).values()
+        yield from _names_in_bodies(body)
 
 
 def argument(node: fx.Node, position: int, name: str) -> Any:
