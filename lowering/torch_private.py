@@ -22,6 +22,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
 
@@ -33,8 +35,6 @@ def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     """
     if device.type == "meta":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
-
     return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
 
 
@@ -98,8 +98,6 @@ def fake_mode_of(*values: Any) -> Any:
 
 def without_fake_tensors() -> Any:
     """A context in which tensors are made in earnest, within tracing too."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     return unset_fake_temporarily()
 
 
@@ -180,12 +178,13 @@ def convert_by_our_settings(backend: Callable) -> Callable:
 def converting_for_us() -> None:
     """Called by our backend: whoever has called it (somebody's backend that stands around it) is ours from now on."""
     conversion = _conversion.get()
-    if conversion is None:  # it was imported in the middle of a conversion, which we therefore do not see the end of
+    if conversion is not None:
+        with suppress(TypeError):  # cannot be referred to weakly
+            _our_backends[id(conversion.backend)] = conversion.backend
+        conversion.use_settings()
+    elif torch._guards.TracingContext.try_get() is not None:
+        # It was imported in the middle of a conversion, whose end we do not see: in this thread they stay.
         torch._dynamo.config.patch(_settings()).__enter__()
-        return
-    with suppress(TypeError):  # cannot be referred to weakly
-        _our_backends[id(conversion.backend)] = conversion.backend
-    conversion.use_settings()
 
 
 @cache

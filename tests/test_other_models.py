@@ -1,5 +1,7 @@
 """Other models in the same process: Dynamo converts, guards and limits them as it would without this package."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -136,6 +138,24 @@ def test_guards_of_another_model_are_built_by_torchs_settings() -> None:
     seen.clear()
     torch.compile(Other(), backend=Eager(), options={"guard_filter_fn": filter_guards})(torch.randn(2, 8))
     assert seen == [torchs_own()]
+
+
+def test_a_backend_that_imports_ours_only_when_it_is_called() -> None:
+    """Then the first conversion is under way already; its guards must look at the weights all the same."""
+    code = (
+        "import torch\n"
+        "graphs = []\n"
+        "def backend(gm, inputs):\n"
+        "    from svdq_compile.backend import svdquant\n"
+        "    graphs.append(gm)\n"
+        "    return svdquant(gm, inputs, options={'progress': False, 'calibration_steps': 1})\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(False)\n"
+        "run = torch.compile(net, backend=backend)\n"
+        "for _ in range(3): run(torch.ones(2, 20, 64))\n"
+        "print(len(graphs), type(net[0].weight).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.stdout == "2 QuantizedWeight\n", done.stderr
 
 
 def test_a_failed_conversion_leaves_no_settings() -> None:
