@@ -20,7 +20,7 @@ from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
 from .peft_names import is_adapter
 from .scope import layer_name, outside_blocks, sibling_scope
-from .subgraphs import invocations
+from .subgraphs import bodies
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -101,8 +101,7 @@ def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _names_in_bodies(gm: fx.GraphModule) -> Iterator[str]:
-    for name in {call.subgraph for call in invocations(gm)}:
-        body: fx.GraphModule = gm.get_submodule(name)  # type: ignore[assignment]
+    for body in bodies(gm):
         yield from _names(body).values()
         yield from _names_in_bodies(body)
 

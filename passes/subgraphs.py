@@ -46,11 +46,17 @@ def invocations(gm: fx.GraphModule) -> list[Invocation]:
     return found
 
 
+def bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """Every graph inside this one, whoever runs it."""
+    found = (_body(gm, node) for node in gm.graph.find_nodes(op="get_attr"))
+    return [body for body in found if body is not None]
+
+
 def other_bodies(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
     """Every body that is not called by an invocation, with a node that runs it."""
     called = {call.node for call in invocations(gm)}
-    bodies = ((user, _body(gm, node)) for node in gm.graph.find_nodes(op="get_attr") for user in node.users)
-    return [(user, body) for user, body in bodies if body is not None and user not in called]
+    found = ((user, _body(gm, node)) for node in gm.graph.find_nodes(op="get_attr") for user in node.users)
+    return [(user, body) for user, body in found if body is not None and user not in called]
 
 
 def _body(gm: fx.GraphModule, node: object) -> fx.GraphModule | None:

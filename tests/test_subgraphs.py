@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from conftest import FLIPPED_CODES, WIDTH, compiled, logged, quiet, relative_error
 from svdq_compile.parameter import QuantizedWeight
-from svdq_compile.passes.subgraphs import invocations, other_bodies
+from svdq_compile.passes.subgraphs import bodies, invocations, other_bodies
 
 
 class Block(nn.Module):
@@ -153,4 +153,4 @@ def test_attributes_that_are_no_graphs_are_left_alone() -> None:
         x = graph.call_function(torch.ops.higher_order.tag_activation_checkpoint, (body, x))
     graph.output(x)
     gm = fx.GraphModule(root, graph)
-    assert invocations(gm) == other_bodies(gm) == []
+    assert invocations(gm) == bodies(gm) == other_bodies(gm) == []
