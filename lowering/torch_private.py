@@ -1,17 +1,30 @@
-"""The private corners of torch that this package leans on, all of them. docs/compat.md: the versions tried."""
+"""The private corners of torch that this package leans on, but for Inductor's (inductor.py). docs/compat.md has the
+versions that were tried.
+
+What it changes for the whole process, all of it; each leaves other models as they are:
+
+    torch._dynamo.convert_frame._compile   converts the frames of our backend by settings of ours (`_settings`)
+    torch.export._trace._export            refuses a model that holds a quantized weight, once there is one
+    CUSTOM_EXTERN_KERNEL_CODEGEN           Inductor's: how to write calls of our operators (inductor.py)
+    torch.library                          our operators, in a namespace of their own (ops.py)
+
+torch._dynamo and torch.export are imported inside functions: that takes as long as importing torch, and whoever
+quantizes, loads or saves a model needs neither.
+"""
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
-
-from .. import kernels
+from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
 
@@ -23,8 +36,6 @@ def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     """
     if device.type == "meta":
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
-
     return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
 
 
@@ -88,8 +99,6 @@ def fake_mode_of(*values: Any) -> Any:
 
 def without_fake_tensors() -> Any:
     """A context in which tensors are made in earnest, within tracing too."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     return unset_fake_temporarily()
 
 
@@ -106,72 +115,6 @@ def describe(node: fx.Node, instead_of: fx.Node) -> None:
     node.meta.update({k: instead_of.meta[k] for k in ("nn_module_stack", "stack_trace") if k in instead_of.meta})
 
 
-def compile_with_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, rewrite: Callable[[fx.GraphModule], None] | None = None
-) -> Callable[..., Any]:
-    """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments.
-
-    rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
-             caches know it by the sources of its folder, of this one and of kernels/, and by SVDQ_KERNELS: while
-             these stay, equal graphs must come out alike.
-    """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    _call_by_sites()
-    patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
-    if rewrite is not None:
-        patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
-
-
-@cache
-def _call_by_sites() -> None:
-    """Have Inductor's code call our operators through a `Site` each where sizes are fixed, past torch's dispatcher,
-    which takes longer than a launch; and leave alone the memory of results that are not its own.
-    """
-    from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
-    from torch._inductor.codegen.wrapper import ExternKernelAllocLine
-    from torch._inductor.virtualized import V
-
-    from .ops import BORROWING, IMPLEMENTATIONS, site
-
-    def generate(node: Any, writeline: Callable[[Any], None]) -> None:
-        wrapper, name = V.graph.wrapper_code, f"svdq_{node.get_name()}"
-        if not any(getattr(size, "free_symbols", ()) for t in node.inputs for size in (*t.get_size(), *t.get_stride())):
-            wrapper.add_import_once(f"from {site.__module__} import site")
-            wrapper.add_import_once(f"{name} = site({str(node.op_overload)!r})")
-            node.python_kernel_name = name
-        if str(node.op_overload) in BORROWING:
-            V.graph.never_reuse_buffers.update(buffer.get_name() for buffer in (node, *node.outputs))
-        writeline(ExternKernelAllocLine(wrapper, node))
-
-    for operator in IMPLEMENTATIONS:
-        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{operator}"] = CustomCodegen(python=generate)
-
-
-def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class AtenPass(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            assert graph.owning_module is not None
-            rewrite(graph.owning_module)
-
-        def uuid(self) -> Any:
-            function, options = getattr(rewrite, "func", rewrite), getattr(rewrite, "keywords", {})
-            sources = _sources(Path(inspect.getfile(function)).parent)
-            return get_hash_for_files(sources), repr(options), os.environ.get("SVDQ_KERNELS", "")
-
-    return AtenPass()
-
-
-def _sources(passes: Path) -> tuple[str, ...]:
-    """All that decides what comes out of the passes: theirs, and those of lowering/ and kernels/."""
-    folders = passes, Path(__file__).parent, *map(Path, kernels.__path__)
-    return tuple(sorted(str(file) for folder in folders for file in folder.rglob("*.py")))
-
-
 @contextmanager
 def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
     """Within the context, calling the model runs what torch.compile makes of it with this backend."""
@@ -183,32 +126,91 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
         model._compiled_call_impl = before
 
 
-def check_weights_at_every_call() -> None:
-    """Have Dynamo look at the type of each weight whenever compiled code is called.
+# Dynamo's limits on how many graphs one function may have. Each set of active adapters is a graph of its own, and so is
+# each size of picture; at the default of 8 torch would go on eagerly, in 4-bit still, but slowly.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
-    It skips guards on tensors, and on whole modules in torch 2.10 and 2.11, as long as the dictionaries that hold them
-    have the same entries. A weight that becomes a QuantizedWeight stays the same entry: its new class would go unseen.
+# Where the dictionaries around them have the same entries as before, Dynamo skips its guards on tensors, and on whole
+# modules in torch 2.11. A weight that becomes a QuantizedWeight stays the same entry: its new class would go unseen.
+_SKIPPING = ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards")
+
+
+def _settings() -> dict[str, Any]:
+    """How Dynamo converts our frames: high limits, unless somebody has set them, and guards on every weight."""
+    config: Any = torch._dynamo.config
+    raised = {name: least for name, least in _LIMITS.items() if getattr(config, name) == config._config[name].default}
+    return raised | dict.fromkeys(_SKIPPING, False)
+
+
+@dataclass
+class _Conversion:
+    """A frame that Dynamo is converting.
+
+    backend  what torch.compile was given
+    after    what is to be undone then
     """
-    for name in ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards"):
-        if hasattr(torch._dynamo.config, name):
-            _set_in_every_thread(name, False)
+
+    backend: Any
+    after: ExitStack
+    is_ours: bool = False
+
+    def use_settings(self) -> None:
+        if not self.is_ours:
+            self.is_ours = True
+            self.after.enter_context(torch._dynamo.config.patch(_settings()))
+
+
+_conversion: ContextVar[_Conversion | None] = ContextVar("_conversion", default=None)
+_our_backends: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # by id: they need not be hashable
+
+
+def convert_by_our_settings(backend: Callable) -> Callable:
+    """Decorate a backend, so that Dynamo converts the frames that it compiles by `_settings`, in whatever thread.
+
+    All of them are read while a frame is converted: the limits before the backend is called, what guards may skip after
+    it has returned. So no other model's frames are touched, nor does a call of compiled code cost anything.
+    """
+    _watch_conversions()
+    _our_backends[id(backend)] = backend
+    return backend
+
+
+def converting_for_us() -> None:
+    """Called by our backend: whoever has called it (somebody's backend that stands around it) is ours from now on."""
+    conversion = _conversion.get()
+    if conversion is not None:
+        with suppress(TypeError):  # cannot be referred to weakly
+            _our_backends[id(conversion.backend)] = conversion.backend
+        conversion.use_settings()
+    elif torch._guards.TracingContext.try_get() is not None:
+        # It was imported in the middle of a conversion, whose end we do not see: in this thread they stay.
+        torch._dynamo.config.patch(_settings()).__enter__()
 
 
 @cache
-def allow_many_graphs() -> None:
-    """Raise Dynamo's limits on how many graphs one function may have, once: what is set later counts.
+def _watch_conversions() -> None:
+    from torch._dynamo import convert_frame
 
-    Each set of active adapters is a graph of its own, and so is each size of picture. At the default limit of 8 torch
-    would go on eagerly, in 4-bit still, but slowly.
-    """
-    for name, least in (("recompile_limit", 256), ("accumulated_recompile_limit", 4096)):
-        _set_in_every_thread(name, max(least, getattr(torch._dynamo.config, name)))
+    convert = convert_frame._compile
+    place = list(inspect.signature(convert).parameters).index("compiler_fn")
+
+    @wraps(convert)
+    def watched(*args: Any, skip: int = 0, **kwargs: Any) -> Any:
+        with ExitStack() as after:
+            conversion = _Conversion(_innermost(args[place]), after)
+            after.callback(_conversion.reset, _conversion.set(conversion))
+            if id(conversion.backend) in _our_backends:
+                conversion.use_settings()
+            return convert(*args, skip=skip + 1, **kwargs)  # skip: frames that stack traces leave out
+
+    convert_frame._compile = watched
 
 
-def _set_in_every_thread(name: str, value: Any) -> None:
-    """Set one of Dynamo's options. An assignment holds for this thread alone; others begin with the default."""
-    setattr(torch._dynamo.config, name, value)
-    torch._dynamo.config._config[name].default = value  # type: ignore[attr-defined]
+def _innermost(backend: Any) -> Any:
+    """What torch.compile was given, out of what it has wrapped around that."""
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return getattr(backend, "compiler_fn", backend)
 
 
 def traced_for_torch_itself() -> bool:
@@ -218,9 +220,7 @@ def traced_for_torch_itself() -> bool:
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    backend = InstructionTranslator.current_tx().output.compiler_fn
-    for name in ("_torchdynamo_orig_backend", "compiler_fn"):
-        backend = getattr(backend, name, backend)
+    backend = _innermost(InstructionTranslator.current_tx().output.compiler_fn)
     return (getattr(backend, "__module__", None) or type(backend).__module__).split(".")[0] == "torch"
 
 

@@ -28,9 +28,10 @@ from torch import Tensor, fx
 
 from ..lowering import ops
 from .linears import LINEAR, POINTWISE_CONV, argument, is_spatial_conv
+from .peft_names import is_adapter
 from .pipeline import log
 from .quantize_linears import emit
-from .scope import is_adapter, layer_name
+from .scope import layer_name
 from .subgraphs import invocations
 
 MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go, without a buffer for its parts

@@ -8,7 +8,7 @@ small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the rep
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import fx
 
 from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
-from .scope import is_adapter, layer_name, outside_blocks, sibling_scope
+from .peft_names import is_adapter
+from .scope import layer_name, outside_blocks, sibling_scope
+from .subgraphs import bodies
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
@@ -72,17 +74,16 @@ class Found:
     rejected: dict[fx.Node, tuple[str, str]]
 
 
-def find_linears(graph: fx.Graph, quantized: Collection[fx.Node] = ()) -> Found:
-    """Look through one graph; subgraphs of higher-order operators are looked through on their own.
+def find_linears(gm: fx.GraphModule, quantized: Collection[fx.Node] = ()) -> Found:
+    """Look through one graph; the bodies that it calls are looked through on their own (`subgraphs.invocations`).
 
     quantized  placeholders of weights that are in few bits already: wherever they stand, their linears are taken
     """
     sites: list[LinearSite] = []
     rejected: dict[fx.Node, tuple[str, str]] = {}
-    calls = [n for n in graph.nodes if n.op == "call_function" and (n.target in LINEAR or n.target in POINTWISE_CONV)]
-    names = {n: layer_name(n) for n in calls}
-    outside = outside_blocks(list(names.values()))
-    for node in calls:
+    names = _names(gm)
+    outside = outside_blocks([*names.values(), *_names_in_bodies(gm)])
+    for node in names:
         weight = argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
@@ -92,6 +93,17 @@ def find_linears(graph: fx.Graph, quantized: Collection[fx.Node] = ()) -> Found:
         elif not is_spatial_conv(node):
             rejected[weight] = (names[node], reason)
     return Found([s for s in sites if s.weight not in rejected], rejected)
+
+
+def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    nodes = (node for node in gm.graph.nodes if node.op == "call_function")
+    return {node: layer_name(node) for node in nodes if node.target in LINEAR or node.target in POINTWISE_CONV}
+
+
+def _names_in_bodies(gm: fx.GraphModule) -> Iterator[str]:
+    for body in bodies(gm):
+        yield from _names(body).values()
+        yield from _names_in_bodies(body)
 
 
 def argument(node: fx.Node, position: int, name: str) -> Any:
@@ -106,14 +118,23 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str
         return "the graph does not tell its shapes"
     if is_spatial_conv(node):
         return "a convolution larger than 1x1"
+    reason = why_not(name, value, is_outside)
+    if reason is None and any(not _reads_as_weight(user, weight) for user in weight.users):
+        return "something other than a linear reads its weight"
+    return reason
+
+
+def why_not(name: str, weight: torch.Tensor, is_outside: bool) -> str | None:
+    """Why a linear of this name and weight stays as it is, wherever it was found; None if it may be quantized.
+
+    is_outside  of the repeated blocks (`scope.outside_blocks`)
+    """
     if is_adapter(name):
         return "an adapter, which is small and may be swapped"
-    if value.dtype not in QUANTIZABLE_DTYPES:
-        return f"its weight is {value.dtype}"
-    if min(value.shape[:2]) < MIN_FEATURES:
-        return f"it is small ({value.shape[0]} x {value.shape[1]})"
-    if any(not _reads_as_weight(user, weight) for user in weight.users):
-        return "something other than a linear reads its weight"
+    if weight.dtype not in QUANTIZABLE_DTYPES:
+        return f"its weight is {weight.dtype}"
+    if min(weight.shape[:2]) < MIN_FEATURES:
+        return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
     if is_outside:
         return "outside the repeated blocks: an embedder or a final projection"
     return None

@@ -18,7 +18,7 @@ from .subgraphs import invocations
 
 def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Callable) -> int:
     """Insert the calls, in subgraphs too. Returns how many linears are watched (a subgraph's count once)."""
-    groups = group_by_input(find_linears(gm.graph).sites)
+    groups = group_by_input(find_linears(gm).sites)
     for group in groups:
         _watch(gm.graph, group, observe)
         for site in group:

@@ -8,6 +8,8 @@ import re
 
 from torch import fx
 
+from .peft_names import is_adapter, without_wrapper
+
 _ROOT = re.compile(r"^L\['\w+'\]\.?")
 # Diffusers' models override attribute access, so Dynamo reaches their children through the dict.
 _INDIRECT = re.compile(r"(?:\.__dict__)?(?:\.|\[')(?:_modules|_parameters)(?:'\])?\['([^']+)'\]")
@@ -26,16 +28,6 @@ def layer_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     innermost = clean(next(reversed(stack.values()))[0]) if stack else ""
     return without_wrapper(innermost) or str(node.name)
-
-
-def without_wrapper(name: str) -> str:
-    """The name a layer had before PEFT put adapters around it: "blocks.0.to_q.base_layer" -> "blocks.0.to_q"."""
-    return name.removesuffix(".base_layer")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a layer is one of PEFT's own: "blocks.0.to_q.lora_A.style"."""
-    return ".lora_" in f".{name}"
 
 
 def elements(name: str) -> list[str]:

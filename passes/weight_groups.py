@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from .linears import find_linears, group_by_input
-from .subgraphs import invocations, placeholders
+from .pipeline import log
+from .subgraphs import invocations, other_bodies, placeholders
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def weight_inputs(gm: fx.GraphModule, quantized: Collection[int] = ()) -> Weight
 
 
 def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collection[int], found: WeightInputs) -> None:
-    linears = find_linears(gm.graph, {node for node, i in index.items() if i in quantized})
+    linears = find_linears(gm, {node for node, i in index.items() if i in quantized})
     for weight, (name, reason) in linears.rejected.items():
         if weight in index:
             found.rejected.append((index[weight], name, reason))
@@ -57,6 +58,9 @@ def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collectio
         if sites:
             indices, names = zip(*((index[site.weight], site.name) for site in sites), strict=True)
             found.groups.append(WeightGroup(indices, names, sites[0].few_rows, sites[0].shift))
+    for node, other in other_bodies(gm):
+        for site in find_linears(other).sites:
+            log.info("%s stays 16-bit: it stands inside %s, which runs its body in its own way", site.name, node.target)
     for call in invocations(gm):
         body = gm.get_submodule(call.subgraph)
         operands = zip(placeholders(body.graph), call.operands, strict=True)  # type: ignore[arg-type]

@@ -14,13 +14,15 @@ from . import decisions
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.torch_private import allow_many_graphs, check_weights_at_every_call, compile_with_inductor
+from .lowering.inductor import compile_with_inductor
+from .lowering.torch_private import convert_by_our_settings, converting_for_us
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import weight_inputs
 from .summary import TALLY
 
 
+@convert_by_our_settings
 def svdquant(
     gm: fx.GraphModule, example_inputs: list, *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable:
@@ -29,8 +31,7 @@ def svdquant(
     options  fields of `Config` by name; mode  Inductor's. Raises OptionError for an unknown or impossible option and
     GradientsNeeded where the call would record gradients.
     """
-    check_weights_at_every_call()
-    allow_many_graphs()
+    converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
     quantized = {i for i, value in enumerate(example_inputs) if isinstance(value, QuantizedWeight)}

@@ -28,12 +28,12 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize
 from .kernels.formats import FORMATS
-from .layers import layers, without_adapters
+from .layers import layers
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
-from .passes.scope import is_adapter
+from .passes.peft_names import is_adapter, without_adapters, wrapped_layer
 
 FORMAT = "svdq-compile"
 VERSION = 1
@@ -324,8 +324,7 @@ def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     """The module of that name, or the one that PEFT's stands around."""
-    module = model.get_submodule(name)
-    return getattr(module, "base_layer", module)
+    return wrapped_layer(model.get_submodule(name))
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from .config import Config
 from .errors import WeightsReleased
 from .lowering import kernel_table
+from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
-from .lowering.torch_private import clone_dynamo_graph, compile_with_inductor
+from .lowering.torch_private import clone_dynamo_graph
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing

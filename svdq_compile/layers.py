@@ -1,14 +1,13 @@
 """The linears of a module tree, seen without running it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 from torch import nn
 
-from .passes.linears import MIN_FEATURES, QUANTIZABLE_DTYPES, is_over_channels
-from .passes.scope import is_adapter, outside_blocks, without_wrapper
+from .passes.linears import is_over_channels, why_not
+from .passes.peft_names import without_wrapper
+from .passes.scope import outside_blocks
 
 
 @dataclass(frozen=True)
@@ -34,33 +33,10 @@ def layers(model: nn.Module) -> Iterator[Layer]:
         weight = module.weight
         if isinstance(weight, nn.Parameter) and id(weight) not in seen:
             seen.add(id(weight))
-            yield Layer(name, module, weight, _why_not(weight, name in outside, name))
-
-
-def without_adapters(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Of a model's named parameters or buffers, those it would have without PEFT, by the names they would have."""
-    named = list(named)
-    wrapped = {name.partition(".base_layer.")[0] for name, _ in named if ".base_layer." in name}
-    for name, value in named:
-        if ".base_layer." in name:
-            yield name.replace(".base_layer.", "."), value
-        elif wrapped.isdisjoint(accumulate(name.split("."), "{}.{}".format)):
-            yield name, value
+            yield Layer(name, module, weight, why_not(name, weight, name in outside))
 
 
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return is_over_channels(module.kernel_size, module.stride, module.padding, module.groups)
     return isinstance(module, nn.Linear)
-
-
-def _why_not(weight: nn.Parameter, is_outside: bool, name: str) -> str | None:
-    if is_adapter(name):
-        return "an adapter, which is small and may be swapped"
-    if weight.dtype not in QUANTIZABLE_DTYPES:
-        return f"its weight is {weight.dtype}"
-    if min(weight.shape[:2]) < MIN_FEATURES:
-        return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
-    if is_outside:
-        return "outside the repeated blocks: an embedder or a final projection"
-    return None

@@ -16,7 +16,8 @@ from conftest import quiet
 from svdq_compile import compiled as compiled_module
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.passes.linears import LINEAR, POINTWISE_CONV
-from svdq_compile.passes.scope import is_adapter, layer_name
+from svdq_compile.passes.peft_names import is_adapter
+from svdq_compile.passes.scope import layer_name
 from zoo import make
 
 # fp32 models: the folded product is summed in another order, and what that moves over a tie of int8 codes.

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from conftest import compiled, logged
 from svdq_compile.kernels.runtime.target import HOPPER
-from svdq_compile.lowering import kernel_table, launch, torch_private
+from svdq_compile.lowering import inductor, kernel_table, launch
 from svdq_compile.lowering.kernel_table import ANY, REFERENCE, Kernel, NoKernel, Table
 from svdq_compile.passes import fuse
 
@@ -253,12 +253,12 @@ def test_names_are_unique() -> None:
 
 
 def test_the_passes_identity_covers_what_decides_their_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = torch_private._sources(Path(inspect.getfile(fuse)).parent)
+    files = inductor._sources(Path(inspect.getfile(fuse)).parent)
     names = {"/".join(Path(file).parts[-2:]) for file in files}
     assert {"passes/fuse_heads.py", "lowering/region.py", "hopper/gemm_w4a8.py", "formats/w4a8.py"} <= names
 
     def identity(*fusions: str) -> object:
-        return torch_private._aten_pass(partial(fuse, fusions=fusions)).uuid()
+        return inductor._aten_pass(partial(fuse, fusions=fusions)).uuid()
 
     before = identity()
     assert identity() == before
@@ -266,5 +266,5 @@ def test_the_passes_identity_covers_what_decides_their_result(monkeypatch: pytes
     monkeypatch.setenv("SVDQ_KERNELS", REFERENCE)
     assert identity() != before
     monkeypatch.delenv("SVDQ_KERNELS")
-    monkeypatch.setattr(torch_private, "_sources", lambda passes: files[1:])
+    monkeypatch.setattr(inductor, "_sources", lambda passes: files[1:])
     assert identity() != before

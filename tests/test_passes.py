@@ -77,7 +77,7 @@ def packs_for(gm: fx.GraphModule, example_inputs: list, precision: str = "w4a8")
     """Each linear's weight quantized, siblings together."""
     known = {}
     number = {node: i for i, node in enumerate(placeholders(gm.graph))}
-    for group in group_by_input(find_linears(gm.graph).sites):
+    for group in group_by_input(find_linears(gm).sites):
         weights = [example_inputs[number[site.weight]].detach().flatten(1) for site in group]
         names = [site.name for site in group]
         config = Config(rank=16, refine=0)
@@ -303,13 +303,13 @@ return [contiguous]""",
         first = next(iter(packs))
         self.assertEqual(quantize_linears(gm, {first: packs[first]}), 1)
         self.assertEqual(share_quantized_inputs(gm), 0)
-        self.assertEqual(len(find_linears(gm.graph).sites), 2)
+        self.assertEqual(len(find_linears(gm).sites), 2)
 
     def test_own_smoothing_factors_are_not_shared(self) -> None:
         gm, example_inputs = self.siblings()
         number = {node: i for i, node in enumerate(placeholders(gm.graph))}
         packs = {}
-        for site in find_linears(gm.graph).sites:
+        for site in find_linears(gm).sites:
             weight = example_inputs[number[site.weight]].detach()
             packs[site.weight] = quantize_group([weight], [site.name], "w4a8", Config(rank=16), InputStatistics())[
                 0

@@ -1,0 +1,79 @@
+"""All that talks to Inductor: handing it a graph, our pass over its aten graph, our operators in the code it writes.
+
+Only the backend imports this file: whoever quantizes, loads or saves a model needs no
+Inductor, and importing it takes as long as torch itself.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch._inductor import list_mode_options
+from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+from torch._inductor.codegen.wrapper import ExternKernelAllocLine
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.virtualized import V
+
+from .. import kernels
+from .ops import BORROWING, IMPLEMENTATIONS, site
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, rewrite: Callable[[fx.GraphModule], None] | None = None
+) -> Callable[..., Any]:
+    """Hand a rewritten graph to Inductor; the result takes the inputs as separate arguments.
+
+    rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
+             caches know it by the sources of its folder, of this one and of kernels/, and by SVDQ_KERNELS: while
+             these stay, equal graphs must come out alike.
+    """
+    _call_by_sites()
+    patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+    if rewrite is not None:
+        patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+
+
+@cache
+def _call_by_sites() -> None:
+    """Have Inductor's code call our operators through a `Site` each where sizes are fixed, past torch's dispatcher,
+    which takes longer than a launch; and leave alone the memory of results that are not its own.
+    """
+
+    def generate(node: Any, writeline: Callable[[Any], None]) -> None:
+        wrapper, name = V.graph.wrapper_code, f"svdq_{node.get_name()}"
+        if not any(getattr(size, "free_symbols", ()) for t in node.inputs for size in (*t.get_size(), *t.get_stride())):
+            wrapper.add_import_once(f"from {site.__module__} import site")
+            wrapper.add_import_once(f"{name} = site({str(node.op_overload)!r})")
+            node.python_kernel_name = name
+        if str(node.op_overload) in BORROWING:
+            V.graph.never_reuse_buffers.update(buffer.get_name() for buffer in (node, *node.outputs))
+        writeline(ExternKernelAllocLine(wrapper, node))
+
+    for operator in IMPLEMENTATIONS:
+        CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{operator}"] = CustomCodegen(python=generate)
+
+
+def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
+    class AtenPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            assert graph.owning_module is not None
+            rewrite(graph.owning_module)
+
+        def uuid(self) -> Any:
+            function, options = getattr(rewrite, "func", rewrite), getattr(rewrite, "keywords", {})
+            sources = _sources(Path(inspect.getfile(function)).parent)
+            return get_hash_for_files(sources), repr(options), os.environ.get("SVDQ_KERNELS", "")
+
+    return AtenPass()
+
+
+def _sources(passes: Path) -> tuple[str, ...]:
+    """All that decides what comes out of the passes: theirs, and those of lowering/ and kernels/."""
+    folders = passes, Path(__file__).parent, *map(Path, kernels.__path__)
+    return tuple(sorted(str(file) for folder in folders for file in folder.rglob("*.py")))
