@@ -44,11 +44,12 @@ def gemm(
     y = FORMATS[precision].matmul(qx, ascales, *weight)
     if offset is not None:
         y = y - offset
-    y = y + _low_rank(xd, up)
+    y = y + low_rank(xd, up)
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
-def _low_rank(xd: Tensor, up: Tensor) -> Tensor:
+def low_rank(xd: Tensor, up: Tensor) -> Tensor:
+    """xd [..., s r], up [N, r] -> [..., N] fp32: what the branches of s linears side by side add."""
     rank = max(up.shape[1], 1)
     if xd.shape[-1] <= rank:
         return xd.float() @ up.float().t()

@@ -454,7 +454,7 @@ def test_summary_tells_what_was_done(capsys: pytest.CaptureFixture) -> None:
     assert "svdquant:" not in capsys.readouterr().err
     run(*inputs())
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("svdquant:"))
-    assert "8 linears in 4-bit (2 w4a16, 6 w4a8)" in line
+    assert "8 linears quantized (2 w4a16, 6 w4a8)" in line
     assert "2 option skip" in line
     assert "MiB" in line
 
