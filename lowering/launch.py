@@ -193,6 +193,21 @@ def _portable_nvfp4(o: Gemm, epilogue: Hook | None) -> Tensor:
     return gemm_nvfp4.gemm(o.qx, o.ascales, o.xd, o.weight, o.up, o.bias, o.out_dtype, epilogue)
 
 
+def _int8_why_not(o: Gemm) -> str | None:
+    (n, k), rows = o.weight[0].shape, o.qx.shape[0]
+    if rows <= 16 or n % 8 or k % 8:
+        return f"{rows} rows, {n} features, {k} channels: cuBLAS takes more than 16 rows, and multiples of 8"
+    return _no_offset(o)
+
+
+def _cublas_int8(o: Gemm, epilogue: None) -> Tensor:
+    """The integer product by a library, what follows by torch."""
+    qweight, wscales = o.weight
+    y = torch._int_mm(o.qx.contiguous(), qweight.t()) * o.ascales * wscales
+    y = y + reference.low_rank(o.xd, o.up)
+    return (y if o.bias is None else y + o.bias.float()).to(o.out_dtype)
+
+
 def _reference_gemm(o: Gemm, epilogue: None) -> Tensor:
     qx = _integers(o.qx)
     plain = layout.to_plain(o.precision, tuple(o.weight), qx.shape[-1])
@@ -218,6 +233,7 @@ GEMM = Table(
         Kernel("hopper_gemm_int4", HOPPER, ("int4",), "hopper.gemm_int4", _hopper_why_not, _hopper_int4),
         Kernel("portable_gemm", PORTABLE, ("w4a8", "int4"), "portable.gemm", _gemm_why_not, _portable_gemm),
         Kernel("portable_gemm_nvfp4", BLACKWELL, ("nvfp4",), "portable.gemm_nvfp4", _nvfp4_why_not, _portable_nvfp4),
+        Kernel("cublas_int8", PORTABLE, ("w8a8",), None, _int8_why_not, _cublas_int8, fuses=False),
     ],
     _reference_gemm,
 )

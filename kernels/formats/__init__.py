@@ -8,8 +8,9 @@ from .int4 import INT4
 from .nvfp4 import NVFP4
 from .w4a8 import W4A8
 from .w4a16 import W4A16
+from .w8a8 import W8A8
 
-FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16)}
+FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16, W8A8)}
 AUTO = W4A8.name  # of Config(precision="auto")
 FEW_ROWS = W4A16.name  # of a linear with so few rows that rounding its input would gain no time
 
