@@ -35,6 +35,7 @@ def _define(schema: str, implementation, fake, compiled=None) -> None:
 def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
     lead, fp8 = x.shape[:-1], launch.codes_in_fp8(x, down, precision)
     qx, ascales = codes_of(precision).empty(x, lead, smooth.shape[0], fp8)
+    ascales = ascales.view(*lead, ascales.shape[-1])
     return qx, ascales, x.new_empty(*lead, down.shape[0], dtype=down.dtype)
 
 

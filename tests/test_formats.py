@@ -108,7 +108,7 @@ def test_activation_error(name: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     eye = torch.eye(shape[-1])
     qx, ascales = fmt.quantize_activation(x)
-    laid_out = codes.empty(x, shape[:-1], shape[-1])
+    laid_out = codes.empty(x, x.shape[:-1], shape[-1])
     assert [(t.shape, t.dtype) for t in laid_out] == [(t.shape, t.dtype) for t in (qx, ascales)]
     back = fmt.matmul(qx, ascales, *_exact_identity(name, eye))
     assert back.shape == (*shape[:-1], shape[-1])

@@ -2,7 +2,7 @@
 ask of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,17 +34,17 @@ class Codes:
     unsigned: bool = False
     in_fp8: bool = False
 
-    def empty(self, like: Tensor, lead: Sequence[int], k: int, fp8: bool = False) -> tuple[Tensor, Tensor]:
+    def empty(self, like: Tensor, lead: torch.Size, k: int, fp8: bool = False) -> tuple[Tensor, Tensor]:
         """Memory for qx and ascales of inputs [*lead, k], on the device of `like`.
 
-        fp8  qx is float8_e4m3fn, and ascales the transposed view of [groups, rows], its rows a multiple of 4 apart
+        fp8  qx is float8_e4m3fn, and ascales [rows, groups] the transposed view of rows that are a multiple of 4 apart
         """
         kp = padded(k, self.block)
         groups = kp // self.block if self.by_block else 1
         if fp8:
-            rows = torch.Size(lead).numel()
+            rows = lead.numel()
             by_block = like.new_empty(groups, padded(rows, 4), dtype=self.scale_dtype)
-            return like.new_empty(*lead, kp, dtype=torch.float8_e4m3fn), by_block[:, :rows].t().view(*lead, groups)
+            return like.new_empty(*lead, kp, dtype=torch.float8_e4m3fn), by_block[:, :rows].t()
         qx = like.new_empty(*lead, kp // 2 if self.two_a_byte else kp, dtype=self.dtype)
         return qx, like.new_empty(*lead, groups, dtype=self.scale_dtype)
 
