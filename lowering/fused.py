@@ -5,6 +5,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ..kernels.formats import FORMATS
 from ..kernels.operands import Gemm, Quantize
 from . import launch
 from .kernel_table import NoKernel
@@ -49,7 +50,7 @@ def gemm(
     if launch.takes_epilogue(plain):
         from . import generate
 
-        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=precision == "w4a8")
+        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=FORMATS[precision].tiles)
         with suppress(NoKernel):
             return launch.gemm(*plain, epilogue=hook)
     y = launch.gemm(*plain._replace(out_dtype=torch.float32))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.formats import FORMATS, layout
+from ..kernels.formats import FORMATS, codes_of, layout
 from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
 from . import reference
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from ..kernels.runtime.generated import Hook
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-_QUANTIZED = tuple(f.name for f in FORMATS.values() if f.quantize_activation is not None)
+
+
+def _with_codes(*names: str) -> tuple[str, ...]:
+    """The formats whose activations are held in these codes."""
+    return tuple(f.name for f in FORMATS.values() if f.codes is not None and f.codes.name in names)
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -50,8 +54,8 @@ def _quantize_why_not(o: Quantize) -> str | None:
 
 
 def _in_fp8(precision: str, device: torch.device) -> bool:
-    """Whether kernels give int4 codes as the Hopper GEMM multiplies them: e4m3, scales that lie group by group."""
-    return precision == "int4" and is_hopper(device)
+    """Whether kernels give codes as a Hopper GEMM multiplies them: e4m3, scales that lie block by block."""
+    return codes_of(precision).in_fp8 and is_hopper(device)
 
 
 def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -> tuple[Tensor, ...]:
@@ -81,10 +85,30 @@ def _reference_quantize(o: Quantize, prologue: None, right: None) -> tuple[Tenso
 QUANTIZE = Table(
     "quantize",
     [
-        Kernel("hopper_quantize", HOPPER, ("w4a8", "int4"), "hopper.quantize", _quantize_why_not, _hopper_quantize),
-        Kernel("portable_quantize", PORTABLE, _QUANTIZED, "portable.quantize", _quantize_why_not, _portable_quantize),
         Kernel(
-            "portable_codes", PORTABLE, _QUANTIZED, "portable.quantize", _codes_why_not, _portable_codes, fuses=False
+            "hopper_quantize",
+            HOPPER,
+            _with_codes("int8", "int4"),
+            "hopper.quantize",
+            _quantize_why_not,
+            _hopper_quantize,
+        ),
+        Kernel(
+            "portable_quantize",
+            PORTABLE,
+            _with_codes("int8", "int4", "fp4"),
+            "portable.quantize",
+            _quantize_why_not,
+            _portable_quantize,
+        ),
+        Kernel(
+            "portable_codes",
+            PORTABLE,
+            _with_codes("int8", "int4", "fp4"),
+            "portable.quantize",
+            _codes_why_not,
+            _portable_codes,
+            fuses=False,
         ),
     ],
     _reference_quantize,
@@ -96,10 +120,10 @@ def takes_prologue(operands: Quantize) -> bool:
     return QUANTIZE.choose(operands).fuses
 
 
-def int4_in_fp8(x: Tensor, down: Tensor, precision: str) -> bool:
+def codes_in_fp8(x: Tensor, down: Tensor, precision: str) -> bool:
     """Whether `quantize` runs a kernel here, and that one gives e4m3 codes."""
-    kernel = QUANTIZE.choose(Quantize(x, None, down, precision, 0.0))
-    return kernel.name != REFERENCE and _in_fp8(precision, x.device)
+    operands = Quantize(x, None, down, precision, 0.0)
+    return _in_fp8(precision, x.device) and QUANTIZE.choose(operands).name != REFERENCE
 
 
 def quantize(
@@ -170,6 +194,21 @@ def _portable_nvfp4(o: Gemm, epilogue: Hook | None) -> Tensor:
     return gemm_nvfp4.gemm(o.qx, o.ascales, o.xd, o.weight, o.up, o.bias, o.out_dtype, epilogue)
 
 
+def _int8_why_not(o: Gemm) -> str | None:
+    (n, k), rows = o.weight[0].shape, o.qx.shape[0]
+    if rows <= 16 or n % 8 or k % 8:
+        return f"{rows} rows, {n} features, {k} channels: cuBLAS takes more than 16 rows, and multiples of 8"
+    return _no_offset(o)
+
+
+def _cublas_int8(o: Gemm, epilogue: None) -> Tensor:
+    """The integer product by a library, what follows by torch."""
+    qweight, wscales = o.weight
+    y = torch._int_mm(o.qx.contiguous(), qweight.t()) * o.ascales * wscales
+    y = y + reference.low_rank(o.xd, o.up)
+    return (y if o.bias is None else y + o.bias.float()).to(o.out_dtype)
+
+
 def _reference_gemm(o: Gemm, epilogue: None) -> Tensor:
     qx = _integers(o.qx)
     plain = layout.to_plain(o.precision, tuple(o.weight), qx.shape[-1])
@@ -195,6 +234,7 @@ GEMM = Table(
         Kernel("hopper_gemm_int4", HOPPER, ("int4",), "hopper.gemm_int4", _hopper_why_not, _hopper_int4),
         Kernel("portable_gemm", PORTABLE, ("w4a8", "int4"), "portable.gemm", _gemm_why_not, _portable_gemm),
         Kernel("portable_gemm_nvfp4", BLACKWELL, ("nvfp4",), "portable.gemm_nvfp4", _nvfp4_why_not, _portable_nvfp4),
+        Kernel("cublas_int8", PORTABLE, ("w8a8",), None, _int8_why_not, _cublas_int8, fuses=False),
     ],
     _reference_gemm,
 )
@@ -459,7 +499,7 @@ ROUND_WEIGHT = Table(
         Kernel(
             "portable_round_weight",
             PORTABLE,
-            ("w4a8", "int4", "w4a16"),
+            tuple(f.name for f in FORMATS.values() if f.rounding is not None),
             "portable.round_weight",
             takes_all,
             _portable_round,

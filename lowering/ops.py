@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.formats import FORMATS
-from ..kernels.formats.groups import padded
+from ..kernels.formats import FORMATS, codes_of
 from ..kernels.operands import Attention
 from . import fused, heads, join, launch
 from .packed import PackedLinear
@@ -39,20 +38,10 @@ def _define(
 
 
 def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
-    group = FORMATS[precision].group_size
-    lead, k = x.shape[:-1], padded(smooth.shape[0], group)
-    xd = x.new_empty(*lead, down.shape[0], dtype=down.dtype)
-    if precision == "w4a8":
-        return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, 1, dtype=torch.float32), xd
-    if launch.int4_in_fp8(x, down, precision):
-        rows = lead.numel()
-        by_group = x.new_empty(k // group, padded(rows, 4), dtype=torch.float32)
-        scales = by_group[:, :rows].t().view(*lead, k // group)
-        return x.new_empty(*lead, k, dtype=torch.float8_e4m3fn), scales, xd
-    if precision == "int4":
-        return x.new_empty(*lead, k, dtype=torch.int8), x.new_empty(*lead, k // group, dtype=torch.float32), xd
-    scales = x.new_empty(*lead, k // group, dtype=torch.float8_e4m3fn)
-    return x.new_empty(*lead, k // 2, dtype=torch.uint8), scales, xd
+    lead, fp8 = x.shape[:-1], launch.codes_in_fp8(x, down, precision)
+    qx, ascales = codes_of(precision).empty(x, lead, smooth.shape[0], fp8)
+    ascales = ascales.view(*lead, ascales.shape[-1])
+    return qx, ascales, x.new_empty(*lead, down.shape[0], dtype=down.dtype)
 
 
 def _fake_fused_quantize(operands, smooth, down, precision, shift, region):

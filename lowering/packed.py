@@ -13,7 +13,6 @@ from ..kernels.formats import FORMATS, layout
 from . import launch
 from .torch_private import without_fake_tensors
 
-SIBLING_FORMATS = ("w4a8", "int4")
 _LOCK = threading.Lock()
 
 
@@ -213,7 +212,7 @@ def _families(packs: Iterable[PackedLinear]) -> list[list[PackedLinear]]:
     for packed in dict.fromkeys(packs):
         if (
             packed.siblings is None
-            and packed.precision in SIBLING_FORMATS
+            and FORMATS[packed.precision].siblings
             and packed.out_features % layout.SIBLING_STEP == 0
         ):
             by_input.setdefault(packed.shared, []).append(packed)

@@ -44,7 +44,7 @@ def gemm(
     y = FORMATS[precision].matmul(qx, ascales, *weight)
     if offset is not None:
         y = y - offset
-    y = y + _low_rank(xd, up)
+    y = y + low_rank(xd, up)
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
@@ -57,7 +57,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | N
     return (products.softmax(-1) @ v).to(q.dtype)
 
 
-def _low_rank(xd: Tensor, up: Tensor) -> Tensor:
+def low_rank(xd: Tensor, up: Tensor) -> Tensor:
+    """xd [..., s r], up [N, r] -> [..., N] fp32: what the branches of s linears side by side add."""
     rank = max(up.shape[1], 1)
     if xd.shape[-1] <= rank:
         return xd.float() @ up.float().t()

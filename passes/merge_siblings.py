@@ -25,9 +25,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.formats import FORMATS
 from ..kernels.operands import Gemm
 from ..lowering import ops
-from ..lowering.packed import SIBLING_FORMATS
 from ..lowering.torch_private import describe, fake_mode_of
 from .pipeline import log
 from .pointwise import value_of
@@ -40,7 +40,7 @@ def merge_siblings(gm: fx.GraphModule) -> int:
     place: dict[fx.Node, float] = {node: i for i, node in enumerate(gm.graph.nodes)}
     families: dict[tuple, list[_Linear]] = {}
     for gemm in gm.graph.find_nodes(op="call_function", target=ops.gemm):
-        if Gemm(*gemm.args).precision in SIBLING_FORMATS and gemm.users:
+        if FORMATS[Gemm(*gemm.args).precision].siblings and gemm.users:
             linear = _Linear.read(gemm)
             families.setdefault(linear.family(), []).append(linear)
     count = 0

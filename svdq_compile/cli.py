@@ -19,9 +19,13 @@ import svdq_compile as svdq
 from .checkpoint import Header, LayerEntry, read_header
 from .config import PRECISIONS, Config
 from .errors import OptionError, SvdqError
+from .kernels.formats import FORMATS
 from .model_files import Source, open_source
 
 DEFAULT = Config()
+PRECISION_HELP = "; ".join(
+    ("auto: what the device runs fastest", *(f"{f.name}: {f.summary}" for f in FORMATS.values()))
+)
 PIPED_WIDTH = 140  # of tables that no terminal shows
 
 
@@ -83,9 +87,7 @@ def quantize(
         typer.Argument(help="A diffusers pipeline folder, a diffusers model folder, or a .safetensors state dict."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .safetensors file to write.")],
-    precision: Annotated[
-        str, typer.Option(metavar="|".join(PRECISIONS), help="auto: what the device runs fastest.")
-    ] = DEFAULT.precision,
+    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
     rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
     refine: Annotated[
         int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")
@@ -211,7 +213,7 @@ def _sums(entries: list[LayerEntry]) -> tuple[str, ...]:
 
 
 def _quantized_table(header: Header) -> Table:
-    table = Table("4-bit layer", "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
+    table = Table("quantized layer", "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
     for entry in header.layers:
         shape, sizes = " x ".join(map(str, entry.shape)), (_mib(entry.bytes_before), _mib(entry.bytes_after))
         table.add_row(entry.name, entry.precision, shape, str(entry.rank), *sizes, _percent(entry.error))

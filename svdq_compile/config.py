@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import OptionError
+from .kernels.formats import FORMATS
+from .passes import FUSING
 
-PRECISIONS = ("auto", "w4a8", "int4", "nvfp4", "w4a16")
+PRECISIONS = ("auto", *FORMATS)
 WEIGHTS = ("release", "offload", "keep")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-FUSIONS = ("epilogues", "siblings", "heads", "rows", "prologues", "joins", "attention")  # of passes.FUSING
+FUSIONS = tuple(FUSING)
 MAX_RANK = 256
 
 
@@ -18,8 +20,8 @@ MAX_RANK = 256
 class Config:
     """How to quantize a model.
 
-    precision          "w4a8" (int4 weights, int8 activations), "int4" (W4A4), "nvfp4", "w4a16" (weights only), or
-                       "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
+    precision          a name in kernels.formats.FORMATS, as "w4a8" (4-bit weights, int8 activations) or "int4" (W4A4),
+                       or "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
                        norms) is always w4a16: it waits for weight bytes, so rounding its input would gain nothing.
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding

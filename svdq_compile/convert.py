@@ -1,4 +1,4 @@
-"""Turn weights of a model into 4-bit form, in place, group by group."""
+"""Turn weights of a model into quantized form, in place, group by group."""
 
 import fnmatch
 import logging
@@ -16,6 +16,7 @@ from . import decisions
 from .config import Config
 from .errors import UnsupportedDevice
 from .input_statistics import InputStatistics
+from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .parameter import freeze
 from .quantizer import quantize_group
 from .summary import TALLY
@@ -50,7 +51,7 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 def progress(tasks: list[Task], visible: bool) -> Iterable[Task]:
     """The tasks, with a bar on stderr that goes away when they are done."""
     console = Console(file=sys.stderr)
-    columns = (TextColumn("quantizing to 4 bits"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
         yield from bar.track(tasks)
 
@@ -98,14 +99,14 @@ def _leave(weight: nn.Parameter, reason: str) -> None:
 def choose_precision(config: Config, few_rows: bool) -> str:
     """The format of one linear. Rounding the input of a linear with few rows would cost accuracy and gain no time."""
     if few_rows:
-        return "w4a16"
-    return "w4a8" if config.precision == "auto" else config.precision
+        return FEW_ROWS
+    return AUTO if config.precision == "auto" else config.precision
 
 
 def _why_not(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
     if any(fnmatch.fnmatchcase(n, pattern) for pattern in config.skip for n in (name, f".{name}")):
         return "option skip"
     n, k = weight.shape[0], weight[0].numel()
-    if precision != "w4a16" and config.rank * (n + k) > n * k / 2:
+    if FORMATS[precision].codes is not None and config.rank * (n + k) > n * k / 2:
         return f"a branch of rank {config.rank} would be half as large as its {n} x {k} weight, or larger"
     return None

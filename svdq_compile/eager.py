@@ -98,4 +98,6 @@ def _check(call: LinearCall, packed: PackedLinear) -> None:
 @cache
 def advise() -> None:
     """Say once that there is a faster way."""
-    log.warning('svdquant: a 4-bit model runs without torch.compile; model.compile(backend="svdquant") makes it faster')
+    log.warning(
+        'svdquant: a quantized model runs without torch.compile; model.compile(backend="svdquant") makes it faster'
+    )

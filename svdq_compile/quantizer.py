@@ -62,7 +62,8 @@ def quantize_group(
         if bad:
             raise NonFiniteWeight(name, bad)
     smooth = _smoothing(weights, statistics, precision, config)
-    shift = shift if FORMATS[precision].unsigned else 0.0
+    codes = FORMATS[precision].codes
+    shift = shift if codes is not None and codes.unsigned else 0.0
     seen = None if statistics.span is None else _see(statistics.rows.to(smooth), smooth, precision, shift)
     fits = [_fit(weight, smooth, precision, config, seen, shift) for weight in weights]
 

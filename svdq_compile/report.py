@@ -17,7 +17,7 @@ from .parameter import QuantizedWeight
 class LayerReport:
     """One linear.
 
-    precision     a 4-bit format, or the dtype of a weight that was left alone
+    precision     a format, or the dtype of a weight that was left alone
     rank          of the 16-bit branch
     bytes_before  of the 16-bit weight; bytes_after: of what takes its place
     error         relative, of the layer's output on observed rows (of the weight if nothing was observed); None: exact

@@ -33,7 +33,7 @@ class Tally:
         if not self._precisions and not self._reasons:
             return ""
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(self._precisions.items()))
-        text = f"svdquant: {sum(self._precisions.values())} linears in 4-bit ({kinds or 'none'}), "
+        text = f"svdquant: {sum(self._precisions.values())} linears quantized ({kinds or 'none'}), "
         text += f"{self._before / 2**20:.1f} -> {self._after / 2**20:.1f} MiB"
         if self._reasons:
             why = "; ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())

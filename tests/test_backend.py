@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import svdq_compile as svdq
 from conftest import CHANNELS, FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import GradientsNeeded, NonFiniteWeight, OptionError
+from svdq_compile.kernels.formats import FORMATS
 from svdq_compile.lowering import ops, replay
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.summary import TALLY
@@ -58,7 +59,7 @@ def test_entry_point_is_found_without_importing_the_package() -> None:
     assert done.stdout.split("\n")[0] == "torch.Size([2, 8, 64]) True", done.stderr
 
 
-@pytest.mark.parametrize("precision", ["w4a8", "int4", "nvfp4", "w4a16"])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_observes_exactly_then_quantizes(precision: str) -> None:
     model = net()
     x, condition = inputs()
@@ -68,7 +69,7 @@ def test_observes_exactly_then_quantizes(precision: str) -> None:
         assert torch.equal(run(x, condition), reference), "observed calls must be exact"
     first, second = run(x, condition), run(x, condition)
     assert torch.equal(first, second)
-    most = {"w4a8": 0.06, "w4a16": 0.06, "int4": 0.12, "nvfp4": 0.12}[precision]
+    most = {"w4a8": 0.06, "w4a16": 0.06, "int4": 0.12, "nvfp4": 0.12, "w8a8": 0.04}[precision]
     assert 0 < relative_error(first, reference) < most
     assert quantized_names(model) == {
         f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("modulate", "to_q", "to_k", "up", "down")
@@ -454,7 +455,7 @@ def test_summary_tells_what_was_done(capsys: pytest.CaptureFixture) -> None:
     assert "svdquant:" not in capsys.readouterr().err
     run(*inputs())
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("svdquant:"))
-    assert "8 linears in 4-bit (2 w4a16, 6 w4a8)" in line
+    assert "8 linears quantized (2 w4a16, 6 w4a8)" in line
     assert "2 option skip" in line
     assert "MiB" in line
 

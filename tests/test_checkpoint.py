@@ -15,6 +15,7 @@ import svdq_compile as svdq
 from conftest import Net, compiled, inputs, net, quiet
 from svdq_compile import checkpoint
 from svdq_compile.errors import FileRefused, NothingToQuantize
+from svdq_compile.kernels.formats import FORMATS
 
 
 def saved(path: Path, **options) -> tuple[Net, Path]:
@@ -35,7 +36,7 @@ def run(model: Net) -> torch.Tensor:
     return compiled(model)(*inputs(dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("precision", ["w4a8", "int4", "nvfp4", "w4a16"])
+@pytest.mark.parametrize("precision", FORMATS)
 def test_every_tensor_comes_back(tmp_path: Path, precision: str) -> None:
     model, file = saved(tmp_path, precision=precision)
     again = svdq.load(on_meta(), file, progress=False)

@@ -5,9 +5,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdq_compile.kernels.formats import FORMATS, groups, int4, nibbles, nvfp4, w4a8
+from svdq_compile.kernels.formats import (
+    AUTO,
+    FEW_ROWS,
+    FORMATS,
+    codes_of,
+    groups,
+    int4,
+    layout,
+    nibbles,
+    nvfp4,
+    w4a8,
+    w8a8,
+)
 from svdq_compile.kernels.formats.int8_matmul import int8_matmul
 
+QUANTIZED = [f.name for f in FORMATS.values() if f.codes is not None]
+# Of a group's span: how far an entry may be from what it was, by half a step and by clipping.
+STEP = {"w4a8": 2.0 / 7, "int4": 2.0 / 7, "nvfp4": 0.36, "w4a16": 0.2, "w8a8": 0.501 / 127}
+# Relative, of a Gaussian; of activations by their codes.
+WEIGHT_ERROR = {"w4a8": 0.11, "int4": 0.11, "nvfp4": 0.10, "w4a16": 0.10, "w8a8": 0.009}
+ACTIVATION_ERROR = {"int8": 0.012, "int4": 0.15, "fp4": 0.12}
 SHAPES = [(64, 64), (96, 128), (70, 100), (128, 640)]  # whole groups, and K that ends within one
 
 
@@ -51,19 +69,19 @@ def test_weight_error_is_bounded_by_half_a_step(name: str, n: int, k: int, seed:
     fmt = FORMATS[name]
     w = random(n, k, seed) * 2.0**log_size
     got = fmt.dequantize_weight(*fmt.quantize_weight(w))[:, :k]
-    error = groups.split((got - w).abs(), fmt.group_size).amax(-1)
-    values = groups.split(w, fmt.group_size)
+    size = fmt.group_size or k
+    error = groups.split((got - w).abs(), size).amax(-1)
+    values = groups.split(w, size)
     span = values.abs().amax(-1)
     if name == "w4a8":  # a group far smaller than its channel's largest has a coarse sub-scale
         span = torch.maximum(span, span.amax(1, keepdim=True) / w4a8.MAX_SUBSCALE * 7)
-    share = {"w4a8": 2.0 / 7, "int4": 2.0 / 7, "nvfp4": 0.36, "w4a16": 0.2}[name]
-    assert (error <= share * span + 1e-30).all()
+    assert (error <= STEP[name] * span + 1e-30).all()
 
 
-@pytest.mark.parametrize(("name", "most"), [("w4a8", 0.11), ("int4", 0.11), ("nvfp4", 0.10), ("w4a16", 0.10)])
-def test_gaussian_weight_error(name: str, most: float) -> None:
-    """Round-to-nearest of a Gaussian in groups of 64 loses 9 to 11 %; a wrong scale or sign loses far more."""
-    fmt = FORMATS[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_gaussian_weight_error(name: str) -> None:
+    """Round-to-nearest of a Gaussian in groups of 64 loses 9 to 11 % in 4 bits; a wrong scale or sign far more."""
+    fmt, most = FORMATS[name], WEIGHT_ERROR[name]
     w = random(256, 512, spread=0.0)
     error = (fmt.dequantize_weight(*fmt.quantize_weight(w)) - w).norm() / w.norm()
     assert 0.5 * most < error < most
@@ -82,16 +100,19 @@ def test_importance_moves_the_error_away_from_what_counts(name: str) -> None:
     assert loss(fmt.quantize_weight(w, importance)) <= loss(fmt.quantize_weight(w))
 
 
-@pytest.mark.parametrize(("name", "most"), [("w4a8", 0.012), ("int4", 0.15), ("nvfp4", 0.12)])
+@pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("shape", [(0, 128), (1, 64), (5, 100), (2, 3, 256)])
-def test_activation_error(name: str, most: float, shape: tuple[int, ...]) -> None:
-    fmt = FORMATS[name]
+def test_activation_error(name: str, shape: tuple[int, ...]) -> None:
+    fmt, codes = FORMATS[name], codes_of(name)
     assert fmt.quantize_activation is not None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     eye = torch.eye(shape[-1])
-    back = fmt.matmul(*fmt.quantize_activation(x), *_exact_identity(name, eye))
+    qx, ascales = fmt.quantize_activation(x)
+    laid_out = codes.empty(x, x.shape[:-1], shape[-1])
+    assert [(t.shape, t.dtype) for t in laid_out] == [(t.shape, t.dtype) for t in (qx, ascales)]
+    back = fmt.matmul(qx, ascales, *_exact_identity(name, eye))
     assert back.shape == (*shape[:-1], shape[-1])
-    assert (back - x).norm() <= most * x.norm()
+    assert (back - x).norm() <= ACTIVATION_ERROR[codes.name] * x.norm()
 
 
 def _exact_identity(name: str, eye: torch.Tensor) -> tuple:
@@ -129,6 +150,41 @@ def test_w4a8_matmul_is_exact_in_integers() -> None:
     exact = qx.double() @ codes.double().t() * ascales.double() * wscales.double()
     got = w4a8.matmul(qx, ascales, qweight, subscales, wscales)
     assert (got - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def test_w8a8_loses_little() -> None:
+    """A product of random matrices is off by about 1 %, a tenth of what 4-bit weights cost."""
+    w, x = random(256, 512, 1, spread=0.0), random(300, 512, 2, spread=0.0)
+    exact = x.double() @ w.double().t()
+    got = w8a8.matmul(*w8a8.quantize_activation(x), *w8a8.quantize_weight(w))
+    coarse = w4a8.matmul(*w4a8.quantize_activation(x), *w4a8.quantize_weight(w))
+    assert (got - exact).norm() < 0.015 * exact.norm()
+    assert (got - exact).norm() < 0.15 * (coarse - exact).norm()
+
+
+def test_w8a8_matmul_is_exact_in_integers() -> None:
+    w, x = random(72, 640, 1), random(9, 640, 2)
+    qweight, wscales = w8a8.quantize_weight(w)
+    qx, ascales = w8a8.quantize_activation(x)
+    assert qweight.abs().amax(1).eq(127).all()
+    exact = qx.double() @ qweight.double().t() * ascales.double() * wscales.double()
+    got = w8a8.matmul(qx, ascales, qweight, wscales)
+    assert (got - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_agrees_with_itself(name: str) -> None:
+    """What it says of activations, siblings and rounding fits together, and with what is chosen by default."""
+    fmt = FORMATS[name]
+    assert (fmt.codes is None) == (fmt.quantize_activation is None) == (fmt.dequantize_activation is None)
+    weight = fmt.quantize_weight(random(128, 192))
+    assert len(weight) == len(fmt.fields)
+    if fmt.siblings:
+        for order in (weight, layout.to_kernel(name, weight)):
+            sizes = [t.shape[dim] for t, dim in zip(order, layout.feature_dims(name, order), strict=True)]
+            assert sizes == [128] * len(order)
+    assert FORMATS[AUTO].codes is not None
+    assert FORMATS[FEW_ROWS].codes is None
 
 
 def test_int8_matmul_holds_the_largest_product() -> None:

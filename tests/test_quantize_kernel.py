@@ -18,6 +18,7 @@ from kernel_testing import (
     waits_first,
 )
 
+from svdq_compile.kernels.formats import codes_of
 from svdq_compile.kernels.portable import quantize as tq
 from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import reference
@@ -176,7 +177,7 @@ def test_bad_input():
     x, smooth, down = operands(2, 64, 16)
     wrong = [
         ((x, smooth, down, "w4a16"), ValueError, "no quantized activations"),
-        ((x, smooth, down, "w4a8", 0.1), ValueError, "a shift is for int4"),
+        ((x, smooth, down, "w4a8", 0.1), ValueError, "w4a8 has no unsigned codes"),
         ((x.float(), smooth, down.float(), "w4a8"), TypeError, "bfloat16 or float16"),
         ((x, smooth.half(), down, "w4a8"), TypeError, "smooth is"),
         ((x, smooth[:32], down, "w4a8"), ValueError, "64 columns"),
@@ -186,7 +187,7 @@ def test_bad_input():
         ((x[:, :32], smooth, down, "w4a8", 0.0, None, x[:, 32:].float()), ValueError, "right is"),
         ((x[:, ::2], smooth, down, "w4a8", 0.0, None, x[:, 32:]), ValueError, "columns of x must be neighbours"),
         ((x[:, :32], smooth, down, "w4a8", 0.0, None, x[:, ::2]), ValueError, "columns of right must be neighbours"),
-        ((x, smooth, down, "w4a8", 0.0, None, None, True), ValueError, "fp8 is for int4"),
+        ((x, smooth, down, "w4a8", 0.0, None, None, True), ValueError, "w4a8 has no fp8 codes"),
         ((x[None], smooth, down, "w4a8"), ValueError, "dimensions"),
         ((torch.randn(64, 2).to(HALF).t(), smooth, down, "w4a8"), ValueError, "must be neighbours"),
         ((x, smooth, torch.randn(8, 64).to(HALF), "w4a8"), ValueError, "multiple of 16 up to 256"),
@@ -208,7 +209,8 @@ TYPES = {"x": "*i16", "right": "*i16", "smooth": "*fp32", "down": "*bf16", "qx":
 @pytest.mark.parametrize(("rank", "warps", "stages"), [(32, 4, 4), (256, 8, 2)])
 def test_compiles_without_spills(capability, precision, rank, warps, stages):
     types = TYPES | {"nvfp4": {"qx": "*u8", "ascales": "*u8"}}.get(precision, {})
-    constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": rank, "FORMAT": precision, "UNSIGNED": False,
+    codes = codes_of(precision).name
+    constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": rank, "CODES": codes, "UNSIGNED": False,
                  "JOINED": False, "HOOK": None}  # fmt: skip
     spilled = compile_for(tq._measure_kernel, capability, constants, warps, types, stages).spilled
     # On Blackwell for one more program on a multiprocessor, or, at rank 256, not to read `down` twice as often.
@@ -219,12 +221,12 @@ def test_compiles_without_spills(capability, precision, rank, warps, stages):
 
 
 @builds
-@pytest.mark.parametrize("changes", [{"JOINED": True}, {"HOOK": modulated}, {"FORMAT": "int4", "UNSIGNED": True}])
+@pytest.mark.parametrize("changes", [{"JOINED": True}, {"HOOK": modulated}, {"CODES": "int4", "UNSIGNED": True}])
 def test_variants_compile_without_spills(changes):
-    constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": 32, "FORMAT": "w4a8", "UNSIGNED": False,
+    constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": 32, "CODES": "int8", "UNSIGNED": False,
                  "JOINED": False, "HOOK": None}  # fmt: skip
     types = TYPES | {"extra": HOOK_TYPES} if "HOOK" in changes else TYPES
-    types = types | {"qx": "*fp8e4nv"} if "FORMAT" in changes else types
+    types = types | {"qx": "*fp8e4nv"} if "CODES" in changes else types
     assert not compile_for(tq._measure_kernel, 90, constants | changes, 4, types).spilled
 
 

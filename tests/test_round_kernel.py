@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svdq_compile.kernels.formats import FORMATS, nibbles
 
-PRECISIONS = ("w4a8", "int4", "w4a16")
+PRECISIONS = [f.name for f in FORMATS.values() if f.rounding]
 
 
 def weight(n: int, k: int) -> Tensor:
@@ -65,7 +65,7 @@ def test_values_stay_in_registers(capability: int, precision: str) -> None:
 
     types = {"w": "*fp32", "importance": "*fp32", "spans": "*fp32", "codes": "*u8", "rounded": "*fp32"}
     types |= {"scales": "*i8" if precision == "w4a8" else "*bf16", "zeros": "*bf16"}
-    built = compile_for(_round_kernel, capability, {"PRECISION": precision, "TG": GROUPS}, 4, types)
+    built = compile_for(_round_kernel, capability, {"ROUNDING": FORMATS[precision].rounding, "TG": GROUPS}, 4, types)
     assert built.spilled == 0
     assert "ld.global.v4.b32" in built.ptx
     assert "st.global.v4.b32" in built.ptx

@@ -16,7 +16,8 @@ from conftest import WIDTH, quiet
 from svdq_compile import checkpoint
 from svdq_compile.config import FUSIONS
 from svdq_compile.kernels.formats import FORMATS, layout
-from svdq_compile.lowering import ops, reference
+from svdq_compile.kernels.operands import Gemm
+from svdq_compile.lowering import launch, ops, reference
 from svdq_compile.lowering.packed import PackedLinear, SharedInput, side_by_side
 from svdq_compile.parameter import QuantizedWeight
 from zoo import ZOO, make
@@ -60,14 +61,30 @@ def one(siblings: dict, i: int, count: int) -> dict:
     return siblings | cut | {"xd": columns, "weight": weight, "up": siblings["up"][features]}
 
 
-@pytest.mark.parametrize(("precision", "count", "rank"), [("w4a8", 2, 16), ("w4a8", 3, 40), ("int4", 3, 16)])
+@pytest.mark.parametrize(
+    ("precision", "count", "rank"), [("w4a8", 2, 16), ("w4a8", 3, 40), ("int4", 3, 16), ("w8a8", 3, 16)]
+)
 def test_reference_is_the_siblings_one_by_one(precision: str, count: int, rank: int) -> None:
     together = operands(precision, 5, 24, count, 128, rank)
     y = reference.gemm(**together, precision=precision, out_dtype=torch.float32)
     parts = [reference.gemm(**one(together, i, count), precision=precision, out_dtype=HALF) for i in range(count)]
     assert error(y, torch.cat(parts, 1)) < ROUNDING
-    if precision == "w4a8":  # integer sums are exact, whatever else a product computes
+    if precision in ("w4a8", "w8a8"):  # integer sums are exact, whatever else a product computes
         assert torch.equal(y.to(HALF), torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize(("count", "bias"), [(1, True), (3, False)])
+def test_a_librarys_integer_product_is_the_reference(count: int, bias: bool) -> None:
+    gemm = Gemm(**operands("w8a8", 20, 24, count, 100, 16, bias), precision="w8a8", out_dtype=HALF).rows()
+    assert launch._int8_why_not(gemm) is None
+    assert torch.equal(launch._cublas_int8(gemm, None), reference.gemm(*gemm))
+
+
+@pytest.mark.parametrize(("rows", "features"), [(16, 24), (20, 20)])
+def test_what_a_librarys_integer_product_does_not_take(rows: int, features: int) -> None:
+    gemm = Gemm(**operands("w8a8", rows, features, 1, 64, 16), precision="w8a8", out_dtype=HALF)
+    reason = f"{rows} rows, {features} features, 64 channels: cuBLAS takes more than 16 rows, and multiples of 8"
+    assert launch._int8_why_not(gemm) == reason
 
 
 def test_what_are_no_siblings_is_refused() -> None:
@@ -108,7 +125,7 @@ def memory(linears: list[PackedLinear]) -> int:
 
 
 @pytest.mark.parametrize("kernel_order", [False, True])
-@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize("precision", [f.name for f in FORMATS.values() if f.siblings])
 def test_weights_move_side_by_side_and_stay_what_they_were(precision: str, kernel_order: bool) -> None:
     linears = packs(128, 128, 128, precision=precision, kernel_order=kernel_order)
     before = [{name: t.clone() for name, t in packed.own_tensors().items()} for packed in linears]
@@ -303,12 +320,13 @@ def test_dynamic_sizes_of_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(error(a, b) < 1e-2 for a, b in zip(outputs[:2], outputs[2:], strict=True))
 
 
-def test_nvfp4_stays_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each weight has a scale of its own for the whole of it."""
+@pytest.mark.parametrize("precision", ["w4a8", "nvfp4", "w8a8"])
+def test_the_format_says_who_merges(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of nvfp4 has a scale of its own for the whole of it."""
     graphs = run_as_aten(monkeypatch)
     model = Attention(of_gelu).bfloat16().requires_grad_(False)
-    run(model, (tokens(),), precision="nvfp4", refine=0)
-    assert gemms(graphs) == 3
+    run(model, (tokens(),), precision=precision, refine=0)
+    assert gemms(graphs) == (3 if precision == "nvfp4" else 1)
 
 
 def attention() -> Attention:

@@ -3,12 +3,25 @@
 `FORMATS` is the whole list. A format's reference is the oracle: every faster kernel is tested against it.
 """
 
-from .format import Format
+from .format import Codes, Format
 from .int4 import INT4
 from .nvfp4 import NVFP4
 from .w4a8 import W4A8
 from .w4a16 import W4A16
+from .w8a8 import W8A8
 
-FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16)}
+FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16, W8A8)}
+AUTO = W4A8.name  # of Config(precision="auto")
+FEW_ROWS = W4A16.name  # of a linear with so few rows that rounding its input would gain no time
 
-__all__ = ["FORMATS", "Format"]
+
+def codes_of(precision: str) -> Codes:
+    """How a format holds activations. Raises ValueError for one that leaves them 16-bit."""
+    codes = FORMATS[precision].codes
+    if codes is None:
+        known = ", ".join(f.name for f in FORMATS.values() if f.codes is not None)
+        raise ValueError(f"{precision} has no quantized activations, use one of {known}, or svdq::gemv")
+    return codes
+
+
+__all__ = ["AUTO", "FEW_ROWS", "FORMATS", "Codes", "Format", "codes_of"]

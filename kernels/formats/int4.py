@@ -9,13 +9,15 @@
 
 A linear after GELU or SiLU reads values that are never far below zero: with a shift they fit an unsigned code of 16
 steps instead of 15 signed ones, half of which would be idle (svdq_compile/quantizer.py has the correction).
+
+For kernels (planar.py) wscales are [P/64, N].
 """
 
 import torch
 from torch import Tensor
 
-from . import groups, nibbles
-from .format import Format
+from . import groups, nibbles, planar
+from .format import Codes, Format
 
 GROUP_SIZE = 64
 CLIP = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of the span a scale may cover; Gaussian groups of 64 do best near 0.9
@@ -61,14 +63,26 @@ def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, wscales: Tensor) -> Ten
     return dequantize_activation(qx, ascales) @ dequantize_weight(qweight, wscales).t()
 
 
+def _to_planar(qweight: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    return planar.pack_codes(qweight), planar.by_group(wscales)
+
+
+def _from_planar(groups: int, qweight: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    return planar.unpack_codes(qweight, groups), planar.by_row(wscales, groups)
+
+
 INT4 = Format(
-    "int4",
-    ("qweight", "wscales"),
-    quantize_weight,
-    dequantize_weight,
-    matmul,
-    GROUP_SIZE,
-    quantize_activation,
-    dequantize_activation,
-    unsigned=True,
+    name="int4",
+    summary="4-bit weights and activations",
+    fields=("qweight", "wscales"),
+    quantize_weight=quantize_weight,
+    dequantize_weight=dequantize_weight,
+    matmul=matmul,
+    group_size=GROUP_SIZE,
+    codes=Codes("int4", torch.int8, torch.float32, GROUP_SIZE, by_block=True, unsigned=True, in_fp8=True),
+    quantize_activation=quantize_activation,
+    dequantize_activation=dequantize_activation,
+    planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1), words=True),
+    rounding="scales",
+    siblings=True,
 )

@@ -1,80 +1,18 @@
-"""How the bytes of a packed weight lie for the GPU kernels, and back.
+"""A packed weight in another order: the plain one, or the one that GPU kernels want, and back.
 
 Files, the references and the CPU hold every format in the plain order: two neighbouring input channels share a byte,
-and scales are [N, groups]. A kernel wants, from one 16-byte load, codes that all belong to one group, and the scales
-of neighbouring output channels side by side. `Planar` is that order, the same for every integer format:
-
-    qweight    [N, P/2]      int8   P = Kp rounded up to 128. Of each 64 bytes, which hold 128 channels, byte j has
-                                    channel j in its low and 64 + j in its high nibble: one group of 64 in each half
-    w4a8   subscales [P/128, N]     int16  two groups' int8 scales, the even group's in the low byte
-    int4   wscales   [P/64, N]      bf16
-    w4a16  wscales   [P/64, N, 2]   bf16   a scale and its zero point: the 4 bytes an asynchronous copy needs
-           wzeros    [0]            bf16   nothing: the zero points are with the scales
-
-On sm_90 int4 goes one step further, to words of sign and magnitude (`to_words`), from which one instruction makes four
-fp8 numbers. The dtype tells the orders apart: a plain qweight is uint8, words are int32. Groups that pad Kp to P have
-scale 0 and so add nothing.
+and scales are [N, groups]. Kernels of some formats want another one (planar.py), which the format's file describes. On
+sm_90 int4 goes one step further, to words of sign and magnitude (`to_words`), from which one instruction makes four fp8
+numbers. The dtype tells the orders apart: a plain qweight of 4-bit codes is uint8, a planar one int8, words are int32.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import nibbles
+from . import FORMATS
+from .planar import GROUP_SIZE
 
-GROUP_SIZE = 64
-PLANAR_FORMATS = ("w4a8", "int4", "w4a16")
 SIBLING_STEP = 128  # features of linears that lie side by side are a multiple of this: a tile belongs to one of them
-_NO_CODE = 8  # what pads the codes; its scale is 0
-
-
-@dataclass(frozen=True)
-class Planar:
-    """The kernel order of one weight, whose plain form has `groups` groups of 64 input channels."""
-
-    precision: str
-    groups: int
-
-    def pack(self, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Plain tensors, in the order of `Format.fields` -> the kernel's; the inverse of `unpack`."""
-        qweight, scales, *rest = weight
-        codes = F.pad(nibbles.unpack(qweight), (0, GROUP_SIZE * self._padding), value=_NO_CODE)
-        low, high = codes.unflatten(-1, (-1, 2, GROUP_SIZE)).unbind(-2)
-        planar = (low | (high << 4)).flatten(-2).view(torch.int8)
-        by_group = self._by_group(scales)
-        if self.precision == "w4a8":
-            pairs = by_group.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
-            return planar, pairs.view(torch.int16).squeeze(-1), *rest
-        if self.precision == "w4a16":
-            zeros = self._by_group(rest[0])
-            return planar, torch.stack((by_group, zeros), dim=-1), zeros.new_empty(0)
-        return planar, by_group
-
-    def unpack(self, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The kernel's tensors -> plain ones, bit for bit what was packed."""
-        qweight, scales, *rest = weight
-        planar = qweight.view(torch.uint8).unflatten(-1, (-1, GROUP_SIZE))
-        codes = torch.stack((planar & 0xF, planar >> 4), dim=-2).flatten(-3)
-        plain = nibbles.pack(codes[..., : GROUP_SIZE * self.groups])
-        if self.precision == "w4a8":
-            by_group = scales.unsqueeze(-1).view(torch.int8).transpose(1, 2).flatten(0, 1)
-            return plain, self._by_row(by_group), *rest
-        if self.precision == "w4a16":
-            return plain, *(self._by_row(s) for s in scales.unbind(-1))
-        return plain, self._by_row(scales)
-
-    @property
-    def _padding(self) -> int:
-        return self.groups % 2
-
-    def _by_group(self, scales: Tensor) -> Tensor:
-        """[N, groups] -> [groups and padding, N]."""
-        return F.pad(scales, (0, self._padding)).t().contiguous()
-
-    def _by_row(self, scales: Tensor) -> Tensor:
-        return scales[: self.groups].t().contiguous()
 
 
 def to_words(planar: Tensor) -> Tensor:
@@ -108,25 +46,26 @@ def is_planar(qweight: Tensor) -> bool:
 
 
 def feature_dims(precision: str, weight: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Which dimension of each tensor counts output channels, in either order; for w4a8 and int4."""
-    if weight[0].dtype == torch.uint8:
-        return (0,) * len(weight)
-    return (0, 1, 0) if precision == "w4a8" else (0, 1)
+    """Which dimension of each tensor counts output channels, in any order; for formats whose siblings are merged."""
+    planar = FORMATS[precision].planar
+    return (0,) * len(weight) if planar is None or weight[0].dtype == torch.uint8 else planar.feature_dims
 
 
 def to_kernel(precision: str, weight: tuple[Tensor, ...], words: bool = False) -> tuple[Tensor, ...]:
-    """A weight in any order -> the kernel order, int4 as words if asked to. Formats without one stay as they are."""
-    if precision not in PLANAR_FORMATS:
+    """A weight in any order -> the kernel order, as words if asked to. Formats without one stay as they are."""
+    planar = FORMATS[precision].planar
+    if planar is None:
         return weight
     if weight[0].dtype == torch.int32:
         return weight if words else (from_words(weight[0]), *weight[1:])
     if not is_planar(weight[0]):
-        weight = Planar(precision, 2 * weight[0].shape[1] // GROUP_SIZE).pack(weight)
-    return (to_words(weight[0]), *weight[1:]) if words and precision == "int4" else weight
+        weight = planar.pack(*weight)
+    return (to_words(weight[0]), *weight[1:]) if words and planar.words else weight
 
 
 def to_plain(precision: str, weight: tuple[Tensor, ...], in_features: int) -> tuple[Tensor, ...]:
     """A weight in any order -> the plain one. in_features: K, which says how many groups are not padding."""
-    if precision not in PLANAR_FORMATS or weight[0].dtype == torch.uint8:
+    planar = FORMATS[precision].planar
+    if planar is None or weight[0].dtype == torch.uint8:
         return weight
-    return Planar(precision, -(-in_features // GROUP_SIZE)).unpack(to_kernel(precision, weight))
+    return planar.unpack(-(-in_features // GROUP_SIZE), *to_kernel(precision, weight))

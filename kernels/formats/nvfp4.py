@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles
-from .format import Format
+from .format import Codes, Format
 
 GROUP_SIZE = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -90,12 +90,14 @@ def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, wscales: Tensor, wtscal
 
 
 NVFP4 = Format(
-    "nvfp4",
-    ("qweight", "wscales", "wtscale"),
-    quantize_weight,
-    dequantize_weight,
-    matmul,
-    GROUP_SIZE,
-    quantize_activation,
-    dequantize_activation,
+    name="nvfp4",
+    summary="4-bit floating-point weights and activations",
+    fields=("qweight", "wscales", "wtscale"),
+    quantize_weight=quantize_weight,
+    dequantize_weight=dequantize_weight,
+    matmul=matmul,
+    group_size=GROUP_SIZE,
+    codes=Codes("fp4", torch.uint8, torch.float8_e4m3fn, GROUP_SIZE, by_block=True, two_a_byte=True),
+    quantize_activation=quantize_activation,
+    dequantize_activation=dequantize_activation,
 )

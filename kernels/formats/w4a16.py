@@ -6,12 +6,17 @@ y = x @ (q * wscales + wzeros)^T
 qweight  [N, Kp/2]    uint8    q in 0..15, two nibbles a byte; Kp = K rounded up to whole groups of 64
 wscales  [N, Kp/64]   bfloat16
 wzeros   [N, Kp/64]   bfloat16 the value of code 0
+
+For kernels (planar.py):
+
+wscales  [P/64, N, 2] bfloat16 a scale and its zero point: the 4 bytes an asynchronous copy needs
+wzeros   [0]          bfloat16 nothing: the zero points are with the scales
 """
 
 import torch
 from torch import Tensor
 
-from . import groups, nibbles
+from . import groups, nibbles, planar
 from .format import Format
 
 GROUP_SIZE = 64
@@ -56,4 +61,23 @@ def matmul(x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> Tenso
     return x.float() @ w.t()
 
 
-W4A16 = Format("w4a16", ("qweight", "wscales", "wzeros"), quantize_weight, dequantize_weight, matmul, GROUP_SIZE)
+def _to_planar(qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> tuple[Tensor, ...]:
+    pairs = torch.stack((planar.by_group(wscales), planar.by_group(wzeros)), dim=-1)
+    return planar.pack_codes(qweight), pairs, wzeros.new_empty(0)
+
+
+def _from_planar(groups: int, qweight: Tensor, pairs: Tensor, wzeros: Tensor) -> tuple[Tensor, ...]:
+    return planar.unpack_codes(qweight, groups), *(planar.by_row(scales, groups) for scales in pairs.unbind(-1))
+
+
+W4A16 = Format(
+    name="w4a16",
+    summary="4-bit weights, activations as they are",
+    fields=("qweight", "wscales", "wzeros"),
+    quantize_weight=quantize_weight,
+    dequantize_weight=dequantize_weight,
+    matmul=matmul,
+    group_size=GROUP_SIZE,
+    planar=planar.Planar(_to_planar, _from_planar),
+    rounding="zeros",
+)

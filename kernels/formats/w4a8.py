@@ -10,13 +10,17 @@ the whole of K and both scales wait until the end, which is what lets int8 tenso
     wscales    [N]          fp32    one scale an output channel
     qx         [..., Kp]    int8    -127..127
     ascales    [..., 1]     fp32
+
+For kernels (planar.py) two groups' sub-scales share a word:
+
+    subscales  [P/128, N]   int16   the even group's in the low byte
 """
 
 import torch
 from torch import Tensor
 
-from . import groups, nibbles
-from .format import Format
+from . import groups, nibbles, planar
+from .format import Codes, Format
 from .int8_matmul import int8_matmul
 
 GROUP_SIZE = 64
@@ -80,13 +84,30 @@ def matmul(qx: Tensor, ascales: Tensor, qweight: Tensor, subscales: Tensor, wsca
     return acc.view(*qx.shape[:-1], qweight.shape[0]) * ascales * wscales
 
 
+def _to_planar(qweight: Tensor, subscales: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    pairs = planar.by_group(subscales).unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+    return planar.pack_codes(qweight), pairs.view(torch.int16).squeeze(-1), wscales
+
+
+def _from_planar(groups: int, qweight: Tensor, pairs: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    subscales = pairs.unsqueeze(-1).view(torch.int8).transpose(1, 2).flatten(0, 1)
+    return planar.unpack_codes(qweight, groups), planar.by_row(subscales, groups), wscales
+
+
+INT8 = Codes("int8", torch.int8, torch.float32, GROUP_SIZE, by_block=False)
 W4A8 = Format(
-    "w4a8",
-    ("qweight", "subscales", "wscales"),
-    quantize_weight,
-    dequantize_weight,
-    matmul,
-    GROUP_SIZE,
-    quantize_activation,
-    dequantize_activation,
+    name="w4a8",
+    summary="4-bit weights, int8 activations",
+    fields=("qweight", "subscales", "wscales"),
+    quantize_weight=quantize_weight,
+    dequantize_weight=dequantize_weight,
+    matmul=matmul,
+    group_size=GROUP_SIZE,
+    codes=INT8,
+    quantize_activation=quantize_activation,
+    dequantize_activation=dequantize_activation,
+    planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1, 0)),
+    rounding="subscales",
+    siblings=True,
+    tiles=True,
 )

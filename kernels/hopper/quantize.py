@@ -1,4 +1,4 @@
-"""w4a8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
+"""int8 and int4 activations and the low-rank product in one kernel for sm_90, in Gluon.
 
 Formulas and tensors are those of portable/quantize.py. A program keeps [64 rows, BOXES * 64 channels] of the input in
 shared memory from the one time it is read until its codes are written; a prologue replaces it there. Between, it adds
@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from ..formats import codes_of
 from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
 from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Hook
@@ -42,7 +43,7 @@ from .versions import barrier, load, view
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
-MAX_RANK = {"w4a8": 256, "int4": 240}  # more would not fit into registers
+MAX_RANK = {"int8": 256, "int4": 240}  # more would not fit into registers
 MAX_BLOCKS = COUNTERS // (ROWS.value + 2)
 # One thread counts or polls: an atomic of Triton's has every warp wait for its result, and polls disturb the loads of
 # others. `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
@@ -145,10 +146,10 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
 def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr,
-    PARTS: gl.constexpr, SLICE: gl.constexpr, FORMAT: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr,
+    PARTS: gl.constexpr, SLICE: gl.constexpr, CODES: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr,
     JOINED: gl.constexpr, HOOK: gl.constexpr,
 ):  # fmt: skip
-    BY_ROW: gl.constexpr = FORMAT == "w4a8"  # a scale for the whole row, else one a box
+    BY_ROW: gl.constexpr = CODES == "int8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
     PIECE: gl.constexpr = 32 if EXACT else 16
@@ -318,7 +319,7 @@ def _boxes(m: int, k: int, r: int, width: int, precision: str, hook: Hook | None
 
     Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
     """
-    rank, alone = sum(_pieces(r)), precision == "w4a8" and hook is None
+    rank, alone = sum(_pieces(r)), not codes_of(precision).by_block and hook is None
     if rank > 64:
         boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
     elif alone and m > 1024 and k > 8192:
@@ -336,7 +337,7 @@ def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
     (r, k), (m, width) = down.shape, x.shape
-    if k % 8 or down.data_ptr() % 16 or r > MAX_RANK[precision] or m > ROWS.value * MAX_BLOCKS:
+    if k % 8 or down.data_ptr() % 16 or r > MAX_RANK[codes_of(precision).name] or m > ROWS.value * MAX_BLOCKS:
         return False
     if right is not None and width % 64:
         return False
@@ -353,7 +354,8 @@ def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, 
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
-    return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, precision, bool(shift), exact,
+    codes = codes_of(precision).name
+    return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(shift), exact,
             width < k, None if hook is None else hook.function)  # fmt: skip
 
 
@@ -374,8 +376,8 @@ def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Des
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0, prologue: Hook | None = None,
              right: Tensor | None = None, fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As portable/quantize.py does it, for operands that `can_quantize`."""
-    check_quantize(x, right, smooth, down, precision, shift, fp8)
-    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], precision, fp8)
+    codes = check_quantize(x, right, smooth, down, precision, shift, fp8)
+    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
     (r, k), (m, kp) = down.shape, qx.shape
     if m == 0:
         return qx, ascales, xd

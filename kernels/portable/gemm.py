@@ -6,7 +6,7 @@
 
     qx         [M, Kp]           int8
     ascales    [M, 1 | Kp/64]    fp32
-    qweight    [N, P/2]          int8, planar (layout.py); P = Kp rounded up to 128
+    qweight    [N, P/2]          int8, planar (formats/planar.py); P = Kp rounded up to 128
     subscales  [P/128, N]        int16, w4a8 only: two groups' scales in a word; rows any multiple of 8 apart
     wscales    [N] fp32 (w4a8) or [P/64, N] bf16 (int4), the latter's rows likewise
     xd         [M, s r]          bf16 or fp16, rows `xd.stride(0)` apart
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import codes_of
 from ..formats.layout import SIBLING_STEP
 from ..runtime.generated import Hook
 from ..runtime.launcher import check_low_rank, check_tensor, launch
@@ -140,15 +141,15 @@ def _gemm_kernel(
 def check_gemm(precision, qx, ascales, weight, up, bias, offset) -> tuple[int, int, int]:
     """Raise unless the tensors are what the module says, in the planar order; -> M, N, Kp."""
     (m, kp), n = qx.shape, up.shape[0]
-    words = -(-kp // 128)
+    words, grouped = -(-kp // 128), codes_of(precision).by_block
     check_tensor("qx", qx, qx.device, torch.int8, (m, kp))
-    check_tensor("ascales", ascales, qx.device, torch.float32, (m, 1 if precision == "w4a8" else kp // 64))
+    check_tensor("ascales", ascales, qx.device, torch.float32, (m, kp // 64 if grouped else 1))
     check_tensor("qweight", weight[0], qx.device, torch.int8, (n, words * 64))
-    if precision == "w4a8":
+    if grouped:
+        check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
+    else:
         check_scales("subscales", weight[1], qx.device, torch.int16, (words, n))
         check_tensor("wscales", weight[2], qx.device, torch.float32, (n,))
-    else:
-        check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
     if kp % 64:
         raise ValueError(f"qx has {kp} columns, not whole groups of 64")
     if bias is not None:
@@ -204,7 +205,7 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
     y = qx.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
-    grouped = precision == "int4"
+    grouped = codes_of(precision).by_block
     subscales, wscales = (weight[1], weight[1]) if grouped else weight[1:]
     r = up.shape[1]
     tm, tn, warps, stages = config or _config(m, n, grouped)

@@ -3,7 +3,7 @@
     y = epilogue(x (q * wscales + wzeros)^T + xd up^T + bias)
 
     x        [M, K]       bf16 or fp16, contiguous
-    qweight  [N, P/2]     int8, planar (layout.py); P = K rounded up to 128
+    qweight  [N, P/2]     int8, planar (formats/planar.py); P = K rounded up to 128
     wscales  [P/64, N, 2] bf16, of each group the scale and the value of code 0
     xd       [M, r]       x's dtype, rows `xd.stride(0)` apart, or None; up [N, r]
     bias     [N]          any float dtype, or None

@@ -5,27 +5,27 @@ low-rank branch's first product.
     v = h / smooth,  or (h + shift) / smooth where int4 is unsigned
     xd = h down^T,   accumulated in fp32
 
-    w4a8    ascales = max_k |v| / 127, one a row                  qx = round(v / ascales)
+    int8    ascales = max_k |v| / 127, one a row                  qx = round(v / ascales)
     int4    ascales = max |v| / 7 (15 unsigned), one a row and 64 qx = round(v / ascales)
-    nvfp4   ascales = e4m3(max |v| / 6), one a row and 16         qx = e2m1(v / ascales), two a byte
+    fp4     ascales = e4m3(max |v| / 6), one a row and 16         qx = e2m1(v / ascales), two a byte
 
     x         [M, W]     bf16 or fp16, rows of neighbours, any distance apart
     right     [M, K - W] x's dtype, likewise; or None, and W = K
     smooth    [K]        fp32
     down      [R, K]     x's dtype, contiguous; R a multiple of 16, at most 256, or 0
-    qx        [M, Kp]    int8; Kp = K rounded up to groups of 64, zeros beyond K.  nvfp4: [M, Kp/2] uint8, groups of 16
-    ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  nvfp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
+    qx        [M, Kp]    int8; Kp = K rounded up to groups of 64, zeros beyond K.  fp4: [M, Kp/2] uint8, groups of 16
+    ascales   [M, 1]     fp32;  int4: [M, Kp/64] fp32;  fp4: [M, Kp/16] float8_e4m3fn.  1 where all is zero
     xd        [M, R]     x's dtype
 
 With `fp8`, int4 comes as hopper/gemm_int4.py reads it: the same codes in float8_e4m3fn, which holds them exactly, and
 the same scales as the transposed view of [Kp/64, M], its rows a multiple of 4 apart.
 
-Rounding is to the nearest, ties to even. w4a8 multiplies by reciprocals, so a code within rounding of a tie may be one
-step off; the scales of the other formats make ties common, and their codes are exactly the reference's.
+Rounding is to the nearest, ties to even. int8 multiplies by reciprocals, so a code within rounding of a tie may be one
+step off; the scales of the other codes make ties common, and their codes are exactly the reference's.
 
-On sm_90 hopper/quantize.py does w4a8 and int4 in one kernel that reads x once. Here a launch splits rows and channels
+On sm_90 hopper/quantize.py does int8 and int4 in one kernel that reads x once. Here a launch splits rows and channels
 over the GPU: `down` (R K values) must be read once for many rows, or its reads outweigh x. Each program leaves its part
-of xd, and the last of a row block adds them up. w4a8's scale needs the whole row, so its codes are a second launch,
+of xd, and the last of a row block adds them up. int8's scale needs the whole row, so its codes are a second launch,
 which walks x from its end, which is still in L2.
 
     peaks     [S, M]     fp32  the largest |v| in each of S parts of a row
@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import Codes, codes_of
 from ..formats.groups import padded
 from ..runtime.generated import Hook
 from ..runtime.launcher import check_tensor, launch, zeroed_counters
@@ -46,7 +47,6 @@ from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, qu
 
 MAX_RANK = 256
 MAX_BLOCKS = 1024  # with a counter each
-GROUP_SIZE = {"w4a8": 64, "int4": 64, "nvfp4": 16}
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _add_parts(acc, xd, partial, counters, M, R, S):
 def _measure_kernel(
     x, right, smooth, down, qx, ascales, peaks, partial, counters, xd, M, K, KP, R, S, W, x_stride, right_stride,
     a_row, a_group, chunk, shift, extra,
-    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, CODES: tl.constexpr,
     UNSIGNED: tl.constexpr, JOINED: tl.constexpr, HOOK: tl.constexpr,
 ):  # fmt: skip
     """One part of the channels: the product, and either the rows' peaks or the codes of whole groups."""
@@ -111,14 +111,14 @@ def _measure_kernel(
         live = alive & (rk < K)[None, :]
         v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, HOOK)
         factors = tl.load(smooth + rk, mask=rk < K, other=1.0)[None, :]
-        if FORMAT == "w4a8":
+        if CODES == "int8":
             peak = tl.maximum(peak, tl.abs(v.to(tl.float32) * (1.0 / factors)))
         else:
             h = v.to(tl.float32)
             if UNSIGNED:
                 h += shift
             h = tl.where(live, quotient(h, factors, tl.div_rn(1.0, factors)), 0.0)
-            if FORMAT == "int4":
+            if CODES == "int4":
                 q, scale = int4_codes(h, UNSIGNED, qx.dtype.element_ty == tl.float8e4nv)
                 tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive)
                 tl.store(ascales + rm * a_row + k // 64 * a_group, scale, mask=rm < M)
@@ -132,7 +132,7 @@ def _measure_kernel(
         if RANK > 0:
             d = tl.load(down + rr[None, :] * K + rk[:, None], mask=(rr < R)[None, :] & (rk < K)[:, None], other=0.0)
             acc = tl.dot(v, d, acc)
-    if FORMAT == "w4a8":
+    if CODES == "int8":
         tl.store(peaks + part.to(tl.int64) * M + rm, tl.max(peak, 1), mask=rm < M)
     if RANK > 0:
         _add_parts(acc, xd, partial, counters, M, R, S)
@@ -144,7 +144,7 @@ def _codes_kernel(
     DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, PARTS: tl.constexpr, JOINED: tl.constexpr,
     HOOK: tl.constexpr,
 ):  # fmt: skip
-    """w4a8: the rows' scales from their parts' peaks, and the codes."""
+    """int8: the rows' scales from their parts' peaks, and the codes."""
     pk = tl.num_programs(1) - 1 - tl.program_id(1)
     rm = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TM + tl.arange(0, TM)
     alive = (rm < M)[:, None]
@@ -163,12 +163,11 @@ def _codes_kernel(
 
 
 def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
-                   fp8: bool) -> None:  # fmt: skip
-    """Raise unless the operands are what the module says."""
-    if precision not in GROUP_SIZE:
-        raise ValueError(f"quantize: {precision} has no quantized activations, use one of {', '.join(GROUP_SIZE)}")
-    if (shift or fp8) and precision != "int4":
-        raise ValueError(f"quantize: {'a shift' if shift else 'fp8'} is for int4's codes, not {precision}")
+                   fp8: bool) -> Codes:  # fmt: skip
+    """The codes of this format. Raise unless the operands are what the module says."""
+    codes = codes_of(precision)
+    if (shift and not codes.unsigned) or (fp8 and not codes.in_fp8):
+        raise ValueError(f"quantize: {precision} has no {'unsigned' if shift else 'fp8'} codes")
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}, expected bfloat16 or float16")
     if x.ndim != 2 or smooth.ndim != 1 or down.ndim != 2:
@@ -188,20 +187,12 @@ def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor
     check_tensor("down", down, x.device, x.dtype, (r, k))
     if r % 16 or r > MAX_RANK:
         raise ValueError(f"quantize: rank {r} is not a multiple of 16 up to {MAX_RANK}")
+    return codes
 
 
-def allocate_results(x: Tensor, k: int, r: int, precision: str, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+def allocate_results(x: Tensor, k: int, r: int, codes: Codes, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for qx, ascales and xd."""
-    m, kp = x.shape[0], padded(k, GROUP_SIZE[precision])
-    xd = x.new_empty(m, r)
-    if precision == "nvfp4":
-        scales = x.new_empty(m, kp // 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        return x.new_empty(m, kp // 2, dtype=torch.uint8), scales, xd
-    if fp8:
-        by_group = x.new_empty(kp // 64, padded(m, 4), dtype=torch.float32)
-        return x.new_empty(m, kp, dtype=torch.float8_e4m3fn), by_group[:, :m].t(), xd
-    groups = 1 if precision == "w4a8" else kp // 64
-    return x.new_empty(m, kp, dtype=torch.int8), x.new_empty(m, groups, dtype=torch.float32), xd
+    return *codes.empty(x, x.shape[:1], k, fp8), x.new_empty(x.shape[0], r)
 
 
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
@@ -211,12 +202,12 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
 
     With a shift, int4's codes are unsigned. A prologue sees x and right side by side.
     """
-    check_quantize(x, right, smooth, down, precision, shift, fp8)
-    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], precision, fp8)
+    codes = check_quantize(x, right, smooth, down, precision, shift, fp8)
+    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
     if x.shape[0] == 0:
         return qx, ascales, xd
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
-    kp = padded(k, GROUP_SIZE[precision])
+    kp = padded(k, codes.block)
     hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
     dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     tm = tk = 64
@@ -224,16 +215,16 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     parts = max(1, min(steps, 16, 4 * processors(x.device) // blocks)) if blocks <= MAX_BLOCKS else 1
     chunk = triton.cdiv(steps, parts) * tk
     splits = triton.cdiv(kp, chunk)
-    bits, scales = x.view(torch.int16), ascales.view(torch.uint8) if precision == "nvfp4" else ascales
+    bits, scales = x.view(torch.int16), ascales.view(torch.uint8) if codes.name == "fp4" else ascales
     more = bits if right is None else right.view(torch.int16)
     peaks, partial = x.new_empty(splits, m, dtype=torch.float32), x.new_empty(splits, m, r, dtype=torch.float32)
     counters = zeroed_counters(x.device, blocks)
     arguments = (bits, more, smooth, down, qx, scales, peaks, partial, counters, xd, m, k, kp, r, splits, w,
                  bits.stride(0), more.stride(0), *ascales.stride(), chunk, float(shift), extra)  # fmt: skip
-    constants = (dtype, tm, tk, triton.next_power_of_2(r) if r else 0, precision, bool(shift), right is not None, hook)
+    constants = (dtype, tm, tk, triton.next_power_of_2(r) if r else 0, codes.name, bool(shift), right is not None, hook)
     warps, stages = (4, 4) if r <= 64 else (8, 2)  # no spills, and within the 99 KB of sm_89 and sm_120
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
-    if precision != "w4a8":
+    if codes.by_block:
         return qx, ascales, xd
     tm, tk = 8, min(1024, triton.next_power_of_2(kp))
     arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)

@@ -5,10 +5,10 @@ Quantizing a model rounds each weight once a refinement round. In plain torch th
 
     w           [N, K]      fp32, K padded to whole groups of 64
     importance  [K]         fp32, see `groups.best_of`; ones where nothing is known
-    spans       [N]         fp32, w4a8: the scale of each row
+    spans       [N]         fp32, "subscales": the scale of each row
     codes       [N, K/2]    uint8, two nibbles a byte (nibbles.py)
-    scales      [N, K/64]   w4a8: int8 sub-scales;  int4, w4a16: bf16
-    zeros       [N, K/64]   bf16, w4a16: the value of code 0
+    scales      [N, K/64]   "subscales" (w4a8): int8;  "scales" (int4), "zeros" (w4a16): bf16
+    zeros       [N, K/64]   bf16, "zeros": the value of code 0
     rounded     [N, K]      fp32, what codes and scales stand for
 
 Scales that lose the same may be chosen differently than by the reference, whose sums have another order.
@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import groups, int4, w4a8, w4a16
+from ..formats import FORMATS, groups, int4, w4a8, w4a16
 from ..runtime.launcher import launch
 from .codes import ROUND
 
-PRECISIONS = ("w4a8", "int4", "w4a16")
 GROUPS = 32  # of 64 entries, a program's
 _W4A8_STEPS = tl.constexpr(w4a8.CLIP_STEPS)
 _MAX_SUBSCALE = tl.constexpr(float(w4a8.MAX_SUBSCALE))
@@ -73,7 +72,7 @@ def _better(loss, best_loss, scale, best):
 
 
 @triton.jit
-def _round_w4a8(v, weights, row_scale):
+def _round_to_subscales(v, weights, row_scale):
     """-> codes 1..15, sub-scales, what they stand for."""
     cover = tl.div_rn(tl.div_rn(tl.max(tl.abs(v), 1), 7.0), row_scale) - 1e-4
     cover = tl.clamp(tl.ceil(cover), 1.0, _MAX_SUBSCALE)
@@ -88,7 +87,7 @@ def _round_w4a8(v, weights, row_scale):
 
 
 @triton.jit
-def _round_int4(v, weights):
+def _round_to_scales(v, weights):
     """-> codes 1..15, scales, what they stand for."""
     cover = tl.div_rn(tl.max(tl.abs(v), 1), 7.0)
     cover = tl.where(cover > 0, cover, 1.0)
@@ -103,7 +102,7 @@ def _round_int4(v, weights):
 
 
 @triton.jit
-def _round_w4a16(v, weights):
+def _round_to_zeros(v, weights):
     """-> codes 0..15, scales, zeros, what they stand for."""
     low, high = tl.min(v, 1), tl.max(v, 1)
     step = tl.div_rn(high - low, 15.0)
@@ -123,7 +122,7 @@ def _round_w4a16(v, weights):
 
 @triton.jit
 def _round_kernel(
-    w, importance, spans, codes, scales, zeros, rounded, total, row_groups, PRECISION: tl.constexpr, TG: tl.constexpr
+    w, importance, spans, codes, scales, zeros, rounded, total, row_groups, ROUNDING: tl.constexpr, TG: tl.constexpr
 ):
     group = tl.program_id(0).to(tl.int64) * TG + tl.arange(0, TG)
     live = group < total
@@ -132,13 +131,13 @@ def _round_kernel(
     v = tl.load(w + entries, mask=live[:, None], other=0.0)
     channels = (group % row_groups)[:, None] * 64 + inside[None, :]
     weights = tl.load(importance + channels, mask=live[:, None], other=0.0)
-    if PRECISION == "w4a8":
+    if ROUNDING == "subscales":
         row_scale = tl.load(spans + group // row_groups, mask=live, other=1.0)
-        q, scale, result = _round_w4a8(v, weights, row_scale)
-    elif PRECISION == "int4":
-        q, scale, result = _round_int4(v, weights)
+        q, scale, result = _round_to_subscales(v, weights, row_scale)
+    elif ROUNDING == "scales":
+        q, scale, result = _round_to_scales(v, weights)
     else:
-        q, scale, zero, result = _round_w4a16(v, weights)
+        q, scale, zero, result = _round_to_zeros(v, weights)
         tl.store(zeros + group, zero.to(zeros.dtype.element_ty), mask=live)
     tl.store(scales + group, scale.to(scales.dtype.element_ty), mask=live)
     tl.store(rounded + entries, result, mask=live[:, None])
@@ -149,8 +148,10 @@ def _round_kernel(
 
 def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
     """w [N, K] fp32 -> the format's tensors, and rounded [N, K]."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"no kernel rounds to {precision}; there is one for {', '.join(PRECISIONS)}")
+    rounding = FORMATS[precision].rounding
+    if rounding is None:
+        known = ", ".join(f.name for f in FORMATS.values() if f.rounding is not None)
+        raise ValueError(f"no kernel rounds to {precision}; there is one for {known}")
     if w.ndim != 2 or w.dtype != torch.float32:
         raise TypeError(f"w is {w.dtype} with {w.ndim} dimensions, expected a float32 matrix")
     n, k = w.shape
@@ -162,9 +163,9 @@ def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[
         raise ValueError(f"importance is {tuple(importance.shape)} {importance.dtype} on {importance.device}")
     importance = groups.split(importance, 64).contiguous()
     codes = w.new_empty(n, row_groups * 32, dtype=torch.uint8)
-    scales = w.new_empty(n, row_groups, dtype=torch.int8 if precision == "w4a8" else torch.bfloat16)
-    zeros = torch.empty_like(scales) if precision == "w4a16" else None
-    spans = w4a8.row_scales(w) if precision == "w4a8" else None
+    scales = w.new_empty(n, row_groups, dtype=torch.int8 if rounding == "subscales" else torch.bfloat16)
+    zeros = torch.empty_like(scales) if rounding == "zeros" else None
+    spans = w4a8.row_scales(w) if rounding == "subscales" else None
     rounded = torch.empty_like(split)
     total = n * row_groups
     if total:
@@ -173,7 +174,7 @@ def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[
             _round_kernel,
             grid,
             (split, importance, spans, codes, scales, zeros, rounded, total, row_groups),
-            (precision, GROUPS),
+            (rounding, GROUPS),
             num_warps=4,
         )
     tensors = tuple(t for t in (codes, scales, zeros, spans) if t is not None)

@@ -1,4 +1,4 @@
-"""4-bit codes to 8- and 16-bit values in registers, four packed bytes of the planar order (layout.py) at a time.
+"""4-bit codes to 8- and 16-bit values in registers, four packed bytes of the planar order (planar.py) at a time.
 
     scaled   (u - 8) * s    int8. u*s fits a byte, so one 32-bit multiply-add does four of them:
                             (u*s + 128 - 8s) ^ 128 in each byte

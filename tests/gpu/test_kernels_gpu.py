@@ -11,6 +11,7 @@ import triton.language as tl
 from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemm
 from svdq_compile.kernels.runtime.generated import Hook
 from svdq_compile.lowering import launch, reference
 
@@ -88,6 +89,36 @@ def test_siblings(m, n, count, k, rank, dtype, precision):
             columns, shift = xd[:, i * rank : (i + 1) * rank], None if offset is None else offset[own]
             alone = launch.gemm(qx, ascales, columns, part, up[own], bias[own], shift, precision, out)
             assert torch.equal(y[:, own], alone)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "count", "k", "rank", "dtype"),
+    [(17, 64, 1, 64, 0, BF16), (77, 3072, 1, 3072, 32, BF16), (333, 1000, 1, 320, 48, FP16),
+     (4608, 1032, 1, 1024, 256, FP16), (130, 8, 1, 100, 16, BF16), (512, 3072, 3, 3072, 32, BF16)],
+)  # fmt: skip
+def test_int8_by_a_library(m, n, count, k, rank, dtype):
+    """w8a8, alone and as siblings; what it does not take goes to the reference."""
+    fmt, wide = FORMATS["w8a8"], count * n
+    weight = launch.in_device_order("w8a8", fmt.quantize_weight(normal(wide, k) * k**-0.5))
+    qx, ascales = fmt.quantize_activation(normal(m, k))
+    xd = normal(m, count * rank + 32, dtype=dtype)[:, 16 : 16 + count * rank]
+    up, bias = normal(wide, rank, dtype=dtype), normal(wide, dtype=dtype)
+    operands = Gemm(qx, ascales, xd, list(weight), up, bias, None, "w8a8", torch.float32)
+    assert launch.GEMM.choose(operands.rows()).name == "cublas_int8"
+    expected = reference.gemm(*operands)
+    for out in (dtype, torch.float32):
+        y = launch.gemm(*operands._replace(out_dtype=out))
+        assert y.dtype == out
+        assert error(y, expected) < BOUND[out]
+    few = operands._replace(qx=qx[:16], ascales=ascales[:16], xd=xd[:16])
+    assert launch.GEMM.choose(few.rows()).name == "reference"
+    assert error(launch.gemm(*few), expected[:16]) < BOUND[torch.float32]
+
+
+def test_int8_activations_are_w4a8s():
+    x, smooth, down = normal(333, 1000, dtype=BF16), normal(1000).abs() + 0.5, normal(32, 1000, dtype=BF16)
+    for ours, theirs in zip(*(launch.quantize(x, smooth, down, p, 0.0) for p in ("w8a8", "w4a8")), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from svdq_compile.quantizer import quantize_group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-PRECISIONS = ("w4a8", "int4", "w4a16")
+PRECISIONS = [f.name for f in FORMATS.values() if f.rounding]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
