@@ -149,9 +149,9 @@ def test_a_backend_that_imports_ours_only_when_it_is_called() -> None:
         "    from svdq_compile.backend import svdquant\n"
         "    graphs.append(gm)\n"
         "    return svdquant(gm, inputs, options={'progress': False, 'calibration_steps': 1})\n"
-        "net = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(False)\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(128, 128)).requires_grad_(False)\n"
         "run = torch.compile(net, backend=backend)\n"
-        "for _ in range(3): run(torch.ones(2, 20, 64))\n"
+        "for _ in range(3): run(torch.ones(2, 20, 128))\n"
         "print(len(graphs), type(net[0].weight).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)

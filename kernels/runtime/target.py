@@ -25,7 +25,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def _has_triton() -> bool:
     """Whether Triton can be imported; if not, one warning says why."""
     try:
-        importlib.import_module("triton.language")
+        importlib.import_module("triton")
     except ImportError as error:
         log.warning(
             "Triton cannot be imported (%s: %s): quantized layers run without kernels, as plain torch, slowly. "
