@@ -5,6 +5,7 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language import core
+from typing_extensions import dataclass_transform
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
@@ -12,6 +13,7 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
+@dataclass_transform()
 def aggregate(cls: type) -> Any:
     """Values under names, to be handed on as one within a kernel; made of its fields in their order."""
 
