@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from svdq_compile.kernels.operands import Attention
 from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering import kernel_table, launch, ops
+from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.lowering.kernel_table import REFERENCE, Kernel
 from svdq_compile.lowering.launch import ATTENTION
-from svdq_compile.lowering.torch_private import compile_with_inductor
 from svdq_compile.passes import replace_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
