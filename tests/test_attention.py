@@ -16,8 +16,8 @@ from conftest import logged
 from svdq_compile.kernels.operands import Attention
 from svdq_compile.kernels.runtime import target
 from svdq_compile.lowering import kernel_table, launch, ops, replay
+from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.lowering.kernel_table import ANY, REFERENCE, Kernel, takes_all
-from svdq_compile.lowering.torch_private import compile_with_inductor
 from svdq_compile.passes import replace_attention
 
 FLASH, CUDNN, EFFICIENT = launch._FLASH, launch._CUDNN, launch._EFFICIENT
