@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..lowering.attention import KINDS, fastest
 from ..lowering.torch_private import describe
 from .pipeline import log
-from .pointwise import value_of
+from .vocabulary import value_of
 
 
 def choose_attention(gm: fx.GraphModule) -> int:

@@ -30,7 +30,7 @@ from ..lowering import ops
 from ..lowering.packed import SIBLING_FORMATS
 from ..lowering.torch_private import describe, fake_mode_of
 from .pipeline import log
-from .pointwise import value_of
+from .vocabulary import value_of
 
 aten = torch.ops.aten
 

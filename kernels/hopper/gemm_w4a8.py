@@ -1,6 +1,6 @@
 """The w4a8 GEMM for sm_90, in Gluon: asynchronous int8 `wgmma` with the weights unpacked in registers.
 
-    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T, then the epilogue hook
+    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T, then the epilogue
 
     qx         [M, Kp]     int8
     ascales    [M, 1]      fp32
@@ -10,7 +10,7 @@
     xd         [M, s r]    bf16 or fp16, rows `xd.stride(0)` apart
     up         [N, r]      xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]         any float dtype, or None
-    beside     [M, N]      bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
+    auxiliary  [M, N]      bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
     y          [M, N]      bf16 or fp16
 
 Warps have roles. One warp walks over tiles of TN features by TM tokens and has the copy engine (TMA) fill a ring of
@@ -21,7 +21,7 @@ buffers. TMA cuts off at the edges of M, N, K and r, so nothing here is masked b
 multiple of 32, columns of the next sibling may come along; they meet zeros in the place of `up`.
 
 A tile ends in two halves along its tokens: the low-rank product of one runs while the other is scaled or stored. All
-that the next tile needs to know is worked out while the last product of this one runs. `beside` is loaded early in a
+that the next tile needs to know is worked out while the last product of this one runs. `auxiliary` is loaded early in a
 tile's walk, into the buffer through which the result will leave.
 
 Tiles that would leave most of the GPU idle in a last round are cut along K into parts. A part leaves its int32 sums in
@@ -52,9 +52,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from ..portable.gemm import check_beside, check_gemm, sibling_features
+from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
 from ..runtime.tuning import choose
@@ -230,15 +230,15 @@ def _rank_step(xs, ws, xd, up, slot, TM: gl.constexpr, TN: gl.constexpr):
 
 
 @gluon.jit
-def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr):
-    """Half a tile through the hook and on its way to y."""
+def _finish(out, y, auxiliary, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr):
+    """Half a tile through the epilogue and on its way to y."""
     layout: gl.constexpr = out.type.layout
     if EPILOGUE is not None:
         features = (n0 + gl.arange(0, out.shape[0], gl.SliceLayout(1, layout)))[:, None]
         tokens = (m0 + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout)))[None, :]
         live = (features < N) & (tokens < M)
-        if BESIDE:
-            t = _view(ys, beside.dtype, ys.shape, beside.layout).permute([1, 0]).load(layout).to(gl.float32)
+        if AUXILIARY:
+            t = _view(ys, auxiliary.dtype, ys.shape, auxiliary.layout).permute([1, 0]).load(layout).to(gl.float32)
             out = EPILOGUE(out, t, features, tokens, live, extra)
         else:
             out = EPILOGUE(out, features, tokens, live, extra)
@@ -249,10 +249,10 @@ def _finish(out, y, beside, ys, m0, n0, M, N, extra, EPILOGUE: gl.constexpr, BES
 
 @gluon.jit
 def _multiply(
-    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
+    y, auxiliary, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial, counters, extra, M, N,
     tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
-    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr, THREADS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each work item's sums, and the finished tiles."""
     HALF: gl.constexpr = TM // 2
@@ -265,7 +265,7 @@ def _multiply(
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     slot = 0
     phase = 0
-    beside_phase = 0
+    auxiliary_phase = 0
     tile, _first, _count = _work(gl.program_id(0), whole, parts, part_steps, k_steps)
     pm, pn = _tile_of(tile, tiles_m, tiles_n, GROUP)
     a, b, shift = _vectors(ascales, wscales, bias, pm * TM, pn * TN, M, N, TM, TN, BIAS, line, rows)
@@ -289,12 +289,12 @@ def _multiply(
                 _hand_back(gl.where(slot == 0, STAGES - 1, slot - 1), THREADS)
             high = _expand(p, odd, SCALED_HIGH)
             acc = warpgroup_mma(high, xt.slice(64, 64, 1).permute([1, 0]), acc, is_async=True)
-            if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
+            if AUXILIARY and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
                 tma.store_wait(0)
                 mbarrier.expect(loaded, TM * TN * 2)
                 for h in gl.static_range(2):
-                    target = _view(ys.index(h), beside.dtype, [HALF, TN], beside.layout)
-                    _load(beside, [m0 + h * HALF, n0], loaded, target)
+                    target = _view(ys.index(h), auxiliary.dtype, [HALF, TN], auxiliary.layout)
+                    _load(auxiliary, [m0 + h * HALF, n0], loaded, target)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             slot, phase = _next(slot, phase, STAGES)
         # While the last product runs: this tile's ascales to where the columns are, and all about the next tile.
@@ -331,29 +331,29 @@ def _multiply(
                 out0 = warpgroup_mma(u, d0, out0, is_async=True)
                 out1 = warpgroup_mma(u, d1, out1, is_async=True)
             out0 = warpgroup_mma_wait(1, deps=(out0,))
-        if BESIDE:
-            mbarrier.wait(loaded, beside_phase)
-            beside_phase ^= 1
+        if AUXILIARY:
+            mbarrier.wait(loaded, auxiliary_phase)
+            auxiliary_phase ^= 1
         else:
             tma.store_wait(0)
         if finished:
-            _finish(out0, y, beside, ys.index(0), m0, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out0, y, auxiliary, ys.index(0), m0, n0, M, N, extra, EPILOGUE, AUXILIARY)
         if LOW_RANK:
             out1 = warpgroup_mma_wait(0, deps=(out1,))
             _hand_back(slot, THREADS)
             slot, phase = _next(slot, phase, STAGES)
         if finished:
-            _finish(out1, y, beside, ys.index(1), m0 + HALF, n0, M, N, extra, EPILOGUE, BESIDE)
+            _finish(out1, y, auxiliary, ys.index(1), m0 + HALF, n0, M, N, extra, EPILOGUE, AUXILIARY)
     tma.store_wait(0)
 
 
 # Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
 @gluon.jit(do_not_specialize=["M", "N", "sibling", "rank", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
 def _gemm_kernel(
-    x, w, s, xd, up, y, beside, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
+    x, w, s, xd, up, y, auxiliary, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
     parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
-    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     xs = gl.allocate_shared_memory(gl.int8, [STAGES, TM, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int8, [STAGES, TN, 64], w.layout)
@@ -364,7 +364,7 @@ def _gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    if BESIDE:
+    if AUXILIARY:
         mbarrier.init(loaded, count=1)
     fence_async_shared()
     gdc_wait()
@@ -377,9 +377,9 @@ def _gemm_kernel(
             (
                 _multiply,
                 (
-                    y, beside, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial,
+                    y, auxiliary, xs, ws, ss, as_, ys, full, loaded, xd, up, ascales, wscales, bias, partial,
                     counters, extra, M, N, tiles_m, tiles_n, items, whole, parts, part_steps, k_steps, rank_steps,
-                    TM, TN, STAGES, GROUP, LOW_RANK, BIAS, EPILOGUE, BESIDE, WARPS, THREADS,
+                    TM, TN, STAGES, GROUP, LOW_RANK, BIAS, EPILOGUE, AUXILIARY, WARPS, THREADS,
                 ),
             ),
             (
@@ -475,7 +475,7 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> Descriptor:
 
 
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Hook | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
+         out_dtype: torch.dtype, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
     """w4a8, tensors as above, `can_gemm` -> y [M, N]."""
     m, n, _ = check_gemm("w4a8", qx, ascales, weight, up, bias, None)
     sibling = sibling_features(xd, up, m)
@@ -483,11 +483,12 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     if m == 0 or n == 0:
         return y
 
-    if epilogue is not None and epilogue.beside is not None:
-        check_beside(epilogue.beside, m, n, qx.device)
-        if epilogue.beside.stride(0) % 8 or epilogue.beside.stride(0) < n or epilogue.beside.data_ptr() % 16:
-            raise ValueError("beside must have rows whose addresses are multiples of 16 bytes, its strides are "
-                             f"{epilogue.beside.stride()}, its address {epilogue.beside.data_ptr():#x}")  # fmt: skip
+    if epilogue is not None and epilogue.auxiliary is not None:
+        auxiliary = epilogue.auxiliary
+        check_auxiliary(auxiliary, m, n, qx.device)
+        if auxiliary.stride(0) % 8 or auxiliary.stride(0) < n or auxiliary.data_ptr() % 16:
+            raise ValueError("auxiliary must have rows whose addresses are multiples of 16 bytes, its strides are "
+                             f"{auxiliary.stride()}, its address {auxiliary.data_ptr():#x}")  # fmt: skip
 
     def run(t: Tile) -> None:
         _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t)
@@ -505,7 +506,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
     k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
-    function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
+    function, extra, auxiliary = epilogue or (None, (), None)
     tiles = -(-m // t.tm) * -(-n // t.tn)
     rounds = share(tiles, k_steps, t.programs * processors(qx.device), t.parts)
     counters = zeroed_counters(qx.device, tiles - rounds.whole)
@@ -519,7 +520,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         _describe(xd, t.tm, RANK_STEP.value),
         _describe(up, t.tn, RANK_STEP.value),
         _describe(y, t.tm // 2, t.tn),
-        _describe(y if beside is None else beside, t.tm // 2, t.tn),
+        _describe(y if auxiliary is None else auxiliary, t.tm // 2, t.tn),
         ascales,
         wscales,
         wscales if bias is None else bias,
@@ -536,7 +537,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         k_steps,
         -(-r // RANK_STEP.value),
     )
-    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, beside is not None, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, auxiliary is not None, t.warps)
     options = {"num_warps": t.warps, "launch_pdl": True}
     if t.programs > 1:  # as many registers as let the programs share a multiprocessor; the copying warps count as four
         options["maxnreg"] = 65536 // (t.programs * 32 * (t.warps + 4)) // 8 * 8
