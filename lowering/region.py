@@ -1,4 +1,4 @@
-"""A fused region: the pointwise neighbours of an svdq:: operator, as a small program in text.
+"""A fused region: the elementwise operations around an svdq:: operator, as a small program in text.
 
     epilogue(y, auxiliary: BTC, a0: C); t0 = mul(y, a0); t1 = add(auxiliary, t0)
     prologue(x, right, a0: BT, a1: BT, a2: C); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)
@@ -94,8 +94,12 @@ class Step:
     operation: str
     arguments: tuple[Argument, ...]
 
+    def expression(self) -> str:
+        """What it computes; equal texts have equal values."""
+        return f"{self.operation}({', '.join(map(str, self.arguments))})"
+
     def __str__(self) -> str:
-        return f"{self.name} = {self.operation}({', '.join(map(str, self.arguments))})"
+        return f"{self.name} = {self.expression()}"
 
 
 @dataclass(frozen=True)

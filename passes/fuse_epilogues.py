@@ -36,9 +36,9 @@ def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:
     if not meanings or block is None:
         return False
     outside = [node for node in read_from_outside(meanings) if node is not gemm]
-    full = [n for n in outside if axes_in_rows(n, block) == "BTC" and n.meta["val"].dtype in SIXTEEN_BIT]
+    full = (n for n in outside if n.meta["val"].dtype in SIXTEEN_BIT and axes_in_rows(n, block) == "BTC")
     region, operands = build("epilogue", meanings, lambda node: axes_in_rows(node, block), {gemm: "y"},
-                             auxiliary=next(iter(full), None))  # fmt: skip
+                             auxiliary=next(full, None))  # fmt: skip
     result = list(meanings)[-1]
     plain = Gemm(*gemm.args)._replace(out_dtype=result.meta["val"].dtype)  # type: ignore[arg-type]
     with graph.inserting_before(result):

@@ -9,7 +9,7 @@
              attention(permute(q, [0, 2, 1, 3]), ...)           ...)
 
 A region ends at what attention reads, a permutation or not, and grows backwards over operations on blocks [..., D] that
-nothing else reads: pointwise ones, means over D, neighbouring channels or halves of D taken apart and put together, and
+nothing else reads: elementwise ones, means over D, pairs of channels or halves of D taken apart and put together, and
 tokens taken apart and put together (text and image in joint attention).
 
 The kernel knows no `cat` and no `slice` of tokens. So the result is made in parts, each of tokens that come out of one

@@ -21,8 +21,8 @@ from torch import fx
 from ..lowering import ops
 from ..lowering.torch_private import describe
 from .pipeline import log
-from .regions import Operand, axes_in_rows, build, erase, grow, read_from_outside
-from .vocabulary import SIXTEEN_BIT, cat_of, is_identity, operation, value_of
+from .regions import axes_in_rows, build, erase, grow, read_from_outside
+from .vocabulary import SIXTEEN_BIT, cat_of, operation, value_of
 
 
 def fuse_prologues(gm: fx.GraphModule) -> int:
@@ -38,15 +38,13 @@ def _fuse(graph: fx.Graph, quantize: fx.Node) -> bool:
         return False
     nodes, base = _before(x, quantize, block)
     meanings = {node: found for node in nodes if (found := operation(node)) is not None}
-    operands: list[Operand] = []
-    if base is not None:
-        operands = [(name, "BTC", part) for name, part in zip(("x", "right"), cat_of(base)[0], strict=True)]  # type: ignore
-    elif full := [n for n in read_from_outside(meanings) if _is_full(n, block)]:
-        base = full[0]
-        operands = [("x", "BTC", base)]
+    base = base or next((node for node in read_from_outside(meanings) if _is_full(node, block)), None)
     if base is None:
         log.debug("not fused before %s: its input comes from %s", quantize.name, x.target)
         return False
+    joined = cat_of(base) if base in nodes else None
+    parts = (base,) if joined is None else joined[0]
+    operands = [(name, "BTC", part) for name, part in zip(("x", "right"), parts, strict=False)]
     region, read = build("prologue", meanings, lambda node: axes_in_rows(node, block), {base: "x"}, operands)
     with graph.inserting_before(quantize):
         fused = graph.call_function(ops.fused_quantize, (read, *rest, str(region)))
@@ -61,14 +59,17 @@ def _before(x: fx.Node, quantize: fx.Node, block: torch.Tensor) -> tuple[list[fx
     joined: list[fx.Node] = []
 
     def take(node: fx.Node, region: set[fx.Node]) -> Iterable[fx.Node] | None:
-        if not (is_identity(node) or region.issuperset(node.users) or (node is x and {*node.users} == {quantize})):
+        found = operation(node)
+        is_inside = region.issuperset(node.users) or (node is x and {*node.users} == {quantize})
+        if not is_inside and (found is None or found[0] != ""):
             return None
         if not joined and _is_join(node, block):
             joined.append(node)
             return ()
-        found = operation(node)
-        read = [a for a in found[1] if isinstance(a, fx.Node)] if found is not None else []
-        return read if found is not None and all(axes_in_rows(a, block) for a in read) else None
+        if found is None:
+            return None
+        read = [a for a in found[1] if isinstance(a, fx.Node)]
+        return read if all(axes_in_rows(a, block) for a in read) else None
 
     return grow([x], max, take), next(iter(joined), None)
 

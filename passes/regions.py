@@ -80,11 +80,12 @@ def build(
     operands   that come before those that its steps read; these are numbered, all but the auxiliary one
     """
     known, taken = dict(names), list(operands)
-    steps: dict[tuple[str, tuple[Argument, ...]], str] = {}
+    steps: dict[str, Step] = {}
     numbers = itertools.count()
 
     def step(operation: str, *arguments: Argument) -> str:
-        return steps.setdefault((operation, arguments), f"t{len(steps)}")
+        made = Step(f"t{len(steps)}", operation, arguments)
+        return steps.setdefault(made.expression(), made).name
 
     def name_of(argument: fx.Node | float) -> Argument:
         if not isinstance(argument, fx.Node):
@@ -106,8 +107,9 @@ def build(
         else:
             several = _SEVERAL_STEPS.get(operation)
             known[node] = several(step, *arguments) if several else step(operation, *arguments)
-    written = tuple(Step(name, *what) for what, name in steps.items())
-    return Region(kind, tuple((name, lies) for name, lies, _ in taken), written), [node for *_, node in taken]
+    region = Region(kind, tuple((name, lies) for name, lies, _ in taken), tuple(steps.values()))
+    assert not meanings or known[next(reversed(meanings))] == region.result, "the last step is not the result"
+    return region, [node for *_, node in taken]
 
 
 def erase(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
