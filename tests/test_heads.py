@@ -156,7 +156,7 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (torch.cat([norm(q[:, :5]), q[:, 5:]], 1), ()), 1),
         (lambda q, c, s: (cut(norm(q), c, s), ()), 1),
         (lambda q, c, s: (torch.cat([(n := norm(q))[:, 5:], n[:, :5]], 1), ()), 1),
-        (lambda q, c, s: (norm(q)[:, 3:20:1], ()), 1),
+        (lambda q, c, s: (norm(q)[:, 3:20] * 2.0, ()), 1),
         (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]).to(q.dtype) + q.mean(-1, True), ()), 1),
         # The result is read by others too: it is stored anyway. A value on the way is not.
         (lambda q, c, s: (y := norm(q), (y,)), 1),
@@ -173,6 +173,8 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (q * torch.rsqrt(q.float().pow(2).mean((-2, -1), True)).to(q.dtype), ()), 0),
         (lambda q, c, s: (q - q.mean(1, True), ()), 0),
         (lambda q, c, s: (q * torch.rsqrt(q.float().var(-1, keepdim=True)).to(q.dtype), ()), 0),
+        # A slice, which lies in something longer.
+        (lambda q, c, s: (norm(q)[:, 3:20], ()), 0),
         # Nothing but elementwise; elementwise before; two full tensors; a value for each head.
         (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
         (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
