@@ -20,7 +20,7 @@ from torch import Tensor
 import record
 from svdq_compile.kernels.hopper import quantize as hopper
 from svdq_compile.kernels.portable import quantize as portable
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 4608, k, 32, "") for k in (3072, 12288, 15360)]
@@ -47,16 +47,16 @@ def modulate(v, rows, columns, live, extra):
     return centred * tl.load(rstd + r, mask=r < m - 1, other=0.0)[:, None] * (1.0 + s) + b
 
 
-def prologue(kind: str, x: Tensor) -> tuple[Hook | None, Tensor]:
-    """-> the hook, and what it makes of x."""
+def prologue(kind: str, x: Tensor) -> tuple[Generated | None, Tensor]:
+    """-> the function, and what it makes of x."""
     if kind == "gelu":
-        return Hook(gelu), F.gelu(x.float(), approximate="tanh").bfloat16()
+        return Generated(gelu), F.gelu(x.float(), approximate="tanh").bfloat16()
     if kind == "norm modulate":
         m, k = x.shape
         mean, rstd = x.float().mean(1), (x.float().var(1, unbiased=False) + 1e-6).rsqrt()
         scale, shift = torch.randn(2, k, device="cuda", dtype=torch.bfloat16)
         h = (x.float() - mean[:, None]) * rstd[:, None] * (1 + scale.float()) + shift.float()
-        return Hook(modulate, (mean, rstd, scale, shift, m + 1, k)), h.bfloat16()
+        return Generated(modulate, (mean, rstd, scale, shift, m + 1, k)), h.bfloat16()
     return None, x
 
 
@@ -74,20 +74,20 @@ def measure(precision: str, m: int, k: int, rank: int, kind: str) -> dict:
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     smooth = torch.rand(k, device="cuda") + 0.5
     down = torch.randn(rank, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
-    hook, h = prologue(kind, x)
+    function, h = prologue(kind, x)
     left, right = split(x, kind)
     fp8 = precision == "int4" and torch.cuda.get_device_capability() == (9, 0)
 
     def call() -> tuple[Tensor, ...]:
-        one_kernel = precision != "nvfp4" and hopper.can_quantize(left, right, down, precision, hook)
-        return (hopper if one_kernel else portable).quantize(left, smooth, down, precision, 0.0, hook, right, fp8)
+        one_kernel = precision != "nvfp4" and hopper.can_quantize(left, right, down, precision, function)
+        return (hopper if one_kernel else portable).quantize(left, smooth, down, precision, 0.0, function, right, fp8)
 
     qx, ascales, xd = call()
     expected, scales, _ = reference.quantize(h, smooth, down, precision, 0.0)
     differing = (qx.float() != expected.float()).float().mean().item()
     error = relative_error(xd, h.double() @ down.double().t()) if rank else 0.0
     scale_error = relative_error(ascales, scales.double())
-    bounds = (1e-2, 1e-3) if hook else (2e-4, 1e-6)  # what a prologue makes may itself round either way
+    bounds = (1e-2, 1e-3) if function else (2e-4, 1e-6)  # what a prologue makes may itself round either way
     if not (differing < bounds[0] and scale_error < bounds[1] and error < 4e-3):
         raise SystemExit(f"wrong: {precision} {m} {k} {rank} {kind}: {differing:.1e} {scale_error:.1e} {error:.1e}")
     nbytes = sum(t.nbytes for t in (x, smooth, down, qx, ascales, xd))

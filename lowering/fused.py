@@ -17,14 +17,14 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`launch.quantize` of what the region makes of its operands."""
     program = parse(region)
-    values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
+    values = program.named(operands)
     x, right = values.pop("x"), values.pop("right", None)
     if launch.takes_prologue(Quantize(x, smooth, down, precision, shift)):
         from . import generate
 
-        hook = generate.hook(region, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
+        function = generate.bind(region, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
         with suppress(NoKernel):
-            return launch.quantize(x, smooth, down, precision, shift, prologue=hook, right=right)
+            return launch.quantize(x, smooth, down, precision, shift, prologue=function, right=right)
     joined = x if right is None else torch.cat((x, right), -1)
     h = program.evaluate({"x": joined, **values}).to(x.dtype) if program.steps else joined
     return launch.quantize(h, smooth, down, precision, shift)
@@ -45,13 +45,13 @@ def gemm(
 ) -> Tensor:
     """`launch.gemm`, and what the region makes of the result before it is rounded to out_dtype."""
     program = parse(region)
-    values = {name: value for (name, _), value in zip(program.operands, operands, strict=True)}
+    values = program.named(operands)
     plain = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
     if launch.takes_epilogue(plain):
         from . import generate
 
-        hook = generate.hook(region, values, qx.shape[:-1], up.shape[0], tiles=FORMATS[precision].tiles)
+        function = generate.bind(region, values, qx.shape[:-1], up.shape[0], FORMATS[precision].tiles)
         with suppress(NoKernel):
-            return launch.gemm(*plain, epilogue=hook)
+            return launch.gemm(*plain, epilogue=function if program.steps else None)
     y = launch.gemm(*plain._replace(out_dtype=torch.float32))
     return program.evaluate({"y": y, **values}).to(out_dtype).contiguous()

@@ -3,9 +3,9 @@
 The file stands in the `regions` folder of the cache and is named by its content, so equal regions of all blocks, models
 and processes share it; it is written again whenever it is missing. SVDQ_DUMP=folder gets a copy beside the graphs.
 
-What the function reads besides its block, its `extra`, is (M + 1, C, then for each operand)
+What the function reads besides its block, its `extra`, is (M + 1, C, then for each operand, by its axes)
 
-    full     pointer, row stride         sample   pointer, row stride, B        row, column, scalar   pointer
+    BTC   pointer, row stride         BC   pointer, row stride, B         BT, C, 1   pointer
 
 M is one more because Triton makes a constant of the argument 1, which a warp-specialized kernel cannot pass on.
 """
@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.portable import tanh as triton_math
-from ..kernels.runtime.generated import Hook
+from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
-from .region import COLUMN, FULL, ROW, SAMPLE, SCALAR, Region, Step, parse
+from .region import Region, Step, parse
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-IMPORT_TANH = f"\nfrom {triton_math.__name__} import tanh\n"
 _CALLS = {
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -46,34 +45,33 @@ _CALLS = {
 }
 
 
-def hook(text: str, values: dict[str, Tensor], lead: torch.Size, columns: int, tiles: bool = False) -> Hook:
+def bind(
+    text: str, values: dict[str, Tensor], lead: torch.Size, columns: int, kernel_loads_auxiliary: bool = False
+) -> Generated:
     """The function of the region with this text, its operands laid out for a block of lead.numel() rows.
 
-    values  the operands by name. x and right, which the kernel is given itself, are not among them
-    tiles   whether the kernel loads `beside` in tiles; if not, the function does, element by element
+    values: the operands by name. x and right, which the kernel is given itself, are not among them
     """
     rows = lead.numel()
     extra: list[Any] = [rows + 1, columns]
-    beside = None
-    for name, cls in parse(text).operands:
+    auxiliary = None
+    for name, axes in parse(text).operands:
         if name in ("x", "right"):
             continue
         value = values[name]
-        if name == "beside" and tiles:
-            beside = _copyable(as_matrix(value, lead, columns))
-        elif cls == FULL:
+        if name == "auxiliary" and kernel_loads_auxiliary:
+            auxiliary = _copyable(as_matrix(value, lead, columns))
+        elif axes == "BTC":
             matrix = as_matrix(value, lead, columns)
             extra += [matrix, matrix.stride(0)]
-        elif cls == ROW:
-            extra.append(value.expand(*lead, 1).reshape(rows).contiguous())
-        elif cls == COLUMN:
-            extra.append(value.reshape(columns).contiguous())
-        elif cls == SAMPLE:
+        elif axes == "BC":
             matrix = as_matrix(value.reshape(lead[0], columns), lead[:1], columns)
             extra += [matrix, matrix.stride(0), lead[0]]
+        elif axes == "BT":
+            extra.append(value.expand(*lead, 1).reshape(rows).contiguous())
         else:
-            extra.append(value.reshape(1))
-    return Hook(function(text, tiles), tuple(extra), beside)
+            extra.append(value.reshape(columns if axes == "C" else 1).contiguous())
+    return Generated(function(text, kernel_loads_auxiliary), tuple(extra), auxiliary)
 
 
 def as_matrix(value: Tensor, lead: torch.Size, columns: int) -> Tensor:
@@ -93,9 +91,9 @@ def _copyable(matrix: Tensor) -> Tensor:
 
 
 @cache
-def function(text: str, tiles: bool = False) -> Any:
+def function(text: str, kernel_loads_auxiliary: bool = False) -> Any:
     """The JIT function of the region with this text. Raises ValueError if it is no region."""
-    return load(source(parse(text), tiles)).fused
+    return load(source(parse(text), kernel_loads_auxiliary)).fused
 
 
 def load(code: str) -> Any:
@@ -124,39 +122,42 @@ def _write(path: Path, code: str) -> None:
     os.replace(file.name, path)
 
 
-def source(region: Region, tiles: bool = False) -> str:
-    """The Python file of a region."""
-    is_epilogue = region.kind == "epilogue"
+def source(region: Region, kernel_loads_auxiliary: bool = False) -> str:
+    """The Python file of a region. kernel_loads_auxiliary: if not, the function does, element by element."""
+    given = {"x", "right"}
+    signature = "x, rows, columns, live, extra"
+    if region.kind == "epilogue":
+        given = {"auxiliary"} if kernel_loads_auxiliary else set()
+        is_given = not given.isdisjoint(name for name, _ in region.operands)
+        signature = f"y, {'auxiliary, ' if is_given else ''}columns, rows, live, extra"
+    loads = _loads([(name, axes) for name, axes in region.operands if name not in given])
+    return python_file(region, {f"fused({signature})": [*loads, *map(_line, region.steps), f"return {region.result}"]})
+
+
+def python_file(region: Region, functions: dict[str, list[str]], imports: str = "") -> str:
+    """A file of JIT functions, their lines by their signatures."""
     drawing = "\n".join(f"    {line}" for line in region.drawing().split("\n"))
-    beside = "beside, " if tiles and ("beside", FULL) in region.operands else ""
-    signature = f"y, {beside}columns, rows, live, extra" if is_epilogue else "x, rows, columns, live, extra"
-    result = region.steps[-1].name if region.steps else "y" if is_epilogue else "x"
-    body = [*_loads(region, tiles), *map(_line, region.steps), f"return {result}"]
-    lines = "\n".join(f"    {line}" for line in body)
-    return (
-        f'"""A fused region.\n\n{drawing}\n"""\n\n'
-        "import triton\nimport triton.language as tl\n"
-        f"{IMPORT_TANH if 'tanh(' in lines else ''}\n\n"
-        f"@triton.jit\ndef fused({signature}):\n{lines}\n"
-    )
+    code = "\n".join(f"\n\n@triton.jit\ndef {signature}:\n" + "\n".join(f"    {line}" for line in lines)
+                     for signature, lines in functions.items())  # fmt: skip
+    if "tanh(" in code:
+        imports += f"from {triton_math.__name__} import tanh\n"
+    imports = f"\n{imports}" if imports else ""
+    return f'"""A fused region.\n\n{drawing}\n"""\n\nimport triton\nimport triton.language as tl\n{imports}{code}\n'
 
 
-def _loads(region: Region, tiles: bool) -> list[str]:
+def _loads(operands: list[tuple[str, str]]) -> list[str]:
     lines, at = [], 2
-    for name, cls in region.operands:
-        if name in ("x", "right") or (name == "beside" and tiles):
-            continue
-        if cls == FULL:
+    for name, axes in operands:
+        where, mask, width = "0", "", 1
+        if axes == "BTC":
             where, mask, width = f"rows.to(tl.int64) * extra[{at + 1}] + columns", "live", 2
-        elif cls == ROW:
-            where, mask, width = "rows", "rows < extra[0] - 1", 1
-        elif cls == COLUMN:
-            where, mask, width = "columns", "columns < extra[1]", 1
-        elif cls == SAMPLE:
+        elif axes == "BT":
+            where, mask = "rows", "rows < extra[0] - 1"
+        elif axes == "C":
+            where, mask = "columns", "columns < extra[1]"
+        elif axes == "BC":
             sample = f"rows // ((extra[0] - 1) // extra[{at + 2}])"
             where, mask, width = f"({sample}).to(tl.int64) * extra[{at + 1}] + columns", "live", 3
-        elif cls == SCALAR:
-            where, mask, width = "0", "", 1
         load = f"tl.load(extra[{at}] + {where}{f', mask={mask}, other=0.0' if mask else ''})"
         lines.append(f"{name} = {load}.to(tl.float32)")
         at += width

@@ -1,6 +1,6 @@
 """svdq::head_region: what makes q or k out of a linear's result, in one kernel or in torch.
 
-    y = head_region([x, cos, sin], "heads(x, a0: token, a1: token); ...")      [B, T, H, D] -> [B, T, H, D]
+    y = head_region([x, cos, sin], "heads(x, a0: BTD, a1: BTD); ...")      [B, T, H, D] -> [B, T, H, D]
 
 The text may have several parts; then the list holds the operands of all, and the results stand one after the other
 along T, as text and image tokens do in joint attention. The result is contiguous, or lies as [B, H, T, D] in memory.
@@ -8,6 +8,7 @@ along T, as text and image tokens do in joint attention. The result is contiguou
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 
 from torch import Tensor
 
@@ -45,15 +46,15 @@ def empty_result(operands: list[Tensor], region: str, heads_first: bool = False)
 def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, dict[str, Tensor]]]:
     waiting = iter(operands)
     for part in parts(text):
-        yield part, {name: next(waiting) for name, _ in part.operands}
+        yield part, part.named(islice(waiting, len(part.operands)))
 
 
 def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
     if launch.takes_heads(x):
         from . import generate_heads
 
-        region = generate_heads.generated(part, values, x.shape)
+        functions = generate_heads.bind(part, values, x.shape)
         with suppress(NoKernel):
-            launch.heads(x, y, region, generate_heads.is_interleaved(part))
+            launch.heads(x, y, functions, generate_heads.is_interleaved(part))
             return
     y.copy_(part.evaluate({"x": x, **values}))

@@ -22,7 +22,7 @@ from .kernel_table import REFERENCE, Kernel, Table, takes_all
 
 if TYPE_CHECKING:
     from ..kernels.portable import heads as portable_heads
-    from ..kernels.runtime.generated import Hook
+    from ..kernels.runtime.generated import Generated
 
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -58,7 +58,7 @@ def _in_fp8(precision: str, device: torch.device) -> bool:
     return codes_of(precision).in_fp8 and is_hopper(device)
 
 
-def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -> tuple[Tensor, ...]:
+def _hopper_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.hopper import quantize
 
     if not quantize.can_quantize(o.x, right, o.down, o.precision, prologue):
@@ -66,7 +66,7 @@ def _hopper_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -
     return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
 
 
-def _portable_quantize(o: Quantize, prologue: Hook | None, right: Tensor | None) -> tuple[Tensor, ...]:
+def _portable_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.portable import quantize
 
     return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
@@ -132,7 +132,7 @@ def quantize(
     down: Tensor,
     precision: str,
     shift: float,
-    prologue: Hook | None = None,
+    prologue: Generated | None = None,
     right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
@@ -166,21 +166,21 @@ def _nvfp4_why_not(o: Gemm) -> str | None:
     return _gemm_why_not(o) or _no_offset(o) or gemm_nvfp4.why_not(o.qx.device)
 
 
-def _hopper_w4a8(o: Gemm, epilogue: Hook | None) -> Tensor:
+def _hopper_w4a8(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.hopper import gemm_w4a8
 
     weight = layout.to_kernel(o.precision, o.weight)
     return gemm_w4a8.gemm(o.qx, o.ascales, o.xd, weight, o.up, o.bias, o.out_dtype, epilogue)
 
 
-def _hopper_int4(o: Gemm, epilogue: Hook | None) -> Tensor:
+def _hopper_int4(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.hopper import gemm_int4
 
     words = layout.to_kernel(o.precision, o.weight, words=True)
     return gemm_int4.gemm(o.qx, o.ascales, o.xd, words, o.up, o.bias, o.offset, o.out_dtype, epilogue)
 
 
-def _portable_gemm(o: Gemm, epilogue: Hook | None) -> Tensor:
+def _portable_gemm(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.portable import gemm
 
     weight = layout.to_kernel(o.precision, o.weight)
@@ -188,7 +188,7 @@ def _portable_gemm(o: Gemm, epilogue: Hook | None) -> Tensor:
     return gemm.gemm(o.precision, qx, ascales, o.xd, weight, o.up, o.bias, o.offset, o.out_dtype, epilogue)
 
 
-def _portable_nvfp4(o: Gemm, epilogue: Hook | None) -> Tensor:
+def _portable_nvfp4(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.portable import gemm_nvfp4
 
     return gemm_nvfp4.gemm(o.qx, o.ascales, o.xd, o.weight, o.up, o.bias, o.out_dtype, epilogue)
@@ -255,7 +255,7 @@ def gemm(
     offset: Tensor | None,
     precision: str,
     out_dtype: torch.dtype,
-    epilogue: Hook | None = None,
+    epilogue: Generated | None = None,
 ) -> Tensor:
     """`reference.gemm` on the fastest kernel that can; weight in either order; an epilogue if `takes_epilogue`."""
     rows = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype).rows()
@@ -368,13 +368,13 @@ def _heads_why_not(x: Tensor) -> str | None:
     return f"x is {x.dtype} with {x.shape[3]} channels, not 16 bits with a power of two from 8 to 256"
 
 
-def _portable_heads(x: Tensor, region: portable_heads.Region, y: Tensor, interleaved: bool) -> None:
+def _portable_heads(x: Tensor, functions: portable_heads.GeneratedHeads, y: Tensor, interleaved: bool) -> None:
     from ..kernels.portable import heads
 
-    heads.run(x, y, region, interleaved)
+    heads.run(x, y, functions, interleaved)
 
 
-def _no_heads(x: Tensor, region: Any, y: Tensor, interleaved: bool) -> None:
+def _no_heads(x: Tensor, functions: Any, y: Tensor, interleaved: bool) -> None:
     raise AssertionError("a region without a kernel is evaluated in torch")
 
 
@@ -390,10 +390,10 @@ def takes_heads(x: Tensor) -> bool:
     return HEADS.choose(x).fuses
 
 
-def heads(x: Tensor, y: Tensor, region: portable_heads.Region, interleaved: bool) -> None:
+def heads(x: Tensor, y: Tensor, functions: portable_heads.GeneratedHeads, interleaved: bool) -> None:
     """A region over attention heads, x -> y, if `takes_heads`. Raises NoKernel if none is left that compiles it."""
     with _on(x.device):
-        HEADS.run(x, region, y, interleaved)
+        HEADS.run(x, functions, y, interleaved)
 
 
 # ** attention **

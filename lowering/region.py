@@ -1,36 +1,37 @@
-"""A fused region: the pointwise neighbours of an svdq:: operator, as a small program in text.
+"""A fused region: the elementwise operations around an svdq:: operator, as a small program in text.
 
-    epilogue(y, beside: full, a0: column); t0 = mul(y, a0); t1 = add(beside, t0)
-    prologue(x, right, a0: row, a1: row, a2: column); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)
+    epilogue(y, auxiliary: BTC, a0: C); t0 = mul(y, a0); t1 = add(auxiliary, t0)
+    prologue(x, right, a0: BT, a1: BT, a2: C); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)
 
 The text is an argument of the operator in the graph, so it is all that a compile cache needs to keep: `parse` reads it
 back, `evaluate` runs it in torch (the oracle), and generate.py turns it into a Triton function. The last step is the
 result. Values are fp32; `bf16` and `fp16` round where the model casts. It is one line, because Inductor copies a node's
 arguments into a comment above its own kernels, where a second line would be code.
 
-The block that a region works on is a matrix [M, C]: all leading dimensions of a tensor [..., C] are its rows.
+The block that a region works on is a matrix [M, C]: all leading dimensions of a tensor [..., C] are its rows, the
+tokens T of the samples B. Of an operand the text says which of these axes it varies over:
 
     x, y      what the operator reads, or the result it would store; `right` continues x: [x | right]
-    full      [..., C]              one value for each element. `beside`: the one that a GEMM loads in whole tiles
-    row       [..., 1]              one a row (a mean)
-    column    [C]                   one a channel (a norm's weight)
-    sample    [B, 1, ..., C]        one a channel for each of the B samples (a modulation); M / B rows each
-    scalar    one value
+    BTC       [..., C]              full: a value for each element. `auxiliary`: the one that a GEMM's kernel may load
+    BT        [..., 1]              per token (a mean)
+    C         [C]                   per channel (a norm's weight)
+    BC        [B, 1, ..., C]        per sample, a value for each channel (a modulation); M / B rows each
+    1                               one value
 
 A third kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, with ` | `
 between them: each makes some of the tokens, one after the other.
 
-    heads(x, a0: column, a1: token); t0 = mul(x, x); t1 = row_mean(t0); ...
+    heads(x, a0: D, a1: BTD); t0 = mul(x, x); t1 = row_mean(t0); ...
 
-    token     [B, T, 1, D]          one a channel for each token (cos, sin); B, T or both may be 1
-    row       [B, T, H, 1]          likewise
+    BTD       [B, T, 1, D]          per token, a value for each channel (cos, sin); B, T or both may be 1
+    BTH       [B, T, H, 1]          per token and head, likewise
 
 It may average over D (`row_mean`) and take D apart and together again: `even`, `odd`, `pair` by neighbouring channels,
-`low`, `high`, `halves` in the middle. What is half as long is only met by its like, by rows and by numbers.
+`low`, `high`, `halves` in the middle. What is half as long is only met by its like, by BTH and by numbers.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,8 +41,9 @@ from torch import Tensor
 STEPS, PARTS = "; ", " | "  # what stands between steps, and between the parts of a region over heads
 Argument = str | float  # the name of a value, or a number
 
-FULL, ROW, COLUMN, SAMPLE, SCALAR = CLASSES = ("full", "row", "column", "sample", "scalar")
-TOKEN = "token"
+# The axes that an operand may vary over, in the order in which they are tried.
+ROWS = ("1", "BTC", "C", "BT", "BC")
+HEADS = ("1", "BTH", "D", "BTD")
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda a, b: a + b,
@@ -77,7 +79,7 @@ ALONG_HEADS: dict[str, Callable[..., Tensor]] = {
 
 # A region over heads takes their channels apart in one of these ways.
 IN_THE_MIDDLE = {"low", "high", "halves"}
-NEIGHBOURS = {"even", "odd", "pair"}
+INTERLEAVED = {"even", "odd", "pair"}
 
 
 def _tensors(*values: Tensor | float) -> tuple[Tensor, ...]:
@@ -92,16 +94,20 @@ class Step:
     operation: str
     arguments: tuple[Argument, ...]
 
+    def expression(self) -> str:
+        """What it computes; equal texts have equal values."""
+        return f"{self.operation}({', '.join(map(str, self.arguments))})"
+
     def __str__(self) -> str:
-        return f"{self.name} = {self.operation}({', '.join(map(str, self.arguments))})"
+        return f"{self.name} = {self.expression()}"
 
 
 @dataclass(frozen=True)
 class Region:
-    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, class) in the operator's order.
+    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, axes) in the operator's order.
 
-    The classless first operand of a prologue or of heads is x (and a prologue's second `right`, where x has two parts);
-    an epilogue's first value, y, is no operand.
+    The first operand of a prologue or of heads is x (and a prologue's second `right`, where x has two parts), which is
+    full; an epilogue's first value, y, is no operand.
     """
 
     kind: str
@@ -110,7 +116,7 @@ class Region:
 
     def __str__(self) -> str:
         first = ["y"] if self.kind == "epilogue" else []
-        named = [name if name in ("x", "right") else f"{name}: {cls}" for name, cls in self.operands]
+        named = [name if name in ("x", "right") else f"{name}: {axes}" for name, axes in self.operands]
         return STEPS.join([f"{self.kind}({', '.join(first + named)})", *map(str, self.steps)])
 
     def drawing(self) -> str:
@@ -118,19 +124,22 @@ class Region:
         return str(self).replace(STEPS, "\n")
 
     @property
-    def has_right(self) -> bool:
-        """Whether a prologue's input comes in two parts."""
-        return ("right", FULL) in self.operands
+    def result(self) -> str:
+        """The name of what it makes."""
+        return self.steps[-1].name if self.steps else "y" if self.kind == "epilogue" else "x"
+
+    def named(self, operands: Iterable[Tensor]) -> dict[str, Tensor]:
+        """The operands by name."""
+        return {name: value for (name, _), value in zip(self.operands, operands, strict=True)}
 
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """Run the program in fp32. values: every operand by name, each broadcasting against the block, and y."""
         known: dict[str, Tensor] = {name: value.float() for name, value in values.items()}
-        result = known["y" if self.kind == "epilogue" else "x"]
         for step in self.steps:
             arguments = (known[a] if isinstance(a, str) else a for a in step.arguments)
             operation = OPERATIONS.get(step.operation) or ALONG_HEADS[step.operation]
-            result = known[step.name] = operation(*arguments)
-        return result
+            known[step.name] = operation(*arguments)
+        return known[self.result]
 
 
 _HEADER = re.compile(r"(prologue|epilogue|heads)\((.*)\)")
@@ -145,14 +154,14 @@ def parse(text: str) -> Region:
     if found is None:
         raise ValueError(f"not a fused region: {header!r}")
     kind, names = found.groups()
+    operations, choices, full = set(OPERATIONS), ROWS, "BTC"
+    if kind == "heads":
+        operations, choices, full = operations | set(ALONG_HEADS), (*HEADS, "BTHD"), "BTHD"
     operands = []
     for item in names.split(", "):
-        name, _, cls = item.partition(": ")
+        name, _, axes = item.partition(": ")
         if name != "y":
-            operands.append((name, cls or FULL))
-    operations, classes = set(OPERATIONS), CLASSES
-    if kind == "heads":
-        operations, classes = operations | set(ALONG_HEADS), (FULL, TOKEN, ROW, COLUMN, SCALAR)
+            operands.append((name, axes or full))
     known = {"y", *(name for name, _ in operands)}
     steps = []
     for line in lines:
@@ -162,6 +171,6 @@ def parse(text: str) -> Region:
         arguments = tuple(a if a in known else float(a) for a in found[3].split(", "))
         steps.append(Step(found[1], found[2], arguments))
         known.add(found[1])
-    if any(cls not in classes for _, cls in operands):
+    if any(axes not in choices for _, axes in operands):
         raise ValueError(f"not a fused region: {header!r}")
     return Region(kind, tuple(operands), tuple(steps))

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..lowering import ops
 from ..lowering.torch_private import describe
-from .pointwise import aten, cat_of, operation, prims, value_of
+from .vocabulary import aten, cat_of, operation, prims, value_of
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.default,
           aten.squeeze.dim, prims.convert_element_type.default)  # fmt: skip

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..lowering import ops
 from ..lowering.torch_private import describe
-from .pointwise import SIXTEEN_BIT, aten, before_widening, cat_of, operation, value_of
+from .vocabulary import SIXTEEN_BIT, aten, before_identities, cat_of, is_of_rows, operation, value_of
 
 MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
@@ -25,9 +25,9 @@ def measure_rows(gm: fx.GraphModule) -> int:
     moments: dict[fx.Node, list[fx.Node]] = {}
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target is aten.var_mean.correction and _over_rows(node, correction=0):
+        if node.target is aten.var_mean.correction and is_of_rows(node, correction=0):
             x, results = _rows(node.args[0]), [(item, item.args[1]) for item in node.users]
-        elif node.target is aten.mean.dim and _over_rows(node):
+        elif node.target is aten.mean.dim and is_of_rows(node):
             x, results = _rows(_squared(node.args[0])), [(node, 2)]
         else:
             continue
@@ -37,15 +37,6 @@ def measure_rows(gm: fx.GraphModule) -> int:
             count += 1
     gm.graph.eliminate_dead_code()
     return count
-
-
-def _over_rows(node: fx.Node, **wanted: object) -> bool:
-    """Whether a reduction is over the last dimension only, and keeps it."""
-    value = value_of(node.args[0])
-    dims = node.args[1] if len(node.args) > 1 else None
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
-    others = {name: v for name, v in node.kwargs.items() if name != "keepdim"}
-    return value is not None and dims in ([-1], [value.dim() - 1]) and keep is True and others == wanted
 
 
 def _squared(node: object) -> fx.Node | None:
@@ -58,7 +49,7 @@ def _rows(w: object) -> fx.Node | None:
     """The 16-bit x that w is, if its rows are worth it."""
     if not isinstance(w, fx.Node):
         return None
-    w = before_widening(w)
+    w = before_identities(w)
     value = value_of(w)
     if value is None or value.dtype not in SIXTEEN_BIT:
         return None

@@ -30,7 +30,7 @@ from ..kernels.operands import Gemm
 from ..lowering import ops
 from ..lowering.torch_private import describe, fake_mode_of
 from .pipeline import log
-from .pointwise import value_of
+from .vocabulary import value_of
 
 aten = torch.ops.aten
 

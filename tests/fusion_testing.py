@@ -15,7 +15,7 @@ from conftest import WIDTH, quiet, relative_error
 from svdq_compile import compiled as compiled_module
 from svdq_compile.lowering import ops
 from svdq_compile.lowering.region import parse
-from svdq_compile.passes.pointwise import operation
+from svdq_compile.passes.vocabulary import operation
 from zoo import ZOO, make
 
 # Fused arithmetic rounds to bf16 in fewer places (one rounding is 2^-9), which flips codes, one step in a few hundred.

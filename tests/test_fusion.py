@@ -24,7 +24,7 @@ from conftest import WIDTH, relative_error
 from svdq_compile.config import FUSIONS
 from svdq_compile.lowering import ops
 from svdq_compile.passes import FUSING
-from svdq_compile.passes.pointwise import operation
+from svdq_compile.passes.vocabulary import operation
 
 FIVE = ["flux", "sd3", "pixart", "qwen_image", "wan"]
 
@@ -85,7 +85,7 @@ class Test(expecttest.TestCase):
         self.assertExpectedInline(
             self.regions_of("flux"),
             """\
-prologue(x, a0: row, a1: row, a2: column, a3: column)
+prologue(x, a0: BT, a1: BT, a2: C, a3: C)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -95,9 +95,9 @@ t5 = add(a2, 1.0)
 t6 = mul(t4, t5)
 t7 = add(t6, a3)
 
-epilogue(y, a0: column, beside: full)
+epilogue(y, a0: C, auxiliary: BTC)
 t0 = mul(a0, y)
-t1 = add(beside, t0)
+t1 = add(auxiliary, t0)
 
 epilogue(y)
 t0 = mul(y, y)
@@ -118,12 +118,12 @@ prologue(x, right)""",
         self.assertExpectedInline(
             self.regions_of("sd3"),
             """\
-prologue(x, a0: sample, a1: sample)
+prologue(x, a0: BC, a1: BC)
 t0 = add(a0, 1.0)
 t1 = mul(x, t0)
 t2 = add(t1, a1)
 
-prologue(x, a0: row, a1: row, a2: sample, a3: sample)
+prologue(x, a0: BT, a1: BT, a2: BC, a3: BC)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -133,12 +133,12 @@ t5 = add(a2, 1.0)
 t6 = mul(t4, t5)
 t7 = add(t6, a3)
 
-epilogue(y, a0: sample)
+epilogue(y, a0: BC)
 t0 = mul(a0, y)
 
-epilogue(y, a0: sample, beside: full, a1: full)
+epilogue(y, a0: BC, auxiliary: BTC, a1: BTC)
 t0 = mul(a0, y)
-t1 = add(beside, t0)
+t1 = add(auxiliary, t0)
 t2 = add(t1, a1)
 
 epilogue(y)
@@ -153,11 +153,11 @@ t7 = add(t6, 1.0)
 t8 = mul(t5, t7)
 t9 = bf16(t8)
 
-epilogue(y, a0: sample, beside: full)
+epilogue(y, a0: BC, auxiliary: BTC)
 t0 = mul(a0, y)
-t1 = add(beside, t0)
+t1 = add(auxiliary, t0)
 
-prologue(x, a0: row, a1: row, a2: sample, a3: sample)
+prologue(x, a0: BT, a1: BT, a2: BC, a3: BC)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -171,7 +171,7 @@ t6 = add(t5, a3)""",
         self.assertExpectedInline(
             self.regions_of("pixart"),
             """\
-prologue(x, a0: row, a1: row, a2: sample, a3: sample)
+prologue(x, a0: BT, a1: BT, a2: BC, a3: BC)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -181,12 +181,12 @@ t5 = add(a2, 1.0)
 t6 = mul(t4, t5)
 t7 = add(t6, a3)
 
-epilogue(y, a0: sample, beside: full)
+epilogue(y, a0: BC, auxiliary: BTC)
 t0 = mul(a0, y)
-t1 = add(t0, beside)
+t1 = add(t0, auxiliary)
 
-epilogue(y, beside: full)
-t0 = add(y, beside)
+epilogue(y, auxiliary: BTC)
+t0 = add(y, auxiliary)
 
 epilogue(y)
 t0 = mul(y, y)
@@ -205,7 +205,7 @@ t9 = bf16(t8)""",
         self.assertExpectedInline(
             self.regions_of("qwen_image"),
             """\
-prologue(x, a0: row, a1: row, a2: sample, a3: sample)
+prologue(x, a0: BT, a1: BT, a2: BC, a3: BC)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -215,9 +215,9 @@ t5 = add(a2, 1.0)
 t6 = mul(t4, t5)
 t7 = add(t6, a3)
 
-epilogue(y, a0: sample, beside: full)
+epilogue(y, a0: BC, auxiliary: BTC)
 t0 = mul(a0, y)
-t1 = add(beside, t0)
+t1 = add(auxiliary, t0)
 
 epilogue(y)
 t0 = mul(y, y)
@@ -236,7 +236,7 @@ t9 = bf16(t8)""",
         self.assertExpectedInline(
             self.regions_of("wan"),
             """\
-prologue(x, a0: row, a1: row, a2: sample, a3: sample)
+prologue(x, a0: BT, a1: BT, a2: BC, a3: BC)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -246,12 +246,12 @@ t5 = mul(t3, t4)
 t6 = add(t5, a3)
 t7 = bf16(t6)
 
-epilogue(y, a0: sample, beside: full)
+epilogue(y, a0: BC, auxiliary: BTC)
 t0 = mul(y, a0)
-t1 = add(beside, t0)
+t1 = add(auxiliary, t0)
 t2 = bf16(t1)
 
-prologue(x, a0: row, a1: row, a2: column, a3: column)
+prologue(x, a0: BT, a1: BT, a2: C, a3: C)
 t0 = add(a0, 1e-06)
 t1 = rsqrt(t0)
 t2 = sub(x, a1)
@@ -260,8 +260,8 @@ t4 = mul(t3, a2)
 t5 = add(t4, a3)
 t6 = bf16(t5)
 
-epilogue(y, beside: full)
-t0 = add(beside, y)
+epilogue(y, auxiliary: BTC)
+t0 = add(auxiliary, y)
 
 epilogue(y)
 t0 = mul(y, y)
@@ -297,19 +297,21 @@ def flat(*values: Tensor) -> Tensor:
         (lambda a, b, x: b(a(x) + x) + x, 2, 0),
         (lambda a, b, x: (y := a(x)) + y.mean(-1, keepdim=True), 0, 0),
         (lambda a, b, x: a(x) * a(x).sum(), 1, 0),
+        (lambda a, b, x: (t := torch.tanh(a(x))) * t.mean(-1, keepdim=True), 1, 0),
         # Another linear's result beside: the second one is fused, and the first one only stored.
         (lambda a, b, x: F.silu(a(x)) * b(x), 1, 0),
         # Written in place, and into a view.
         (lambda a, b, x: a(x).add_(x).relu_(), 1, 0),
         (lambda a, b, x: flat((y := a(x)), y[:, :3].mul_(0.5), b(y)), 0, 0),
         (lambda a, b, x: b(a(x).mul_(2.0)), 1, 0),
-        # Nothing but a division by 1: the kernel stores what it has.
-        (lambda a, b, x: b(a(x) / 1.0), 1, 0),
         # Shapes that do not lie along the block.
         (lambda a, b, x: a(x)[None] + torch.ones(3, 1, 1, 1, dtype=x.dtype), 0, 0),
         (lambda a, b, x: b(a(x).transpose(0, 1) * 2.0), 0, 1),
         (lambda a, b, x: a(x).view(2, 24, 4, -1) * torch.ones(4, 1, dtype=x.dtype), 0, 0),
         (lambda a, b, x: a(x) + torch.arange(24.0, dtype=x.dtype)[:, None], 0, 0),
+        # Division by one is nothing, for others and by itself; adding zero is not.
+        (lambda a, b, x: torch.tanh(a(x) / 1.0) + 0.0 * x, 1, 0),
+        (lambda a, b, x: b(a(x) / 1.0), 1, 0),
         # Wider results are not stored by the GEMM; casts to bf16 within round.
         (lambda a, b, x: a(x).float(), 0, 0),
         (lambda a, b, x: (a(x).float() * 3.0 + x.float()).to(x.dtype), 1, 0),

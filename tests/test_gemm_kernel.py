@@ -23,7 +23,7 @@ from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
-            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "beside": "*bf16",
+            "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "auxiliary": "*bf16",
            "extra": ()}  # fmt: skip
 
 
@@ -83,9 +83,9 @@ def test_interpreted_siblings(m, count, rank, precision):
 
 
 @triton.jit
-def gated_beside(out, beside, features, tokens, live, extra):
+def gated_residual(out, auxiliary, features, tokens, live, extra):
     gate, factor = extra
-    return out * tl.load(gate + features, mask=live, other=0.0).to(tl.float32) * factor + beside
+    return out * tl.load(gate + features, mask=live, other=0.0).to(tl.float32) * factor + auxiliary
 
 
 @triton.jit
@@ -96,10 +96,10 @@ def gelu(out, features, tokens, live, extra):
 @interpreted
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 8, 64, 0), (19, 72, 192, 16), (70, 130, 128, 32)])
-def test_interpreted_hooks(m, n, k, rank, precision):
+def test_interpreted_epilogues(m, n, k, rank, precision):
     """gate * y + residual, the residual a slice of a wider matrix in the other 16-bit type; and gelu."""
     from svdq_compile.kernels.portable import gemm as triton_gemm
-    from svdq_compile.kernels.runtime.generated import Hook
+    from svdq_compile.kernels.runtime.generated import Generated
 
     fmt = FORMATS[precision]
     weight = fmt.quantize_weight(torch.randn(n, k) * k**-0.5)
@@ -108,13 +108,13 @@ def test_interpreted_hooks(m, n, k, rank, precision):
     expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, None, precision, torch.float32)
     packed = layout.to_kernel(precision, weight)
 
-    def gemm(hook):
-        return triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, None, torch.float32, hook)
+    def gemm(epilogue):
+        return triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, None, torch.float32, epilogue)
 
     gate, residual = torch.randn(n).to(HALF), torch.randn(m, n + 40).to(torch.bfloat16)[:, 24 : 24 + n]
-    y = gemm(Hook(gated_beside, (gate, 0.5), residual))
+    y = gemm(Generated(gated_residual, (gate, 0.5), residual))
     assert error(y, expected * gate * 0.5 + residual) < 1e-5
-    assert error(gemm(Hook(gelu)), F.gelu(expected, approximate="tanh")) < 1e-5
+    assert error(gemm(Generated(gelu)), F.gelu(expected, approximate="tanh")) < 1e-5
 
 
 # ** bad input **
@@ -153,31 +153,31 @@ def test_launchers_say_what_is_wrong(name, spoil, complaint):
 
 @compiled
 @pytest.mark.parametrize(
-    ("beside", "complaint"),
+    ("auxiliary", "complaint"),
     [
-        (torch.zeros(4, 8), "beside is torch.float32"),
-        (torch.zeros(4, 16, dtype=HALF), "beside has shape"),
-        (torch.zeros(8, 4, dtype=HALF).t(), "beside has strides"),
-        (torch.zeros(4, 8, dtype=HALF, device="meta"), "beside is on meta"),
+        (torch.zeros(4, 8), "auxiliary is torch.float32"),
+        (torch.zeros(4, 16, dtype=HALF), "auxiliary has shape"),
+        (torch.zeros(8, 4, dtype=HALF).t(), "auxiliary has strides"),
+        (torch.zeros(4, 8, dtype=HALF, device="meta"), "auxiliary is on meta"),
         (torch.zeros(4, 12, dtype=HALF)[:, :8], "multiples of 16 bytes"),
         (torch.zeros(4, 16, dtype=HALF)[:, 4:12], "multiples of 16 bytes"),
         (torch.zeros(1, 8, dtype=HALF).expand(4, 8), "multiples of 16 bytes"),
     ],
 )
-def test_launchers_say_what_is_wrong_beside(beside, complaint):
+def test_launchers_say_what_is_wrong_with_an_auxiliary_input(auxiliary, complaint):
     """Plain Triton takes rows at any address."""
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
     from svdq_compile.kernels.portable import gemm as triton_gemm
-    from svdq_compile.kernels.runtime.generated import Hook
+    from svdq_compile.kernels.runtime.generated import Generated
 
     arguments = gemm_arguments()
-    hook = Hook(gated_beside, (), beside)
+    epilogue = Generated(gated_residual, (), auxiliary)
     if "bytes" not in complaint:
         with pytest.raises(ValueError, match=complaint):
-            triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF, epilogue=hook)
+            triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF, epilogue=epilogue)
     arguments.pop("offset")
     with pytest.raises(ValueError, match=complaint):
-        gluon_gemm.gemm(**arguments, out_dtype=HALF, epilogue=hook)
+        gluon_gemm.gemm(**arguments, out_dtype=HALF, epilogue=epilogue)
 
 
 # ** instructions **
@@ -195,14 +195,14 @@ def test_gemm_uses_int8_tensor_cores(capability, grouped):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
-                 "EPILOGUE": None, "BESIDE": False}  # fmt: skip
+                 "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
     types = POINTERS | ({"wscales": "*bf16"} if grouped else {})
     built = compile_for(_gemm_kernel, capability, constants, 4, types)
     assert re.search(INT8_MMA[capability], built.ptx)
     assert built.spilled == 0
 
 
-def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
+def gluon_gemm_for(tile, epilogue=None, extra=(), auxiliary=False, low_rank=True):
     """The sm_90 kernel of one tile, compiled."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -212,14 +212,15 @@ def gluon_gemm_for(tile, hook=None, extra=(), beside=False, low_rank=True):
     tm, tn = tile.tm, tile.tn
     blocks = {"x": ("i8", torch.int8, tm, 128), "w": ("i8", torch.int8, tn, 64), "s": ("i16", torch.int16, 1, tn),
               "xd": ("bf16", torch.bfloat16, tm, 32), "up": ("bf16", torch.bfloat16, tn, 32),
-              "y": ("bf16", torch.bfloat16, tm // 2, tn), "beside": ("bf16", torch.bfloat16, tm // 2, tn)}  # fmt: skip
+              "y": ("bf16", torch.bfloat16, tm // 2, tn),
+              "auxiliary": ("bf16", torch.bfloat16, tm // 2, tn)}  # fmt: skip
     layouts = {name: swizzled(*block[1:]) for name, block in blocks.items() if name != "s"} | {"s": plain(16)}
     descriptors = {
         name: f"tensordesc<{kind}{[rows, columns]},{layouts[name]!r}>"
         for name, (kind, _, rows, columns) in blocks.items()
     }
     constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "LOW_RANK": low_rank, "BIAS": True,
-                 "EPILOGUE": hook, "BESIDE": beside, "WARPS": tile.warps}  # fmt: skip
+                 "EPILOGUE": epilogue, "AUXILIARY": auxiliary, "WARPS": tile.warps}  # fmt: skip
     types = POINTERS | descriptors | {"partial": "*i32", "counters": "*i32", "extra": extra}
     return compile_for(gluon_gemm._gemm_kernel, 90, constants, tile.warps, types, source=GluonASTSource)
 
@@ -239,24 +240,24 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     assert "setmaxnreg" in built.ptx
     assert "bar.arrive" in built.ptx
     assert waits_first(built.ptx)
-    assert "ldmatrix.sync.aligned.m8n8.x4.trans" not in built.ptx  # what `beside` would be read by
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" not in built.ptx  # what `auxiliary` would be read by
     assert built.spilled == 0
 
 
 @builds
 @pytest.mark.parametrize("rows", [32, 4608])
-def test_gluon_gemm_with_hooks(rows):
-    """A hook written in plain Triton; what is beside comes by TMA and is transposed by ldmatrix; no spills."""
+def test_gluon_gemm_with_epilogues(rows):
+    """An epilogue in plain Triton; the auxiliary input comes by TMA and is transposed by ldmatrix; no spills."""
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     tile = gluon_gemm.candidates(rows, 3072)[0]
     plain = gluon_gemm_for(tile, low_rank=False)
-    beside = gluon_gemm_for(tile, gated_beside, ("*bf16", "fp32"), beside=True)
+    auxiliary = gluon_gemm_for(tile, gated_residual, ("*bf16", "fp32"), auxiliary=True)
     copies = r"cp\.async\.bulk\.tensor\.2d\.shared\S*\.global"
-    assert len(re.findall(copies, beside.ptx)) == len(re.findall(copies, plain.ptx)) + 2
-    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in beside.ptx
+    assert len(re.findall(copies, auxiliary.ptx)) == len(re.findall(copies, plain.ptx)) + 2
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in auxiliary.ptx
     assert plain.spilled == gluon_gemm_for(tile, gelu).spilled == 0
-    assert beside.spilled <= 8  # a register pair with Triton 3.9, none with 3.6
+    assert auxiliary.spilled <= 8  # a register pair with Triton 3.9, none with 3.6
 
 
 @compiled

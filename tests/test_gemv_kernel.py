@@ -83,13 +83,13 @@ def gate_residual(out, features, tokens, live, extra):
 @interpreted
 def test_interpreted_epilogue():
     from svdq_compile.kernels.portable import gemv as triton_gemv
-    from svdq_compile.kernels.runtime.generated import Hook
+    from svdq_compile.kernels.runtime.generated import Generated
 
     x, xd, weight, up, bias = operands(9, 37, 320, 32)
     gate, residual = torch.randn(37).to(HALF), torch.randn(9, 37).to(HALF)
     expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32) * gate * 0.5 + residual
-    hook = Hook(gate_residual, (gate, residual, 37, 0.5))
-    y = triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, torch.float32, hook)
+    epilogue = Generated(gate_residual, (gate, residual, 37, 0.5))
+    y = triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, torch.float32, epilogue)
     assert error(y, expected) < 1e-4
 
 
@@ -135,7 +135,8 @@ def build(capability, m, k, dtype="bf16"):
     split = triton_gemv.choose_split(m, k, capability // 10)
     step = 128 * split.warps * split.words
     constants = {"TM": 8 if m <= 8 else 16, "WARPS": split.warps, "WORDS": split.words, "WHOLE": k % step == 0,
-                 "ONCE": k <= step, "RANK_STEPS": 1, "BIAS": True, "HOOK": None, "EARLY": capability >= 90}  # fmt: skip
+                 "ONCE": k <= step, "RANK_STEPS": 1, "BIAS": True, "EPILOGUE": None,
+                 "EARLY": capability >= 90}  # fmt: skip
     types = {name: t.replace("bf16", dtype) if t else t for name, t in POINTERS.items()}
     return compile_for(triton_gemv._gemv_kernel, capability, constants, split.warps, types, stages=1)
 

@@ -17,7 +17,7 @@ from svdq_compile.lowering.heads import parts
 HEADS, CHANNELS = 4, WIDTH // 4
 BOUND = 4e-3  # bf16 rounds to 2^-9 at most; fused arithmetic does it in fewer places
 
-FLUX = """heads(x, a0: column, a1: token, a2: token)
+FLUX = """heads(x, a0: D, a1: BTD, a2: BTD)
 t0 = mul(x, x)
 t1 = row_mean(t0)
 t2 = add(t1, 9.999999974752427e-07)
@@ -155,6 +155,8 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (joined(q, c, s), ()), 1),
         (lambda q, c, s: (torch.cat([norm(q[:, :5]), q[:, 5:]], 1), ()), 1),
         (lambda q, c, s: (cut(norm(q), c, s), ()), 1),
+        (lambda q, c, s: (torch.cat([(n := norm(q))[:, 5:], n[:, :5]], 1), ()), 1),
+        (lambda q, c, s: (norm(q)[:, 3:20] * 2.0, ()), 1),
         (lambda q, c, s: (norm(q) * torch.tanh(c[:1, :, :1]).to(q.dtype) + q.mean(-1, True), ()), 1),
         # The result is read by others too: it is stored anyway. A value on the way is not.
         (lambda q, c, s: (y := norm(q), (y,)), 1),
@@ -171,10 +173,13 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (q * torch.rsqrt(q.float().pow(2).mean((-2, -1), True)).to(q.dtype), ()), 0),
         (lambda q, c, s: (q - q.mean(1, True), ()), 0),
         (lambda q, c, s: (q * torch.rsqrt(q.float().var(-1, keepdim=True)).to(q.dtype), ()), 0),
+        # A slice, which lies in something longer.
+        (lambda q, c, s: (norm(q)[:, 3:20], ()), 0),
         # Nothing but elementwise; elementwise before; two full tensors; a value for each head.
         (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
         (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
         (lambda q, c, s: (norm(q) + q.flip(1), ()), 0),
+        (lambda q, c, s: (norm(q[:, :12]) + q[:, 12:], ()), 0),
         (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 0),
     ],
 )  # fmt: skip
@@ -219,7 +224,7 @@ def test_dynamic_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 # ** the kernel **
 
 HALVES = FLUX.replace("even(", "low(").replace("odd(", "high(").replace("pair(", "halves(")
-NORM = """heads(x, a0: row, a1: scalar)
+NORM = """heads(x, a0: BTH, a1: 1)
 t0 = row_mean(x)
 t1 = sub(x, t0)
 t2 = mul(t1, t1)
@@ -229,7 +234,7 @@ t5 = rsqrt(t4)
 t6 = mul(t1, t5)
 t7 = add(t6, a0)
 t8 = tanh(t7)""".replace("\n", "; ")
-COMPLEX = """heads(x, a0: token)
+COMPLEX = """heads(x, a0: BTD)
 t0 = even(x)
 t1 = odd(x)
 t2 = even(a0)
@@ -245,9 +250,9 @@ t10 = pair(t6, t9)""".replace("\n", "; ")
 
 def operands(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype, is_wide: bool) -> list[Tensor]:
     """Of one part; a wide x is a slice of a merged result."""
-    shapes = {"column": (d,), "token": (t, 1, d), "row": (b, 1, h, 1), "scalar": ()}
+    shapes = {"D": (d,), "BTD": (t, 1, d), "BTH": (b, 1, h, 1), "1": ()}
     x = torch.randn(b, t, 3 * h * d)[..., h * d : 2 * h * d].unflatten(-1, (h, d)).to(dtype)
-    others = [torch.rand(shapes[cls]) + 0.5 for name, cls in parts(text)[0].operands if name != "x"]
+    others = [torch.rand(shapes[axes]) + 0.5 for name, axes in parts(text)[0].operands if name != "x"]
     return [x if is_wide else x.contiguous(), *others]
 
 
@@ -266,7 +271,7 @@ def test_interpreted_kernel(text, b, t, h, d, is_wide, tmp_path, monkeypatch) ->
     x, *others = operands(text, b, t, h, d, torch.half, is_wide)
     values = dict(zip([name for name, _ in region.operands[1:]], others, strict=True))
     y = torch.full((b, t + 2, h, d), torch.nan, dtype=torch.half)
-    generated = generate_heads.generated(region, values, x.shape)
+    generated = generate_heads.bind(region, values, x.shape)
     triton_heads.run(x, y[:, 1:-1], generated, generate_heads.is_interleaved(region))
     assert error(y[:, 1:-1], region.evaluate({"x": x, **values})) < 4e-4
     assert y[:, 0].isnan().all()
@@ -349,4 +354,4 @@ def test_bad_input(x: Tensor, y: Tensor, match: str) -> None:
     from svdq_compile.kernels.portable import heads as triton_heads
 
     with pytest.raises((TypeError, ValueError), match=match):
-        triton_heads.run(x, y, triton_heads.Region(None, None, ()))
+        triton_heads.run(x, y, triton_heads.GeneratedHeads(None, None, ()))

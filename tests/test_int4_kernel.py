@@ -21,7 +21,7 @@ from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*bf16",
             "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16",
-            "beside": "*bf16"}  # fmt: skip
+            "auxiliary": "*bf16"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +114,14 @@ def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
 
 
 @compiled
-def test_gluon_takes_no_matrix_beside():
+def test_gluon_takes_no_auxiliary_input():
     from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
-    from svdq_compile.kernels.runtime.generated import Hook
+    from svdq_compile.kernels.runtime.generated import Generated
 
     empty = torch.empty(0)
-    hook = Hook(None, (), torch.zeros(4, 8))
-    with pytest.raises(ValueError, match="beside"):
-        gluon_int4.gemm(empty, empty, empty, (empty, empty), empty, None, None, HALF, hook)
+    epilogue = Generated(None, (), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="auxiliary"):
+        gluon_int4.gemm(empty, empty, empty, (empty, empty), empty, None, None, HALF, epilogue)
 
 
 # ** instructions **
@@ -133,7 +133,7 @@ def test_plain_uses_int8_tensor_cores(capability):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": True, "BIAS": True, "OFFSET": True,
-                 "EPILOGUE": None, "BESIDE": False}  # fmt: skip
+                 "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
     built = compile_for(_gemm_kernel, capability, constants, 4, POINTERS)
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32", built.ptx)
     assert built.spilled == 0

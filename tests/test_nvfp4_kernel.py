@@ -11,7 +11,7 @@ from kernel_testing import HALF, ROUNDING, builds, compile_for, compiled, error,
 from svdq_compile.kernels.formats import nvfp4
 from svdq_compile.kernels.portable import gemm_nvfp4 as triton_nvfp4
 from svdq_compile.kernels.portable.gemm_nvfp4 import Tile
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
 
 TYPES = {"qx": "*u8", "ascales": "*fp8e4nv", "qweight": "*u8", "wscales": "*fp8e4nv", "wtscale": "*fp32",
@@ -83,10 +83,10 @@ def gated(out, features, tokens, live, extra):
 @interpreted
 @pytest.mark.parametrize("tile", TILES)
 def test_interpreted_epilogue(tile):
-    """The hook gets its block as [features, tokens], with bias and low rank in it."""
+    """The epilogue gets its block as [features, tokens], with bias and low rank in it."""
     m, n = 33, 72
     given, gate, residual = arguments(m, n, 80, 16), torch.randn(n), torch.randn(m, n)
-    y = triton_nvfp4.gemm(**given, out_dtype=torch.float32, epilogue=Hook(gated, (gate, residual, n)), config=tile)
+    y = triton_nvfp4.gemm(**given, out_dtype=torch.float32, epilogue=Generated(gated, (gate, residual, n)), config=tile)
     assert error(y, residual + gate * expected(**given)) < 1e-6
 
 
@@ -194,7 +194,7 @@ PRODUCT = {
 
 def build(capability, tile, align):
     constants = {"TM": tile.tokens, "TN": tile.features, "TK": tile.k, "CHUNKED": tile.chunked,
-                 "ALIGN": min(align, tile.k), "GROUP": 8, "RANK": 32, "BIAS": True, "HOOK": None}  # fmt: skip
+                 "ALIGN": min(align, tile.k), "GROUP": 8, "RANK": 32, "BIAS": True, "EPILOGUE": None}  # fmt: skip
     return compile_for(triton_nvfp4._gemm_kernel, capability, constants, tile.warps, TYPES, tile.stages)
 
 

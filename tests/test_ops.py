@@ -11,8 +11,8 @@ from svdq_compile.lowering import ops
 
 B, T, K, N, R = 2, 12, 64, 96, 16
 BF16 = torch.bfloat16
-PROLOGUE = "prologue(x, a0: row, a1: full); t0 = mul(x, a0); t1 = add(t0, a1)"
-EPILOGUE = "epilogue(y, beside: full, a0: sample); t0 = mul(y, a0); t1 = add(beside, t0)"
+PROLOGUE = "prologue(x, a0: BT, a1: BTC); t0 = mul(x, a0); t1 = add(t0, a1)"
+EPILOGUE = "epilogue(y, auxiliary: BTC, a0: BC); t0 = mul(y, a0); t1 = add(auxiliary, t0)"
 
 Layout = Callable[[Tensor], Tensor]
 

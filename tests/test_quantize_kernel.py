@@ -20,7 +20,7 @@ from kernel_testing import (
 
 from svdq_compile.kernels.formats import codes_of
 from svdq_compile.kernels.portable import quantize as tq
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 0.0), ("int4", 0.0), ("int4", 0.171875), ("nvfp4", 0.0)]
@@ -111,13 +111,13 @@ def test_interpreted_ties_are_exact(precision, shift):
 def test_interpreted_prologues(precision, shift):
     x, smooth, down = operands(18, 136, 16)
     other = torch.randn(18, 136).to(HALF)
-    result = tq.quantize(x, smooth, down, precision, shift, Hook(gelu))
+    result = tq.quantize(x, smooth, down, precision, shift, Generated(gelu))
     check(result, F.gelu(x.float()).to(HALF), smooth, down, precision, shift)
-    result = tq.quantize(x, smooth, down, precision, shift, Hook(gated, (other, 136)))
+    result = tq.quantize(x, smooth, down, precision, shift, Generated(gated, (other, 136)))
     check(result, (F.silu(x.float()) * other.float()).to(HALF), smooth, down, precision, shift)
     mean, rstd = torch.randn(18), torch.rand(18) + 0.5
     scale, move = torch.randn(2, 136).to(HALF), torch.randn(2, 136).to(HALF)
-    result = tq.quantize(x, smooth, down, precision, shift, Hook(modulated, (mean, rstd, scale, move, 9, 136)))
+    result = tq.quantize(x, smooth, down, precision, shift, Generated(modulated, (mean, rstd, scale, move, 9, 136)))
     normal = ((x.float() - mean[:, None]) * rstd[:, None]).view(2, 9, 136)
     h = (normal * (1 + scale.float()[:, None]) + move.float()[:, None]).view(18, 136).to(HALF)
     check(result, h, smooth, down, precision, shift)
@@ -128,7 +128,14 @@ def test_interpreted_prologues(precision, shift):
 def test_interpreted_nothing_beyond_the_edges(precision, shift):
     """A prologue that makes ones of zeros must not make any where the input has no element."""
     x, smooth, down = operands(5, 72, 16)
-    check(tq.quantize(x, smooth, down, precision, shift, Hook(one)), torch.ones_like(x), smooth, down, precision, shift)
+    check(
+        tq.quantize(x, smooth, down, precision, shift, Generated(one)),
+        torch.ones_like(x),
+        smooth,
+        down,
+        precision,
+        shift,
+    )
 
 
 @interpreted
@@ -142,7 +149,7 @@ def test_interpreted_two_parts(m, left, k, precision, shift):
     h = torch.cat(parts, 1)
     result = tq.quantize(parts[0], smooth, down, precision, shift, right=parts[1])
     check(result, h, smooth, down, precision, shift)
-    result = tq.quantize(parts[0], smooth, down, precision, shift, Hook(gated, (x, k)), parts[1])
+    result = tq.quantize(parts[0], smooth, down, precision, shift, Generated(gated, (x, k)), parts[1])
     check(result, (F.silu(h.float()) * x.float()).to(HALF), smooth, down, precision, shift)
 
 
@@ -211,37 +218,37 @@ def test_compiles_without_spills(capability, precision, rank, warps, stages):
     types = TYPES | {"nvfp4": {"qx": "*u8", "ascales": "*u8"}}.get(precision, {})
     codes = codes_of(precision).name
     constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": rank, "CODES": codes, "UNSIGNED": False,
-                 "JOINED": False, "HOOK": None}  # fmt: skip
+                 "JOINED": False, "PROLOGUE": None}  # fmt: skip
     spilled = compile_for(tq._measure_kernel, capability, constants, warps, types, stages).spilled
     # On Blackwell for one more program on a multiprocessor, or, at rank 256, not to read `down` twice as often.
     assert spilled <= (16 if capability >= 100 else 0)
     if precision == "w4a8":
-        constants = {"DTYPE": tl.bfloat16, "TM": 8, "TK": 1024, "PARTS": 8, "JOINED": False, "HOOK": None}
+        constants = {"DTYPE": tl.bfloat16, "TM": 8, "TK": 1024, "PARTS": 8, "JOINED": False, "PROLOGUE": None}
         assert not compile_for(tq._codes_kernel, capability, constants, 4, types).spilled
 
 
 @builds
-@pytest.mark.parametrize("changes", [{"JOINED": True}, {"HOOK": modulated}, {"CODES": "int4", "UNSIGNED": True}])
+@pytest.mark.parametrize("changes", [{"JOINED": True}, {"PROLOGUE": modulated}, {"CODES": "int4", "UNSIGNED": True}])
 def test_variants_compile_without_spills(changes):
     constants = {"DTYPE": tl.bfloat16, "TM": 64, "TK": 64, "RANK": 32, "CODES": "int8", "UNSIGNED": False,
-                 "JOINED": False, "HOOK": None}  # fmt: skip
-    types = TYPES | {"extra": HOOK_TYPES} if "HOOK" in changes else TYPES
+                 "JOINED": False, "PROLOGUE": None}  # fmt: skip
+    types = TYPES | {"extra": PROLOGUE_TYPES} if "PROLOGUE" in changes else TYPES
     types = types | {"qx": "*fp8e4nv"} if "CODES" in changes else types
     assert not compile_for(tq._measure_kernel, 90, constants | changes, 4, types).spilled
 
 
-HOOK_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
+PROLOGUE_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
 
 
-def compile_gluon(rank, k, joined=False, hook=None, precision="w4a8", m=4608):
+def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels.hopper import quantize as gq
 
     width = 3072 if joined else k
-    values = gq.constants(m, k, rank, precision, float(precision == "int4"), width, hook and Hook(hook))
+    values = gq.constants(m, k, rank, precision, float(precision == "int4"), width, prologue and Generated(prologue))
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
-    types = TYPES | {"work": "*fp32", "extra": HOOK_TYPES if hook is modulated else ()}
+    types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue is modulated else ()}
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
     boxes, slots, *_ = values
     x = gq.describe(torch.empty(m, width, dtype=torch.bfloat16), 64, 64 * boxes)
@@ -271,12 +278,12 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
 
 @builds
 @pytest.mark.parametrize(
-    ("rank", "k", "joined", "hook"),
+    ("rank", "k", "joined", "prologue"),
     [(32, 15360, True, None), (128, 3072, True, None), (32, 12288, False, gelu), (32, 15360, True, modulated),
      (128, 3072, False, gelu), (128, 3072, False, modulated), (192, 3072, False, modulated), (256, 15360, True, None)],
 )  # fmt: skip
-def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, hook):
-    built = compile_gluon(rank, k, joined, hook)
+def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, prologue):
+    built = compile_gluon(rank, k, joined, prologue)
     assert not built.spilled
     assert built.registers * 128 * 2 <= 65536
     assert "cp.async.bulk.tensor" in built.ptx

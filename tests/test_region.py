@@ -10,7 +10,7 @@ from torch import Tensor
 from svdq_compile.lowering import generate
 from svdq_compile.lowering.region import OPERATIONS, Region, Step, parse
 
-MODULATE = """prologue(x, a0: row, a1: row, a2: column, a3: sample, a4: scalar, a5: full)
+MODULATE = """prologue(x, a0: BT, a1: BT, a2: C, a3: BC, a4: 1, a5: BTC)
 t0 = sub(x, a0)
 t1 = mul(t0, a1)
 t2 = add(a2, 1.0)
@@ -19,11 +19,11 @@ t4 = add(t3, a3)
 t5 = mul(t4, a4)
 t6 = add(t5, a5)
 t7 = fp16(t6)""".replace("\n", "; ")
-RESIDUAL = """epilogue(y, a0: column, beside: full)
+RESIDUAL = """epilogue(y, a0: C, auxiliary: BTC)
 t0 = mul(a0, y)
-t1 = add(beside, t0)""".replace("\n", "; ")
+t1 = add(auxiliary, t0)""".replace("\n", "; ")
 EVERYTHING = (
-    "prologue(x, a0: full); "
+    "prologue(x, a0: BTC); "
     "t0 = tanh(x); t1 = erf(x); t2 = exp(a0); t3 = sigmoid(x); t4 = relu(a0); t5 = abs(x); t6 = add(t5, 0.5); "
     "t7 = sqrt(t6); t8 = rsqrt(t6); t9 = reciprocal(t6); t10 = neg(t9); t11 = maximum(t0, t1); "
     "t12 = minimum(t2, t3); t13 = div(t11, t6); t14 = sub(t12, t13); t15 = mul(t14, t7); t16 = add(t15, t8); "
@@ -59,9 +59,9 @@ def test_every_operation_has_a_line_in_triton() -> None:
 
 def values_for(region: Region, m: int, c: int, samples: int, seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = {"full": (samples, m // samples, c), "row": (samples, m // samples, 1), "column": (c,),
-              "sample": (samples, 1, c), "scalar": ()}  # fmt: skip
-    return {name: torch.randn(shapes[cls], generator=g).to(torch.bfloat16) for name, cls in region.operands}
+    shapes = {"BTC": (samples, m // samples, c), "BT": (samples, m // samples, 1), "C": (c,), "BC": (samples, 1, c),
+              "1": ()}  # fmt: skip
+    return {name: torch.randn(shapes[axes], generator=g).to(torch.bfloat16) for name, axes in region.operands}
 
 
 def run_function(region: Region, block: Tensor, values: dict[str, Tensor], samples: int, tiles: bool) -> Tensor:
@@ -71,26 +71,28 @@ def run_function(region: Region, block: Tensor, values: dict[str, Tensor], sampl
 
     m, c = block.shape
     is_epilogue = region.kind == "epilogue"
-    hook = generate.hook(str(region), values, torch.Size((samples, m // samples)), c, tiles)
+    generated = generate.bind(str(region), values, torch.Size((samples, m // samples)), c, tiles)
 
     @triton.jit
-    def kernel(x, y, beside, M, C, extra, HOOK: tl.constexpr, BESIDE: tl.constexpr, EPILOGUE: tl.constexpr):
+    def kernel(x, y, auxiliary, M, C, extra, FUNCTION: tl.constexpr, AUXILIARY: tl.constexpr, EPILOGUE: tl.constexpr):
         rows = tl.arange(0, 32)[:, None]
         columns = tl.arange(0, 128)[None, :]
         live = (rows < M) & (columns < C)
         v = tl.load(x + rows * C + columns, mask=live, other=0.0)
-        if BESIDE:
-            other = tl.load(beside + rows * C + columns, mask=live, other=0.0).to(tl.float32)
-            v = HOOK(v, other, columns, rows, live, extra)
+        if AUXILIARY:
+            other = tl.load(auxiliary + rows * C + columns, mask=live, other=0.0).to(tl.float32)
+            v = FUNCTION(v, other, columns, rows, live, extra)
         elif EPILOGUE:
-            v = HOOK(v, columns, rows, live, extra)
+            v = FUNCTION(v, columns, rows, live, extra)
         else:
-            v = HOOK(v, rows, columns, live, extra)
+            v = FUNCTION(v, rows, columns, live, extra)
         tl.store(y + rows * C + columns, v, mask=live)
 
     y = torch.full_like(block, torch.nan)
-    other = block if hook.beside is None else hook.beside
-    kernel[(1,)](block, y, other, m, c, hook.operands, hook.function, hook.beside is not None, is_epilogue)
+    other = block if generated.auxiliary is None else generated.auxiliary
+    kernel[(1,)](
+        block, y, other, m, c, generated.operands, generated.function, generated.auxiliary is not None, is_epilogue
+    )
     return y
 
 

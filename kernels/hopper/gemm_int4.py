@@ -1,6 +1,6 @@
 """The int4 (W4A4) GEMM for sm_90, in Gluon: asynchronous e4m3 `wgmma`, rescaled in fp32 after every group of 64.
 
-    y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + bias + xd up^T, then the epilogue hook
+    y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + bias + xd up^T, then the epilogue
 
     qx         [M, Kp]    e4m3, exact integers -7..7 or 0..15 (int8 is converted)
     ascales    [M, Kp/64] fp32, the transposed view of [Kp/64, M] with rows a multiple of 4 apart (else copied)
@@ -37,7 +37,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..formats.layout import to_words
 from ..portable.gemm import check_scales, sibling_features
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
 from ..runtime.target import processors
 from ..runtime.tuning import choose
@@ -227,11 +227,11 @@ def _check(qx, ascales, weight, up, bias, offset) -> tuple[int, int]:
 
 
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
+         offset: Tensor | None, out_dtype: torch.dtype, epilogue: Generated | None = None,
          tile: Tile | None = None) -> Tensor:  # fmt: skip
     """int4, tensors as above that `gemm_w4a8.why_not` takes -> y [M, N]. weight: (words or planar qweight, wscales)."""
-    if epilogue is not None and epilogue.beside is not None:
-        raise ValueError("int4 loads no matrix beside the result in tiles: let the hook's function load it")
+    if epilogue is not None and epilogue.auxiliary is not None:
+        raise ValueError("int4 loads no auxiliary input in tiles: let the epilogue load it")
     if qx.dtype == torch.int8:
         qx = qx.half().to(torch.float8_e4m3fn)
     if weight[0].dtype == torch.int8:

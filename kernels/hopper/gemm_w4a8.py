@@ -1,6 +1,6 @@
 """The w4a8 GEMM for sm_90, in Gluon: asynchronous int8 `wgmma` with the weights unpacked in registers.
 
-    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T, then the epilogue hook
+    y = (qx (q s)^T) * ascales * wscales + bias + xd up^T, then the epilogue
 
     qx         [M, Kp]     int8
     ascales    [M, 1]      fp32
@@ -10,7 +10,7 @@
     xd         [M, s r]    bf16 or fp16, rows `xd.stride(0)` apart
     up         [N, r]      xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]         any float dtype, or None
-    beside     [M, N]      bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
+    auxiliary  [M, N]      bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
     y          [M, N]      bf16 or fp16
 
 The walk is that of ring.py, over tiles of TN features by TM tokens. A tile is computed transposed: weights are the left
@@ -19,7 +19,7 @@ A tile has P/128 such steps, then, after the scales, those of the low-rank produ
 and r, so nothing here is masked but the vectors.
 
 A tile ends in two halves along its tokens: the low-rank product of one runs while the other is scaled or stored. All
-that the next tile needs to know is worked out while the last product of this one runs. `beside` is loaded early in a
+that the next tile needs to know is worked out while the last product of this one runs. `auxiliary` is loaded early in a
 tile's walk, into the buffer through which the result will leave.
 
 Tiles that would leave most of the GPU idle in a last round are cut along K into parts. A part leaves its int32 sums in
@@ -43,9 +43,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from ..portable.gemm import check_beside, check_gemm, sibling_features
+from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import launch, zeroed_counters
 from ..runtime.target import processors
 from ..runtime.tuning import choose
@@ -198,33 +198,33 @@ def _rank_step(ring, slot):
 
 @aggregate
 class Result:
-    """y on its way out, and what is beside it on its way in, through the same two halves [TM/2, TN]."""
+    """y on its way out, and an auxiliary input on its way in, through the same two halves [TM/2, TN]."""
 
     y: tma.tensor_descriptor
-    beside: tma.tensor_descriptor
+    auxiliary: tma.tensor_descriptor
     halves: gl.shared_memory_descriptor
     loaded: gl.shared_memory_descriptor
     M: gl.tensor
     N: gl.tensor
 
     @gluon.jit
-    def load_beside(self, m0, n0, TM: gl.constexpr, TN: gl.constexpr):
+    def load_auxiliary(self, m0, n0, TM: gl.constexpr, TN: gl.constexpr):
         mbarrier.expect(self.loaded, TM * TN * 2)
         for h in gl.static_range(2):
-            target = view(self.halves.index(h), self.beside.dtype, [TM // 2, TN], self.beside.layout)
-            load(self.beside, [m0 + h * (TM // 2), n0], self.loaded, target)
+            target = view(self.halves.index(h), self.auxiliary.dtype, [TM // 2, TN], self.auxiliary.layout)
+            load(self.auxiliary, [m0 + h * (TM // 2), n0], self.loaded, target)
 
     @gluon.jit
-    def finish(self, h, out, m0, n0, extra, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr):
-        """Half a tile, from token m0 on, through the hook and on its way to y."""
+    def finish(self, h, out, m0, n0, extra, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr):
+        """Half a tile, from token m0 on, through the epilogue and on its way to y."""
         layout: gl.constexpr = out.type.layout
         half = self.halves.index(h)
         if EPILOGUE is not None:
             features = (n0 + gl.arange(0, out.shape[0], gl.SliceLayout(1, layout)))[:, None]
             tokens = (m0 + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout)))[None, :]
             live = (features < self.N) & (tokens < self.M)
-            if BESIDE:
-                t = view(half, self.beside.dtype, half.shape, self.beside.layout).permute([1, 0]).load(layout)
+            if AUXILIARY:
+                t = view(half, self.auxiliary.dtype, half.shape, self.auxiliary.layout).permute([1, 0]).load(layout)
                 out = EPILOGUE(out, t.to(gl.float32), features, tokens, live, extra)
             else:
                 out = EPILOGUE(out, features, tokens, live, extra)
@@ -236,7 +236,7 @@ class Result:
 @gluon.jit
 def _multiply(
     ring, work, subscales, line_scales, vectors, sums, result, extra,
-    LOW_RANK: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr,
+    LOW_RANK: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each work item's sums, and the finished tiles. line_scales: a tile's ascales."""
     TM: gl.constexpr = ring.TM
@@ -251,7 +251,7 @@ def _multiply(
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     slot = 0
     phase = 0
-    beside_phase = 0
+    auxiliary_phase = 0
     m0, n0 = work.origin(gl.program_id(0))
     a, b, shift = vectors.load(m0, n0, TM, TN, line, rows)
     for item in range(gl.program_id(0), work.items, gl.num_programs(0)):
@@ -272,9 +272,9 @@ def _multiply(
                 ring.hand_back_before(slot)
             high = _expand(p, odd, SCALED_HIGH)
             acc = warpgroup_mma(high, xt.slice(64, 64, 1).permute([1, 0]), acc, is_async=True)
-            if BESIDE and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
+            if AUXILIARY and i == gl.minimum(1, count - 1):  # the tile before this one has left by now
                 tma.store_wait(0)
-                result.load_beside(m0, n0, TM, TN)
+                result.load_auxiliary(m0, n0, TM, TN)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             slot, phase = ring.next(slot, phase)
         # While the last product runs: this tile's ascales to where the columns are, and all about the next tile.
@@ -309,36 +309,36 @@ def _multiply(
                 out0 = warpgroup_mma(u, d0, out0, is_async=True)
                 out1 = warpgroup_mma(u, d1, out1, is_async=True)
             out0 = warpgroup_mma_wait(1, deps=(out0,))
-        if BESIDE:
-            mbarrier.wait(result.loaded, beside_phase)
-            beside_phase ^= 1
+        if AUXILIARY:
+            mbarrier.wait(result.loaded, auxiliary_phase)
+            auxiliary_phase ^= 1
         else:
             tma.store_wait(0)
         if finished:
-            result.finish(0, out0, this_m0, this_n0, extra, EPILOGUE, BESIDE)
+            result.finish(0, out0, this_m0, this_n0, extra, EPILOGUE, AUXILIARY)
         if LOW_RANK:
             out1 = warpgroup_mma_wait(0, deps=(out1,))
             ring.hand_back(slot)
             slot, phase = ring.next(slot, phase)
         if finished:
-            result.finish(1, out1, this_m0 + HALF, this_n0, extra, EPILOGUE, BESIDE)
+            result.finish(1, out1, this_m0 + HALF, this_n0, extra, EPILOGUE, AUXILIARY)
     tma.store_wait(0)
 
 
 # Sizes stay run-time values: Triton would make each 1 a constant, and compile anew for each that 16 divides.
 @gluon.jit(do_not_specialize=["M", "N", "sibling", "rank", "whole", "parts", "part_steps", "k_steps", "rank_steps"])
 def _gemm_kernel(
-    x, w, s, xd, up, y, beside, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
+    x, w, s, xd, up, y, auxiliary, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
     parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
-    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, BESIDE: gl.constexpr, WARPS: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS)
     subscales = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
     line_scales = gl.allocate_shared_memory(gl.float32, [TM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     halves = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN], y.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    if BESIDE:
+    if AUXILIARY:
         mbarrier.init(loaded, count=1)
     fence_async_shared()
     gdc_wait()
@@ -347,11 +347,11 @@ def _gemm_kernel(
     work = Work(tiles, items, whole, parts, part_steps, k_steps, rank_steps)
     vectors = Vectors(ascales, wscales, bias, M, N, BIAS)
     sums = Sums(partial, counters)
-    result = Result(y, beside, halves, loaded, M, N)
+    result = Result(y, auxiliary, halves, loaded, M, N)
     gl.warp_specialize(
         [
-            (_multiply, (ring, work, subscales, line_scales, vectors, sums, result, extra, LOW_RANK, EPILOGUE, BESIDE,
-                         WARPS)),
+            (_multiply, (ring, work, subscales, line_scales, vectors, sums, result, extra, LOW_RANK, EPILOGUE,
+                         AUXILIARY, WARPS)),
             (_copy, (ring, work, x, w, s, subscales, sibling, rank)),
         ],
         [1],
@@ -424,7 +424,7 @@ def share(tiles: int, k_steps: int, programs: int, max_parts: int) -> Rounds:
 
 
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Hook | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
+         out_dtype: torch.dtype, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
     """w4a8, tensors as above, `can_gemm` -> y [M, N]."""
     m, n, _ = check_gemm("w4a8", qx, ascales, weight, up, bias, None)
     sibling = sibling_features(xd, up, m)
@@ -432,11 +432,12 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     if m == 0 or n == 0:
         return y
 
-    if epilogue is not None and epilogue.beside is not None:
-        check_beside(epilogue.beside, m, n, qx.device)
-        if epilogue.beside.stride(0) % 8 or epilogue.beside.stride(0) < n or epilogue.beside.data_ptr() % 16:
-            raise ValueError("beside must have rows whose addresses are multiples of 16 bytes, its strides are "
-                             f"{epilogue.beside.stride()}, its address {epilogue.beside.data_ptr():#x}")  # fmt: skip
+    if epilogue is not None and epilogue.auxiliary is not None:
+        check_auxiliary(epilogue.auxiliary, m, n, qx.device)
+        if epilogue.auxiliary.stride(0) % 8 or epilogue.auxiliary.stride(0) < n or epilogue.auxiliary.data_ptr() % 16:
+            raise ValueError("auxiliary must have rows whose addresses are multiples of 16 bytes, its strides are "
+                             f"{epilogue.auxiliary.stride()}, its address "
+                             f"{epilogue.auxiliary.data_ptr():#x}")  # fmt: skip
 
     def run(t: Tile) -> None:
         _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t)
@@ -454,7 +455,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
     k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
-    function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
+    function, extra, auxiliary = epilogue or (None, (), None)
     tiles = -(-m // t.tm) * -(-n // t.tn)
     rounds = share(tiles, k_steps, t.programs * processors(qx.device), t.parts)
     counters = zeroed_counters(qx.device, tiles - rounds.whole)
@@ -468,7 +469,7 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         describe(xd, t.tm, RANK_STEP.value),
         describe(up, t.tn, RANK_STEP.value),
         describe(y, t.tm // 2, t.tn),
-        describe(y if beside is None else beside, t.tm // 2, t.tn),
+        describe(y if auxiliary is None else auxiliary, t.tm // 2, t.tn),
         ascales,
         wscales,
         wscales if bias is None else bias,
@@ -485,5 +486,5 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         k_steps,
         -(-r // RANK_STEP.value),
     )
-    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, beside is not None, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, auxiliary is not None, t.warps)
     launch(_gemm_kernel, (rounds.programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

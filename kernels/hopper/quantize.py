@@ -35,7 +35,7 @@ from triton.language.extra.cuda import gdc_wait
 from ..formats import codes_of
 from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
 from ..portable.quantize import allocate_results, check_quantize
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
 from .descriptors import describe
@@ -147,13 +147,13 @@ def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr,
     PARTS: gl.constexpr, SLICE: gl.constexpr, CODES: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr,
-    JOINED: gl.constexpr, HOOK: gl.constexpr,
+    JOINED: gl.constexpr, PROLOGUE: gl.constexpr,
 ):  # fmt: skip
     BY_ROW: gl.constexpr = CODES == "int8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
     # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
     PIECE: gl.constexpr = 32 if EXACT else 16
-    NARROW: gl.constexpr = HOOK is not None or RANK + REST > 64
+    NARROW: gl.constexpr = PROLOGUE is not None or RANK + REST > 64
     DTYPE: gl.constexpr = x.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
@@ -218,14 +218,14 @@ def _quantize_kernel(
     rc = gl.arange(0, 32 if BY_ROW else 64, column)
     alive = _below(r, M - begin, EXACT)
     mbarrier.wait(full, 0)
-    if HOOK is not None:
+    if PROLOGUE is not None:
         for i in gl.static_range(BOXES):
             columns = (first + i * 64 + gl.arange(0, 64, gl.SliceLayout(0, wide)))[None, :]
             for j in gl.static_range(0, ROWS, PIECE):  # a thread stores where it alone has loaded
                 piece = xs.slice(i * 64, 64, 1).slice(j, PIECE)
                 rows = (begin.to(gl.int64) + j + gl.arange(0, PIECE, gl.SliceLayout(1, wide)))[:, None]
                 there = _below(rows, M, EXACT) & _below(columns, K, EXACT)
-                piece.store(prologue(piece.load(wide), rows, columns, there, extra, HOOK))
+                piece.store(prologue(piece.load(wide), rows, columns, there, extra, PROLOGUE))
         fence_async_shared()
         barrier()
     target = qx + (begin.to(gl.int64) * KP + first)
@@ -312,14 +312,14 @@ def _quantize_kernel(
         _leave_peaks(here, S, peaks)
 
 
-def _boxes(m: int, k: int, r: int, width: int, precision: str, hook: Hook | None) -> tuple[int, int]:
+def _boxes(m: int, k: int, r: int, width: int, precision: str, prologue: Generated | None) -> tuple[int, int]:
     """Boxes of x, and buffers for those of `down`, as measured best on an H200; two programs share a multiprocessor.
 
     width  columns of the first of two parts, else k
 
     Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
     """
-    rank, alone = sum(_pieces(r)), not codes_of(precision).by_block and hook is None
+    rank, alone = sum(_pieces(r)), not codes_of(precision).by_block and prologue is None
     if rank > 64:
         boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
     elif alone and m > 1024 and k > 8192:
@@ -331,7 +331,7 @@ def _boxes(m: int, k: int, r: int, width: int, precision: str, hook: Hook | None
     return boxes, min(boxes, slots)
 
 
-def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, prologue: Hook | None) -> bool:
+def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, prologue: Generated | None) -> bool:
     """Whether TMA can copy the rows, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
@@ -348,15 +348,15 @@ def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, 
     return -(-k // (64 * boxes)) * 2 <= processors(x.device)
 
 
-def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, hook: Hook | None) -> tuple:
+def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, prologue: Generated | None) -> tuple:
     """The kernel's compile-time parameters."""
-    boxes, slots = _boxes(m, k, r, width, precision, hook)
+    boxes, slots = _boxes(m, k, r, width, precision, prologue)
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
     codes = codes_of(precision).name
     return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(shift), exact,
-            width < k, None if hook is None else hook.function)  # fmt: skip
+            width < k, None if prologue is None else prologue.function)  # fmt: skip
 
 
 def _pieces(r: int) -> tuple[int, int]:
@@ -373,8 +373,9 @@ def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Des
     return describe(down, first, columns), describe(down, rest or first, columns)
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0, prologue: Hook | None = None,
-             right: Tensor | None = None, fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
+             prologue: Generated | None = None, right: Tensor | None = None,
+             fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As portable/quantize.py does it, for operands that `can_quantize`."""
     codes = check_quantize(x, right, smooth, down, precision, shift, fp8)
     qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)

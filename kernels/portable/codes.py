@@ -9,10 +9,10 @@ LARGEST = tl.constexpr(3.0e38)  # for reciprocals of scales so small that they w
 
 
 @triton.jit
-def prologue(v, rows, columns, live, extra, HOOK: tl.constexpr):
+def prologue(v, rows, columns, live, extra, PROLOGUE: tl.constexpr):
     """A block of the input -> what the linear reads, in the same dtype; zero where nothing lives."""
-    if HOOK is not None:
-        v = tl.where(live, HOOK(v.to(tl.float32), rows, columns, live, extra), 0.0).to(v.dtype)
+    if PROLOGUE is not None:
+        v = tl.where(live, PROLOGUE(v.to(tl.float32), rows, columns, live, extra), 0.0).to(v.dtype)
     return v
 
 

@@ -2,7 +2,7 @@
 
     w4a8   y = (qx (q s)^T) * ascales * wscales + xd up^T + bias               int32 over all of K
     int4   y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + xd up^T + bias   int32 within a group of 64
-    then the epilogue hook
+    then the epilogue
 
     qx         [M, Kp]           int8
     ascales    [M, 1 | Kp/64]    fp32
@@ -13,7 +13,7 @@
     up         [N, r]            xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]               any float dtype, or None
     offset     [N]               fp32, or None
-    beside     [M, N]            bf16 or fp16, rows `beside.stride(0)` apart: the hook's, or None
+    auxiliary  [M, N]            bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
     y          [M, N]            bf16, fp16 or fp32
 
 The tile is computed transposed, weights [TN, 64] by activations [64, TM], so that codes go from registers straight into
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..formats import codes_of
 from ..formats.layout import SIBLING_STEP
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from .unpack import INTERPRETED, nibble, scaled
 
@@ -71,10 +71,10 @@ def _group_scales(wscales, ascales, w, words, rn, live_n, wide_m, live_m, stride
 
 @triton.jit
 def _gemm_kernel(
-    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, beside, extra, M, N, KP, r, sibling, xd_stride,
-    beside_stride, scales_stride,
+    qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, auxiliary, extra, M, N, KP, r, sibling,
+    xd_stride, auxiliary_stride, scales_stride,
     TM: tl.constexpr, TN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, GROUPED: tl.constexpr,
-    BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, BESIDE: tl.constexpr,
+    BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, AUXILIARY: tl.constexpr,
 ):  # fmt: skip
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
     rm = pm * TM + tl.arange(0, TM)
@@ -130,8 +130,8 @@ def _gemm_kernel(
             d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
             out = tl.dot(u, d, out)
     live = live_m & live_n
-    if BESIDE:
-        t = tl.load(beside + wide_m * beside_stride + rn[:, None], mask=live, other=0.0).to(tl.float32)
+    if AUXILIARY:
+        t = tl.load(auxiliary + wide_m * auxiliary_stride + rn[:, None], mask=live, other=0.0).to(tl.float32)
         out = EPILOGUE(out, t, rn[:, None], rm[None, :], live, extra)
     elif EPILOGUE is not None:
         out = EPILOGUE(out, rn[:, None], rm[None, :], live, extra)
@@ -181,27 +181,27 @@ def sibling_features(xd: Tensor, up: Tensor, rows: int) -> int:
     return n // parts
 
 
-def check_beside(beside: Tensor, rows: int, features: int, device: torch.device) -> None:
-    """Raise unless a hook's matrix has the result's shape, is 16-bit, and its rows lie in one piece."""
-    if beside.device != device:
-        raise ValueError(f"beside is on {beside.device}, the other tensors on {device}")
-    if beside.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"beside is {beside.dtype}, expected bfloat16 or float16")
-    if tuple(beside.shape) != (rows, features):
-        raise ValueError(f"beside has shape {tuple(beside.shape)}, expected {(rows, features)}")
-    if features > 1 and beside.stride(1) != 1:
-        raise ValueError(f"beside has strides {beside.stride()}, expected rows with stride 1")
+def check_auxiliary(auxiliary: Tensor, rows: int, features: int, device: torch.device) -> None:
+    """Raise unless an auxiliary input has the result's shape, is 16-bit, and its rows lie in one piece."""
+    if auxiliary.device != device:
+        raise ValueError(f"auxiliary is on {auxiliary.device}, the other tensors on {device}")
+    if auxiliary.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"auxiliary is {auxiliary.dtype}, expected bfloat16 or float16")
+    if tuple(auxiliary.shape) != (rows, features):
+        raise ValueError(f"auxiliary has shape {tuple(auxiliary.shape)}, expected {(rows, features)}")
+    if features > 1 and auxiliary.stride(1) != 1:
+        raise ValueError(f"auxiliary has strides {auxiliary.stride()}, expected rows with stride 1")
 
 
 def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor,
-         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, epilogue: Hook | None = None,
+         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, epilogue: Generated | None = None,
          config=None) -> Tensor:  # fmt: skip
     """w4a8 or int4, tensors as above -> y [M, N]."""
     m, n, kp = check_gemm(precision, qx, ascales, weight, up, bias, offset)
     sibling = sibling_features(xd, up, m)
-    function, extra, beside = (epilogue.function, epilogue.operands, epilogue.beside) if epilogue else (None, (), None)
-    if beside is not None:
-        check_beside(beside, m, n, qx.device)
+    function, extra, auxiliary = epilogue or (None, (), None)
+    if auxiliary is not None:
+        check_auxiliary(auxiliary, m, n, qx.device)
     y = qx.new_empty(m, n, dtype=out_dtype)
     if m == 0 or n == 0:
         return y
@@ -211,11 +211,11 @@ def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[
     tm, tn, warps, stages = config or _config(m, n, grouped)
     arguments = (
         qx, ascales, weight[0], subscales, wscales, xd, up, wscales if bias is None else bias,
-        ascales if offset is None else offset, y, y if beside is None else beside, extra, m, n, kp, r, sibling,
-        xd.stride(0), n if beside is None else beside.stride(0), weight[1].stride(0),
+        ascales if offset is None else offset, y, y if auxiliary is None else auxiliary, extra, m, n, kp, r, sibling,
+        xd.stride(0), n if auxiliary is None else auxiliary.stride(0), weight[1].stride(0),
     )  # fmt: skip
     rank = min(64, max(16, triton.next_power_of_2(r))) if r else 0
-    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, beside is not None)
+    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, auxiliary is not None)
     grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
     launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     return y

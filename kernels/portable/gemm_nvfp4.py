@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.tuning import choose
 from .gemm import tile_of
@@ -106,7 +106,7 @@ def _product(w, ws, x, xs, acc):
 def _gemm_kernel(
     qx, ascales, qweight, wscales, wtscale, xd, up, bias, y, M, N, KP, r, xd_stride, extra,
     TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
-    GROUP: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, HOOK: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
     rm = pm * TM + tl.arange(0, TM)
@@ -145,8 +145,8 @@ def _gemm_kernel(
             u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
             d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
             out = tl.dot(u, d, out)
-    if HOOK is not None:
-        out = HOOK(out, rn[:, None], rm[None, :], live_m & live_n, extra)
+    if EPILOGUE is not None:
+        out = EPILOGUE(out, rn[:, None], rm[None, :], live_m & live_n, extra)
     tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live_m & live_n)
 
 
@@ -173,7 +173,7 @@ def candidates(rows: int, target: int) -> tuple[Tile, ...]:
 
 
 def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Hook | None = None, config: Tile | None = None) -> Tensor:  # fmt: skip
+         out_dtype: torch.dtype, epilogue: Generated | None = None, config: Tile | None = None) -> Tensor:  # fmt: skip
     """Tensors as above on the current device, weight = (qweight, wscales, wtscale) -> y [M, N]."""
     target = compute_target(torch.cuda.current_device() if qx.is_cuda else None)
     m, n, kp = _check(qx, ascales, xd, weight, up, bias)
@@ -182,12 +182,12 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
         return y
     r = up.shape[1]
     rank = min(32, max(16, triton.next_power_of_2(r))) if r else 0
-    extra, hook = (epilogue.operands, epilogue.function) if epilogue else ((), None)
+    extra, function = (epilogue.operands, epilogue.function) if epilogue else ((), None)
     arguments = (qx, ascales, *weight, xd, up, weight[2] if bias is None else bias, y, m, n, kp, r, xd.stride(0), extra)
 
     def run(t: Tile) -> None:
         align = min(t.k, kp & -kp)
-        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, bias is not None, hook)
+        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, bias is not None, function)
         grid = (triton.cdiv(m, t.tokens) * triton.cdiv(n, t.features), 1, 1)
         launch(_gemm_kernel, grid, arguments, constants, num_warps=t.warps, num_stages=t.stages)
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.target import capability, launches_early
 from .unpack import biased
@@ -124,7 +124,7 @@ def _load_low_rank(u_at, u_k, d_at, d_k, first, r):
 def _gemv_kernel(
     x, qweight, pairs, xd, up, bias, y, M, N, K, r, xd_stride, extra,
     TM: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr,
-    RANK_STEPS: tl.constexpr, BIAS: tl.constexpr, HOOK: tl.constexpr, EARLY: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_wait()
@@ -174,8 +174,8 @@ def _gemv_kernel(
     if BIAS:
         out += b.to(tl.float32)[:, None]
     live = (rn < N)[:, None] & (rm < M)[None, :]
-    if HOOK is not None:
-        out = HOOK(out, rn[:, None], rm[None, :], live, extra)
+    if EPILOGUE is not None:
+        out = EPILOGUE(out, rn[:, None], rm[None, :], live, extra)
     tl.store(y + rm.to(tl.int64)[None, :] * N + rn[:, None], out.to(y.dtype.element_ty), mask=live)
 
 
@@ -197,7 +197,7 @@ def choose_split(m: int, k: int, major: int) -> Split:
 
 
 def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | None, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Hook | None = None, split: Split | None = None) -> Tensor:  # fmt: skip
+         out_dtype: torch.dtype, epilogue: Generated | None = None, split: Split | None = None) -> Tensor:  # fmt: skip
     """Tensors as above -> y [M, N], M at most MAX_ROWS. The same operands always give the same bits."""
     qweight, wscales, _ = weight
     (m, k), n = x.shape, qweight.shape[0]

@@ -2,11 +2,11 @@
 
     y = region(x)
 
-    x      [B, T, H, D]  bf16 or fp16; neighbours along D, other strides free
-    y      [B, T, H, D]  x's dtype, likewise: a part of the tokens of something longer, say
+    x      [B, T, H, D]  bf16 or fp16; stride 1 along D, other strides free
+    y      [B, T, H, D]  x's dtype, likewise: some of the tokens of something longer, say
     extra  what the region reads besides x (lowering/generate_heads.py)
 
-D is a power of two. A program takes some heads of some tokens. It holds a value in two parts, the even and the odd
+D is a power of two. A program takes some heads of some tokens. It holds a value in two halves, the even and the odd
 channels, so that rotating a pair moves nothing; loads and stores join them and are 16 bytes wide. Regions that rotate
 halves instead (INTERLEAVED false) hold the lower and the upper channels.
 """
@@ -34,11 +34,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-class Region(NamedTuple):
+class GeneratedHeads(NamedTuple):
     """Generated code, and what it reads besides x.
 
     load      (sample, token, extra, D) -> a tuple: what is the same for all heads of some tokens, loaded once
-    function  (x_0, x_1, that tuple, sample, token, head, extra, D) -> the two parts of y, fp32 like those of x
+    function  (x_0, x_1, that tuple, sample, token, head, extra, D) -> the halves of y, fp32 like those of x
     """
 
     load: JITFunction
@@ -47,8 +47,8 @@ class Region(NamedTuple):
 
 
 @triton.jit
-def load_parts(at, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """D values at each of `at` [tokens, 1] -> two parts [tokens, D / 2] in fp32."""
+def load_halves(at, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """D values at each of `at` [tokens, 1] -> two halves [tokens, D / 2] in fp32."""
     if INTERLEAVED:
         v = tl.load(at + tl.arange(0, D)[None, :]).to(tl.float32)
         return tl.split(tl.reshape(v, (v.shape[0], D // 2, 2)))
@@ -59,7 +59,7 @@ def load_parts(at, D: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
-def store_parts(at, a, b, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+def store_halves(at, a, b, D: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
         v = tl.reshape(tl.join(a, b), (a.shape[0], D)).to(at.dtype.element_ty)
         tl.store(at + tl.arange(0, D)[None, :], v)
@@ -84,13 +84,13 @@ def _heads_kernel(
     x += sample * x_sample + token * x_token
     y += sample * y_sample + token * y_token
     held = LOAD(sample, token, extra, D)
-    next_0, next_1 = load_parts(x + first * x_head, D, INTERLEAVED)
+    next_0, next_1 = load_halves(x + first * x_head, D, INTERLEAVED)
     for i in tl.range(HEADS):
         x_0, x_1 = next_0, next_1
         head = first + i
-        next_0, next_1 = load_parts(x + tl.minimum(head + 1, first + HEADS - 1) * x_head, D, INTERLEAVED)
+        next_0, next_1 = load_halves(x + tl.minimum(head + 1, first + HEADS - 1) * x_head, D, INTERLEAVED)
         a, b = FUNCTION(x_0, x_1, held, sample, token, head, extra, D)
-        store_parts(y + head * y_head, a, b, D, INTERLEAVED)
+        store_halves(y + head * y_head, a, b, D, INTERLEAVED)
 
 
 def choose(rows: int, heads: int, channels: int, multiprocessors: int) -> Tile:
@@ -105,7 +105,7 @@ def choose(rows: int, heads: int, channels: int, multiprocessors: int) -> Tile:
     return Tile(tokens, max(enough, default=1), 4)
 
 
-def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Tile | None = None) -> None:
+def run(x: Tensor, y: Tensor, functions: GeneratedHeads, interleaved: bool = True, tile: Tile | None = None) -> None:
     """y = region(x), both [B, T, H, D]."""
     if x.dtype not in (torch.bfloat16, torch.float16) or y.dtype != x.dtype or y.device != x.device:
         raise TypeError(f"x is {x.dtype} on {x.device}, y {y.dtype} on {y.device}, expected one 16-bit type and device")
@@ -121,8 +121,8 @@ def run(x: Tensor, y: Tensor, region: Region, interleaved: bool = True, tile: Ti
     samples, tokens, heads, channels = x.shape
     rows = samples * tokens
     tile = tile or choose(rows, heads, channels, processors(x.device))
-    arguments = (x, y, rows, tokens, *x.stride()[:3], *y.stride()[:3], region.operands)
+    arguments = (x, y, rows, tokens, *x.stride()[:3], *y.stride()[:3], functions.operands)
     early = launches_early(x.device)
-    constants = (channels, tile.tokens, tile.heads, interleaved, region.load, region.function, early)
+    constants = (channels, tile.tokens, tile.heads, interleaved, functions.load, functions.function, early)
     launch(_heads_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,
            num_warps=tile.warps, launch_pdl=early)  # fmt: skip

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..formats import Codes, codes_of
 from ..formats.groups import padded
-from ..runtime.generated import Hook
+from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch, zeroed_counters
 from ..runtime.target import processors
 from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
@@ -51,7 +51,7 @@ MAX_BLOCKS = 1024  # with a counter each
 
 @triton.jit
 def _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE: tl.constexpr, JOINED: tl.constexpr,
-           HOOK: tl.constexpr):  # fmt: skip
+           PROLOGUE: tl.constexpr):  # fmt: skip
     """A block of what the linear reads.
 
     Loaded as bits, so that the product takes it from registers: where Triton 3.6 hands `wgmma` the shared buffer of a
@@ -64,7 +64,7 @@ def _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE: tl.c
         bits |= tl.load(right + rm[:, None] * right_stride + (columns - W), mask=live & (columns >= W), other=0)
     else:
         bits = tl.load(at, mask=live, other=0)
-    return prologue(bits.to(DTYPE, bitcast=True), rm[:, None], columns, live, extra, HOOK)
+    return prologue(bits.to(DTYPE, bitcast=True), rm[:, None], columns, live, extra, PROLOGUE)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _measure_kernel(
     x, right, smooth, down, qx, ascales, peaks, partial, counters, xd, M, K, KP, R, S, W, x_stride, right_stride,
     a_row, a_group, chunk, shift, extra,
     DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, CODES: tl.constexpr,
-    UNSIGNED: tl.constexpr, JOINED: tl.constexpr, HOOK: tl.constexpr,
+    UNSIGNED: tl.constexpr, JOINED: tl.constexpr, PROLOGUE: tl.constexpr,
 ):  # fmt: skip
     """One part of the channels: the product, and either the rows' peaks or the codes of whole groups."""
     rm = tl.program_id(0).to(tl.int64) * TM + tl.arange(0, TM)
@@ -109,7 +109,7 @@ def _measure_kernel(
     for k in tl.range(first, min(first + chunk, KP), TK):
         rk = k + tl.arange(0, TK)
         live = alive & (rk < K)[None, :]
-        v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, HOOK)
+        v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
         factors = tl.load(smooth + rk, mask=rk < K, other=1.0)[None, :]
         if CODES == "int8":
             peak = tl.maximum(peak, tl.abs(v.to(tl.float32) * (1.0 / factors)))
@@ -142,7 +142,7 @@ def _measure_kernel(
 def _codes_kernel(
     x, right, smooth, qx, ascales, peaks, M, K, KP, S, W, x_stride, right_stride, extra,
     DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, PARTS: tl.constexpr, JOINED: tl.constexpr,
-    HOOK: tl.constexpr,
+    PROLOGUE: tl.constexpr,
 ):  # fmt: skip
     """int8: the rows' scales from their parts' peaks, and the codes."""
     pk = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -154,7 +154,7 @@ def _codes_kernel(
     scale, reciprocal = int8_scale(tl.max(some, 0))
     rk = pk * TK + tl.arange(0, TK)
     live = alive & (rk < K)[None, :]
-    v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, HOOK)
+    v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
     inverse = 1.0 / tl.load(smooth + rk, mask=rk < K, other=1.0)
     q = int8_codes(v, inverse[None, :], reciprocal[:, None])
     tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive & (rk < KP)[None, :])
@@ -196,7 +196,7 @@ def allocate_results(x: Tensor, k: int, r: int, codes: Codes, fp8: bool) -> tupl
 
 
 def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
-             prologue: Hook | None = None, right: Tensor | None = None,
+             prologue: Generated | None = None, right: Tensor | None = None,
              fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x [M, W], right [M, K - W], smooth [K], down [R, K] -> qx, ascales, xd as above.
 
@@ -208,7 +208,7 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
         return qx, ascales, xd
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
     kp = padded(k, codes.block)
-    hook, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
+    function, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
     dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     tm = tk = 64
     blocks, steps = triton.cdiv(m, tm), triton.cdiv(kp, tk)
@@ -221,7 +221,16 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     counters = zeroed_counters(x.device, blocks)
     arguments = (bits, more, smooth, down, qx, scales, peaks, partial, counters, xd, m, k, kp, r, splits, w,
                  bits.stride(0), more.stride(0), *ascales.stride(), chunk, float(shift), extra)  # fmt: skip
-    constants = (dtype, tm, tk, triton.next_power_of_2(r) if r else 0, codes.name, bool(shift), right is not None, hook)
+    constants = (
+        dtype,
+        tm,
+        tk,
+        triton.next_power_of_2(r) if r else 0,
+        codes.name,
+        bool(shift),
+        right is not None,
+        function,
+    )
     warps, stages = (4, 4) if r <= 64 else (8, 2)  # no spills, and within the 99 KB of sm_89 and sm_120
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
     if codes.by_block:
@@ -229,5 +238,5 @@ def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: flo
     tm, tk = 8, min(1024, triton.next_power_of_2(kp))
     arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)
     launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments,
-           (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, hook), num_warps=4)  # fmt: skip
+           (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, function), num_warps=4)  # fmt: skip
     return qx, ascales, xd

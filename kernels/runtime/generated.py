@@ -5,23 +5,22 @@
                result with bias and low rank added, before it is rounded and stored
 
 `rows`, `columns`, `features` and `tokens` are indices already shaped to broadcast against the block ([TM, 1], [1, TK],
-...), `live` the mask of elements that exist, `extra` the tuple of `operands` as pointers and scalars. A hook is part of
-a kernel's compile-time identity: Triton's cache sees the source of its function.
+...), `live` the mask of elements that exist, `extra` the tuple of `operands` as pointers and scalars. A function is
+part of a kernel's compile-time identity: Triton's cache sees its source.
 
-An epilogue may have one matrix `beside` the result, a residual say, that the kernel itself loads in whole tiles; its
-function is then `function(out, beside, features, tokens, live, extra) -> out`, beside fp32, shaped like out.
+An epilogue may have an auxiliary input shaped like the result, a residual say, that the kernel itself loads in whole
+tiles; its function is then `function(out, auxiliary, features, tokens, live, extra) -> out`, auxiliary fp32.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from triton.runtime import JITFunction
 
 
-@dataclass(frozen=True, eq=False)
-class Hook:
-    """A function for the kernel to call, and what it reads besides the block it is given."""
+class Generated(NamedTuple):
+    """An epilogue or a prologue for the kernel to call, and what it reads besides the block it is given."""
 
     function: JITFunction
     operands: tuple[Tensor | int | float, ...] = ()
-    beside: Tensor | None = None
+    auxiliary: Tensor | None = None

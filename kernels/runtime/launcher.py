@@ -73,7 +73,7 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
     """Start a kernel on the current device.
 
     arguments  tensors, ints, floats, `Descriptor`s and tuples of these in the order of the kernel's parameters
-    constants  its constexpr parameters, which come last; the functions of hooks among them
+    constants  its constexpr parameters, which come last; generated functions among them
     options    num_warps, num_stages, maxnreg, launch_pdl
     """
     current_device, current_stream = gpu()

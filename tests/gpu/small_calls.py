@@ -13,9 +13,9 @@ from svdq_compile.lowering import ops
 from svdq_compile.quantizer import quantize_group
 
 BF16 = torch.bfloat16
-NORM = "prologue(x, a0: row, a1: column); t0 = sub(x, a0); t1 = mul(t0, a1)"
+NORM = "prologue(x, a0: BT, a1: C); t0 = sub(x, a0); t1 = mul(t0, a1)"
 JOINED = "prologue(x, right)"
-RESIDUAL = "epilogue(y, a0: column, beside: full); t0 = mul(a0, y); t1 = add(beside, t0)"
+RESIDUAL = "epilogue(y, a0: C, auxiliary: BTC); t0 = mul(a0, y); t1 = add(auxiliary, t0)"
 SHAPES = [(1, 128, 200), (77, 320, 192), (333, 1088, 1000)]  # M, K, N: edges of every tile
 
 

@@ -21,18 +21,18 @@ if not torch.cuda.is_available():
 BF16 = torch.bfloat16
 FLIPS = 0.02  # a bf16 rounding less or more flips codes, one step in a few hundred
 
-NORM = """prologue(x, a0: row, a1: row, a2: column, a3: sample)
+NORM = """prologue(x, a0: BT, a1: BT, a2: C, a3: BC)
 t0 = sub(x, a0)
 t1 = mul(t0, a1)
 t2 = add(a2, 1.0)
 t3 = mul(t1, t2)
 t4 = add(t3, a3)""".replace("\n", "; ")
 JOINED = "prologue(x, right); t0 = tanh(x); t1 = mul(t0, 2.0)"
-GATED = "prologue(x, a0: full); t0 = sigmoid(a0); t1 = mul(x, t0)"
-RESIDUAL = "epilogue(y, a0: column, beside: full); t0 = mul(a0, y); t1 = add(beside, t0)"
+GATED = "prologue(x, a0: BTC); t0 = sigmoid(a0); t1 = mul(x, t0)"
+RESIDUAL = "epilogue(y, a0: C, auxiliary: BTC); t0 = mul(a0, y); t1 = add(auxiliary, t0)"
 GELU = "epilogue(y); t0 = mul(y, 0.7978845608); t1 = tanh(t0); t2 = add(t1, 1.0); t3 = mul(y, t2); t4 = bf16(t3)"
-MIXED = "epilogue(y, a0: sample, a1: row, a2: full, beside: full, a3: scalar); t0 = mul(y, a0); t1 = add(t0, a1); " \
-    "t2 = maximum(t1, a2); t3 = add(t2, beside); t4 = mul(t3, a3)"  # fmt: skip
+MIXED = "epilogue(y, a0: BC, a1: BT, a2: BTC, auxiliary: BTC, a3: 1); t0 = mul(y, a0); t1 = add(t0, a1); " \
+    "t2 = maximum(t1, a2); t3 = add(t2, auxiliary); t4 = mul(t3, a3)"  # fmt: skip
 
 
 def linear(n: int, k: int, precision: str) -> PackedLinear:
@@ -43,12 +43,11 @@ def linear(n: int, k: int, precision: str) -> PackedLinear:
 
 
 def operands(text: str, lead: tuple[int, ...], columns: int) -> list[Tensor]:
-    """Random ones, each of its class; x and `right` share the columns."""
+    """Random ones, each along its axes; x and `right` share the columns."""
     region = parse(text)
-    shapes = {"full": (*lead, columns), "row": (*lead, 1), "column": (columns,), "sample": (lead[0], 1, columns),
-              "scalar": ()}  # fmt: skip
-    made = [torch.randn(shapes[cls], device="cuda").to(BF16) for _, cls in region.operands]
-    if region.has_right:
+    shapes = {"BTC": (*lead, columns), "BT": (*lead, 1), "C": (columns,), "BC": (lead[0], 1, columns), "1": ()}
+    made = [torch.randn(shapes[axes], device="cuda").to(BF16) for _, axes in region.operands]
+    if "right" in region.named(made):
         made[:2] = made[0][..., : columns // 2], made[1][..., columns // 2 :]
     return made
 
@@ -95,10 +94,10 @@ def test_strange_operands() -> None:
     y = ops.gemm(*rest, torch.float32)
     wide = torch.randn(2, 40, 2 * n + 2, device="cuda").to(BF16)
     gate = torch.randn(2 * n, device="cuda").to(BF16)[::2]
-    for beside in (wide[..., :n], wide[..., 1 : n + 1], wide[..., ::2][..., :n], wide[:, :1, :n].expand(*lead, n),
+    for auxiliary in (wide[..., :n], wide[..., 1 : n + 1], wide[..., ::2][..., :n], wide[:, :1, :n].expand(*lead, n),
                    wide[..., :n].transpose(0, 1).contiguous().transpose(0, 1)):  # fmt: skip
-        expected = beside.float() + gate.float() * y
-        assert error(ops.fused_gemm(*rest, BF16, [gate, beside], RESIDUAL), expected) < 4e-3
+        expected = auxiliary.float() + gate.float() * y
+        assert error(ops.fused_gemm(*rest, BF16, [gate, auxiliary], RESIDUAL), expected) < 4e-3
 
 
 def test_no_rows() -> None:

@@ -8,7 +8,7 @@ from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.portable import gemv as triton_gemv
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -79,8 +79,8 @@ def test_epilogue(m):
     x, bias = normal(m, 320, dtype=torch.bfloat16), normal(1000)
     gate, residual = normal(1000, dtype=torch.bfloat16), normal(m, 1000, dtype=torch.bfloat16)
     expected = reference.gemv(x, None, list(weight), None, bias, "w4a16", torch.float32) * gate + residual
-    hook = Hook(gate_residual, (gate, residual, 1000))
-    y = triton_gemv.gemv(x, None, layout.to_kernel("w4a16", weight), None, bias, torch.bfloat16, hook)
+    epilogue = Generated(gate_residual, (gate, residual, 1000))
+    y = triton_gemv.gemv(x, None, layout.to_kernel("w4a16", weight), None, bias, torch.bfloat16, epilogue)
     assert error(y, expected) < BOUND[torch.bfloat16]
 
 

@@ -9,7 +9,7 @@ from svdq_compile.lowering.heads import parts
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 BOUND = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # a rounding is 2^-9 and 2^-12 at most
-NORM = """heads(x, a0: column)
+NORM = """heads(x, a0: D)
 t0 = mul(x, x)
 t1 = row_mean(t0)
 t2 = add(t1, 1e-06)
@@ -17,7 +17,7 @@ t3 = rsqrt(t2)
 t4 = mul(x, t3)
 t5 = mul(t4, a0)""".replace("\n", "; ")
 ROTATED = (
-    NORM.replace("column", "column, a1: token, a2: token")
+    NORM.replace("D)", "D, a1: BTD, a2: BTD)")
     + """
 t6 = even(t5)
 t7 = odd(t5)

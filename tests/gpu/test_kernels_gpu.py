@@ -12,7 +12,7 @@ from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.operands import Gemm
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import launch, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -122,9 +122,9 @@ def test_int8_activations_are_w4a8s():
 
 
 @triton.jit
-def gated_beside(out, beside, features, tokens, live, extra):
+def gated_residual(out, auxiliary, features, tokens, live, extra):
     gate, N = extra
-    return out * tl.load(gate + features, mask=features < N, other=0.0).to(tl.float32) + beside
+    return out * tl.load(gate + features, mask=features < N, other=0.0).to(tl.float32) + auxiliary
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def w4a8_operands(m, n, k, rank, dtype):
     ("kernel", "m", "n", "k", "rank", "dtype"),
     [("gluon", 200, 1032, 3072, 32, BF16), ("gluon", 4608, 3072, 256, 0, FP16), ("triton", 17, 72, 192, 16, BF16)],
 )
-def test_hooks(kernel, m, n, k, rank, dtype):
+def test_epilogues(kernel, m, n, k, rank, dtype):
     """gate * y + residual, the residual a slice of a wider matrix in the other 16-bit type; and gelu. The first has its
     tiles cut along K, the second many tiles a program.
     """
@@ -157,16 +157,16 @@ def test_hooks(kernel, m, n, k, rank, dtype):
         pytest.skip("needs sm_90")
     operands, expected = w4a8_operands(m, n, k, rank, dtype)
 
-    def gemm(hook):
+    def gemm(epilogue):
         if kernel == "gluon":
-            return gluon_gemm.gemm(*operands, dtype, hook)
-        return triton_gemm.gemm("w4a8", *operands, None, dtype, hook)
+            return gluon_gemm.gemm(*operands, dtype, epilogue)
+        return triton_gemm.gemm("w4a8", *operands, None, dtype, epilogue)
 
     gate, residual = normal(n, dtype=dtype), normal(m, n + 16, dtype=FP16 if dtype == BF16 else BF16)[:, 8 : 8 + n]
     for _ in range(3):
-        y = gemm(Hook(gated_beside, (gate, n), residual))
+        y = gemm(Generated(gated_residual, (gate, n), residual))
         assert error(y, expected * gate + residual) < BOUND[dtype]
-    assert error(gemm(Hook(gelu)), F.gelu(expected, approximate="tanh")) < BOUND[dtype]
+    assert error(gemm(Generated(gelu)), F.gelu(expected, approximate="tanh")) < BOUND[dtype]
 
 
 def test_gemm_integers_are_exact():

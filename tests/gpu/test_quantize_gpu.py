@@ -7,7 +7,7 @@ import triton.language as tl
 
 from svdq_compile.kernels.hopper import quantize as gq
 from svdq_compile.kernels.portable import quantize as tq
-from svdq_compile.kernels.runtime.generated import Hook
+from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -121,8 +121,8 @@ def test_prologues(m, k, rank, precision, shift, dtype, run):
     scale, move = torch.randn(2, k, device="cuda").to(dtype)
     residual = torch.randn(m, k + 24, device="cuda").to(dtype)
     norm = (x.float() + residual[:, :k].float() - mean[:, None]) * rstd[:, None] * (1 + scale.float()) + move.float()
-    hook = Hook(modulated, (mean, rstd, scale, move, residual, k + 24, m))
-    check_prologue(run(x, smooth, down, precision, shift, hook), norm.to(dtype), smooth, down, precision, shift)
+    prologue = Generated(modulated, (mean, rstd, scale, move, residual, k + 24, m))
+    check_prologue(run(x, smooth, down, precision, shift, prologue), norm.to(dtype), smooth, down, precision, shift)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_two_parts(m, left, k, rank, gap, precision, run):
     check(run(x, smooth, down, precision, 0.0, None, right), joined, smooth, down, precision, 0.0)
     if m == 333:
         h = torch.nn.functional.gelu(joined.float()).to(BF16)
-        check_prologue(run(x, smooth, down, precision, 0.0, Hook(gelu), right), h, smooth, down, precision, 0.0)
+        check_prologue(run(x, smooth, down, precision, 0.0, Generated(gelu), right), h, smooth, down, precision, 0.0)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.171875])

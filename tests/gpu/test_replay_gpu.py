@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 M, N, K, R = 96, 256, 512, 32
 BF16 = torch.bfloat16
-EPILOGUE = "epilogue(y, beside: full, a0: sample); t0 = mul(y, a0); t1 = add(beside, t0)"
-PROLOGUE = "prologue(x, a0: row, a1: row, a2: column); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)"
+EPILOGUE = "epilogue(y, auxiliary: BTC, a0: BC); t0 = mul(y, a0); t1 = add(auxiliary, t0)"
+PROLOGUE = "prologue(x, a0: BT, a1: BT, a2: C); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)"
 
 
 def normal(*shape):
