@@ -1,5 +1,6 @@
 # Everything sets itself up on first use, in .venv, and is quick the second time.
-#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html
+#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html; as many as fit into 5 minutes
+#   make demo-full   all of them, with LoRA adapters, however long it takes
 #   make test    format, lint, types, tests
 #   make zoo     the twelve diffusers models through Inductor as well (about 20 minutes on 2 cores)
 
@@ -7,10 +8,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types zoo clean
+.PHONY: demo demo-full test lint types zoo clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+demo-full: $(READY)
+	$(BIN)/python examples/demo.py --full
 
 test: lint types
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
