@@ -43,6 +43,7 @@ class Promise:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._nodes = {node: _look(node) for node in gm.graph.nodes}
+        self._values = [_value(node) for node in gm.graph.nodes]  # held, so that no later one gets the same id
         self._used = {node for node in gm.graph.nodes if node.users}
         self._outputs = [_value(leaf) for leaf in _outputs(gm.graph)]
         self._writes = _writes(gm.graph)
