@@ -8,12 +8,12 @@ class and does not care which version of diffusers the model came from. Run, it 
 reference, and compiled code.
 
 What it cannot do: a block with graph breaks or with graphs inside its graph (flex_attention, cond), one that takes
-something other than tensors and constants, and sizes that change from call to call.
+something other than tensors and constants, and sizes that change from call to call. Inputs become contiguous.
 """
 
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def _bind(gm: fx.GraphModule, examples: list) -> tuple[fx.Graph, dict[str, Tenso
             raise CannotReproduce(node.name, f"the graph takes a {type(value).__name__}, which is no tensor")
         if isinstance(value, nn.Parameter):
             path = clean(source_name(original))
-            names[node] = path if "." in path else f"layer.{path}"  # the module is a linear itself
+            names[node] = path if "." in path else f"layer.{path}"  # the module's own, and not of a part of it
             weights[names[node]] = value
         else:
             node.name = node.target = f"input_{len(inputs)}"
@@ -162,12 +162,12 @@ def _bind(gm: fx.GraphModule, examples: list) -> tuple[fx.Graph, dict[str, Tenso
     return graph, weights, inputs
 
 
-def _as_linear(node: fx.Node, names: dict[fx.Node, str]) -> None:
+def _as_linear(node: fx.Node, names: Mapping[Any, str]) -> None:
     """linear(x, w, b) -> self.to_q(x), if the graph has it as the module's own weight and bias."""
     x, weight, *rest = node.args
     bias = rest[0] if rest else node.kwargs.get("bias")
-    layer, _, kind = names.get(weight, "").rpartition(".")  # type: ignore[call-overload]
-    if kind == "weight" and (bias is None or names.get(bias) == f"{layer}.bias"):  # type: ignore[call-overload]
+    layer, _, kind = names.get(weight, "").rpartition(".")
+    if kind == "weight" and (bias is None or names.get(bias) == f"{layer}.bias"):
         with node.graph.inserting_before(node):
             node.replace_all_uses_with(node.graph.call_module(layer, (x,)))
         node.graph.erase_node(node)
@@ -268,7 +268,7 @@ def load(device):
         for i, part in enumerate(path.split(".")):
             if not hasattr(parent, part):
                 linear = ".".join(path.split(".")[: i + 1]) in LINEARS
-                parent.add_module(part, nn.Linear(0, 0, bias=False, device="meta") if linear else nn.Module())
+                parent.add_module(part, nn.Linear(1, 1, bias=False, device="meta") if linear else nn.Module())
             parent = getattr(parent, part)
         parent.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
         if last == "weight" and path in LINEARS:

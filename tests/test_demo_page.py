@@ -206,3 +206,22 @@ def test_what_is_left_out_is_named():
     assert Size(2, 6, 2, 4, False).without(FULL) == (
         "6 of 8 pictures, 6 of 12 denoising steps, three quarters of the calibration and the LoRA adapters"
     )
+
+
+def test_demo_takes_what_fits_or_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    import demo
+
+    monkeypatch.setattr(demo, "measure_pace", lambda device, console: 1.5)
+    said = io.StringIO()
+
+    def size(*arguments: str, device: str = "cpu") -> Size:
+        return demo.choose_size(demo.parse_args([*arguments]), device, demo.Console(file=said, width=300))
+
+    assert size("--full") == size(device="cuda") == FULL
+    assert size("--prompts", "2") == Size(2, 12)
+    assert said.getvalue() == ""
+    fitting = size()
+    assert fitting == largest_within(LIMIT, 1.5) != FULL
+    assert demo.left_out(fitting) in said.getvalue()
+    assert "the LoRA adapters were left out: make demo-full draws all of it" in said.getvalue()
+    assert demo.left_out(FULL) == ""
