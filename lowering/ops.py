@@ -13,16 +13,23 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS
 from ..kernels.formats.groups import padded
+from ..kernels.operands import Gemm, Gemv
 from . import fused, heads, join, launch
 from .packed import PackedLinear
 from .replay import Replayed, Site
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
+Quantized = tuple[Tensor, Tensor, Tensor]  # qx, ascales, xd
 # By the names that Inductor has for them, without "torch.ops.".
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
-def _define(schema: str, implementation, fake, compiled=None) -> None:
+def _define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    compiled: Callable[..., Any] | None = None,
+) -> None:
     """compiled: what Inductor's code calls instead where sizes are fixed."""
     name = schema.split("(", 1)[0]
     # flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced.
@@ -33,7 +40,7 @@ def _define(schema: str, implementation, fake, compiled=None) -> None:
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
 
 
-def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
+def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> Quantized:
     group = FORMATS[precision].group_size
     lead, k = x.shape[:-1], padded(smooth.shape[0], group)
     xd = x.new_empty(*lead, down.shape[0], dtype=down.dtype)
@@ -50,24 +57,28 @@ def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shif
     return x.new_empty(*lead, k // 2, dtype=torch.uint8), scales, xd
 
 
-def _fake_fused_quantize(operands, smooth, down, precision, shift, region):
+def _fake_fused_quantize(
+    operands: list[Tensor], smooth: Tensor, down: Tensor, precision: str, shift: float, region: str
+) -> Quantized:
     return _fake_quantize(operands[0], smooth, down, precision, shift)
 
 
-def _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype):
-    return qx.new_empty(*qx.shape[:-1], up.shape[0], dtype=out_dtype)
+def _fake_gemm(*args: Any) -> Tensor:
+    o = Gemm(*args)
+    return o.qx.new_empty(*o.qx.shape[:-1], o.up.shape[0], dtype=o.out_dtype)
 
 
-def _fake_fused_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype, operands, region):
-    return _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
+def _fake_fused_gemm(*args: Any) -> Tensor:
+    return _fake_gemm(*args[:-2])  # without operands and region
 
 
-def _fake_row_moments(x):
+def _fake_row_moments(x: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(3))
 
 
-def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
-    return x.new_empty(*x.shape[:-1], weight[0].shape[0], dtype=out_dtype)
+def _fake_gemv(*args: Any) -> Tensor:
+    o = Gemv(*args)
+    return o.x.new_empty(*o.x.shape[:-1], o.weight[0].shape[0], dtype=o.out_dtype)
 
 
 _define(

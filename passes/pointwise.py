@@ -69,9 +69,9 @@ def _meaning(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
     if target is prims.convert_element_type.default:
         return _ROUNDING.get(args[1], ""), args[:1]
     if target in _UNARY and not node.kwargs:
-        return _UNARY[target], args[:1]  # type: ignore[index]
+        return _UNARY[target], args[:1]
     if target in _BINARY and len(args) == 2 and not node.kwargs:  # no alpha, no rounding mode
-        return _BINARY[target], args  # type: ignore[index]
+        return _BINARY[target], args
     if target is aten.pow.Tensor_Scalar and args[1] == 2:
         return "mul", (args[0], args[0])
     return None

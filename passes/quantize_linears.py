@@ -170,7 +170,7 @@ def _quantize_subgraph(
         setattr(gm, name, body)
         bodies[key] = name, count
     name, count = bodies[key]
-    extra = [p.meta["packed_input"] for p in placeholders(gm.get_submodule(name).graph) if "packed_input" in p.meta]  # type: ignore
+    extra = [p.meta["packed_input"] for p in placeholders(gm.get_submodule(name).graph) if "packed_input" in p.meta]  # type: ignore[arg-type]
     operands = (*call.operands, *(inputs.get(outer[source.index], source.field) for source in extra))
     call.point_to(gm, name, operands)
     return count
