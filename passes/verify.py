@@ -45,6 +45,8 @@ class Promise:
         self._nodes = {node: _look(node) for node in gm.graph.nodes}
         self._values = [_value(node) for node in gm.graph.nodes]  # held, so that no later one gets the same id
         self._used = {node for node in gm.graph.nodes if node.users}
+        calls = {call.node for call in invocations(gm)}  # whose bodies may have stopped reading what they are passed
+        self._read = {node for node in placeholders(gm.graph) if not calls.issuperset(node.users)}
         self._outputs = [_value(leaf) for leaf in _outputs(gm.graph)]
         self._writes = _writes(gm.graph)
 
@@ -68,7 +70,7 @@ class Promise:
     def _check_what_stays(self, graph: fx.Graph) -> None:
         left = set(graph.nodes)
         for node in self._nodes:
-            if node.op == "placeholder" and node not in left and node in self._used:
+            if node in self._read and node not in left:
                 raise BrokenGraph(f"the input {node} was read before the pass, and is gone")
             if node in self._used and node in left and not node.users and node.op != "placeholder" and node.is_impure():
                 raise BrokenGraph(f"{node.format_node()}: nobody reads it any more, and it would still be computed")
