@@ -1,6 +1,8 @@
 # Everything sets itself up on first use, in .venv, and is quick the second time.
-#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html
-#   make test    format, lint, types, tests
+#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html; as many as fit into 5 minutes
+#   make demo-full   all of them, with LoRA adapters, however long it takes
+#   make test    format, lint, types, the wheel, tests
+#   make wheel   build the wheel, and use it from an empty environment
 #   make compat  every supported torch and Triton: docs/compat.md (12 GB, hours)
 #   make zoo     the twelve diffusers models through Inductor as well (about 20 minutes on 2 cores)
 
@@ -8,12 +10,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types compat zoo clean
+.PHONY: demo demo-full test lint types wheel compat zoo clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint types
+demo-full: $(READY)
+	$(BIN)/python examples/demo.py --full
+
+test: lint types wheel
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python tests/compat.py --quick
 
@@ -29,6 +34,9 @@ types: $(READY)
 	@rm -rf build/types && mkdir -p build/types/svdq_compile
 	@ln -s $(CURDIR)/svdq_compile/*.py $(CURDIR)/passes $(CURDIR)/lowering $(CURDIR)/kernels build/types/svdq_compile/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p svdq_compile
+
+wheel: $(READY)
+	$(BIN)/python tools/try_wheel.py
 
 zoo: $(READY)
 	SVDQ_ZOO_INDUCTOR=1 $(BIN)/python -m pytest -q -n 2 tests/test_zoo.py

@@ -1,10 +1,11 @@
 """The same emoji drawn in 16 bits and in three kinds of 4 bits, then with LoRA adapters, side by side on one HTML page.
 
-    python examples/demo.py [--output demo.html] [--prompts 8] [--steps 12] [--open]
+    python examples/demo.py [--output demo.html] [--full] [--prompts 8] [--steps 12] [--open]
 
-Each method starts from a freshly loaded transformer, is calibrated on prompts that are not shown, and draws the same
-prompts from the same noise. The 16-bit and the w4a8 pipeline then take two LoRA adapters, alone and mixed. Nothing is
-downloaded; the model is in examples/emoji, the adapters are in examples/loras.
+Without --full, --prompts and --steps it draws as much as fits into five minutes here (size.py). Each method starts from
+a freshly loaded transformer, is calibrated on prompts that are not shown, and draws the same prompts from the same
+noise. The 16-bit and the w4a8 pipeline then take two LoRA adapters, alone and mixed. Nothing is downloaded; the model
+is in examples/emoji, the adapters are in examples/loras.
 """
 
 import argparse
@@ -21,7 +22,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -32,6 +41,7 @@ try:
     import diffusers
     import peft  # noqa: F401  diffusers needs it for adapters
     from page import Adapted, Branch, Method, build_page, decibels, psnr, worst_psnr
+    from size import FULL, LIMIT, LORA_PROMPTS, Size, largest_within
 except ModuleNotFoundError as missing:
     raise SystemExit(f"The demo needs {missing.name}: pip install 'svdq-compile[demo]'") from None
 
@@ -41,12 +51,11 @@ if TYPE_CHECKING:
 EMOJI = Path(__file__).resolve().parent / "emoji"
 LORAS = Path(__file__).resolve().parent / "loras"
 SEED, GUIDANCE = 0, 3.0
-CALIBRATION_PROMPTS, CALIBRATION_STEPS = 4, 8
+CALIBRATION_PROMPTS, CALIBRATION_STEPS = FULL.calibration_prompts, FULL.calibration_steps
 LAYER = "transformer_blocks.2.attn.to_q"  # its input has the strongest outliers of all
 ADAPTERS = ("flat", "night")
 # Their strengths. Both are always active, at 0 where not wanted: then a change costs no graph, the first one apart.
 MIXTURES = {"flat": (1.0, 0.0), "night": (0.0, 1.0), "both": (0.6, 0.6)}
-LORA_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -77,21 +86,25 @@ class Job:
     calibration: list[str]
     steps: int
     device: str
+    calibration_steps: int = CALIBRATION_STEPS
+    lora: bool = True
 
 
 class Line:
-    """One method's line in the progress display, counting denoising steps."""
+    """One method's line in the progress display, counting denoising steps; `whole` counts those of each picture."""
 
-    def __init__(self, progress: Progress, name: str, steps: int) -> None:
-        self._progress, self._name = progress, name
+    def __init__(self, progress: Progress, name: str, steps: int, whole: TaskID | None = None) -> None:
+        self._progress, self._name, self._whole = progress, name, whole
         self._task = progress.add_task("", total=steps)
         self.say("loading")
 
     def say(self, doing: str) -> None:
         self._progress.update(self._task, description=f"{self._name:<24} [dim]{doing:<11}")
 
-    def advance(self) -> None:
+    def advance(self, pictures: int) -> None:
         self._progress.advance(self._task)
+        if self._whole is not None:
+            self._progress.advance(self._whole, pictures)
 
 
 def load_pipeline(device: str) -> "EmojiPipeline":
@@ -110,7 +123,7 @@ def draw(pipe: "EmojiPipeline", prompts: Sequence[str], steps: int, seed: int, l
     """Pictures as an array [n, 64, 64, 3] in 0..1."""
 
     def after_step(*_: object) -> dict[str, Tensor]:
-        line.advance()
+        line.advance(len(prompts))
         return {}
 
     return pipe(
@@ -131,7 +144,7 @@ def prepare(recipe: Recipe, job: Job, line: Line) -> "EmojiPipeline":
 
     def calibrate(_: nn.Module) -> None:
         line.say("calibrating")
-        draw(pipe, job.calibration, CALIBRATION_STEPS, SEED + len(job.prompts), line)
+        draw(pipe, job.calibration, job.calibration_steps, SEED + len(job.prompts), line)
         line.say("quantizing")
 
     svdq.quantize(pipe.transformer, recipe.config, calibrate=calibrate)
@@ -151,20 +164,23 @@ def measure(recipe: Recipe, pipe: "EmojiPipeline", job: Job, line: Line) -> Meth
     return Method(recipe.name, recipe.note, pictures, weight_bytes(pipe.transformer), seconds)
 
 
-def compare(job: Job, progress: Progress) -> tuple[list[Method], list[Adapted], Branch]:
-    """Everything that the page shows."""
+def compare(job: Job, progress: Progress, whole: TaskID) -> tuple[list[Method], list[Adapted], Branch]:
+    """Everything that the page shows; without adapters where the job leaves them out."""
     methods: dict[str, Method] = {}
     pipes: dict[str, EmojiPipeline] = {}
     for recipe in RECIPES:
-        line = Line(progress, recipe.name, (CALIBRATION_STEPS if recipe.config else 0) + 1 + job.steps)
+        steps = (job.calibration_steps if recipe.config else 0) + 1 + job.steps
+        line = Line(progress, recipe.name, steps, whole)
         pipes[recipe.name] = prepare(recipe, job, line)
         methods[recipe.name] = measure(recipe, pipes[recipe.name], job, line)
     weights = {name: pipe.transformer.get_submodule(LAYER).weight for name, pipe in pipes.items()}
 
-    drawn = (methods[recipe.name].pictures[:LORA_PROMPTS] for recipe in (STOCK, W4A8))
-    plain = Adapted("no adapter", {}, *drawn, graphs=0, requantized=0)
-    line = Line(progress, f"{W4A8.name} with LoRA", 2 * len(MIXTURES) * job.steps)
-    adapted = [plain, *draw_adapted(job, pipes[STOCK.name], pipes[W4A8.name], line)]
+    adapted: list[Adapted] = []
+    if job.lora:
+        drawn = (methods[recipe.name].pictures[:LORA_PROMPTS] for recipe in (STOCK, W4A8))
+        line = Line(progress, f"{W4A8.name} with LoRA", 2 * len(MIXTURES) * job.steps, whole)
+        adapted = [Adapted("no adapter", {}, *drawn, graphs=0, requantized=0)]
+        adapted += draw_adapted(job, pipes[STOCK.name], pipes[W4A8.name], line)
     return list(methods.values()), adapted, branch(weights[STOCK.name], weights[INT4.name], weights[NEAREST.name])
 
 
@@ -242,7 +258,7 @@ def facts(job: Job) -> list[str]:
     sentences = [
         f"Made by examples/demo.py on {where} with PyTorch {torch.__version__} and diffusers {diffusers.__version__}.",
         f"{job.steps} steps, guidance {GUIDANCE:g}, picture i from seed i; calibrated on {len(job.calibration)} other "
-        f"prompts, {CALIBRATION_STEPS} steps. A step is one denoising step of all {len(job.prompts)} pictures.",
+        f"prompts, {job.calibration_steps} steps. A step is one denoising step of all {len(job.prompts)} pictures.",
         "The pictures: Fluent Emoji (c) Microsoft, MIT licence, as redrawn by a model trained on them. The adapter "
         "flat was trained on Noto Emoji (c) Google, Apache License 2.0.",
     ]
@@ -273,6 +289,8 @@ def print_tables(console: Console, methods: Sequence[Method], adapted: Sequence[
             f"{method.seconds:.2f} s",
         )
     console.print(table)
+    if not adapted:
+        return
     table = table_of(f"{W4A8.name} with LoRA", "PSNR", "worst picture", "graphs compiled", "quantized again")
     for a in adapted:
         values = (decibels(psnr(a.pictures, a.reference)), decibels(worst_psnr(a.pictures, a.reference)))
@@ -280,16 +298,46 @@ def print_tables(console: Console, methods: Sequence[Method], adapted: Sequence[
     console.print(table)
 
 
+def left_out(size: Size) -> str:
+    """A sentence on what this machine is too slow for, and how to see it all the same; "" where nothing is missing."""
+    missing = size.without(FULL)
+    return missing and f"This machine is slow, so {missing} were left out: make demo-full draws all of it."
+
+
+def measure_pace(device: str, console: Console) -> float:
+    """Seconds for a denoising step of one picture in 16-bit."""
+    with console.status("timing one step"), Progress(disable=True) as silent:
+        pipe, line = load_pipeline(device), Line(silent, "", 2)
+        draw(pipe, ["dog face"], 1, SEED, line)  # the first one is slower
+        start = time.perf_counter()
+        draw(pipe, ["dog face"], 1, SEED, line)
+        return time.perf_counter() - start
+
+
+def choose_size(args: argparse.Namespace, device: str, console: Console) -> Size:
+    """What was asked for, or what this machine can do in five minutes; says so."""
+    if args.full or args.prompts or args.steps or device == "cuda":
+        return Size(args.prompts or FULL.prompts, args.steps or FULL.steps)
+    pace = measure_pace(device, console)
+    size = largest_within(LIMIT, pace)
+    minutes = size.seconds(pace) / 60
+    console.print(f"A step of one picture takes {pace:.2f} s here, the demo about {minutes:.1f} minutes.")
+    if size is not FULL:
+        console.print(f"{left_out(size)} It would take about {FULL.seconds(pace) / 60:.0f} minutes.")
+    return size
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw emoji in 16 bits and in 4, side by side on one HTML page.")
     parser.add_argument("--output", type=Path, default=Path("demo.html"), help="the page (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=8, help="how many emoji (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="all of it, however long it takes")
+    parser.add_argument("--prompts", type=int, help=f"how many emoji (in full: {FULL.prompts})")
+    parser.add_argument("--steps", type=int, help=f"denoising steps (in full: {FULL.steps})")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     args = parser.parse_args(argv)
-    if not 1 <= args.prompts <= 24:
+    if args.prompts is not None and not 1 <= args.prompts <= 24:
         parser.error(f"--prompts {args.prompts}: it can be 1 to 24")
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         parser.error(f"--steps {args.steps}: it must be 1 or more")
     if not args.output.resolve().parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.resolve().parent}")
@@ -301,14 +349,19 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     captions = (EMOJI / "prompts.txt").read_text(encoding="utf-8").splitlines()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shown, others = captions[: args.prompts], captions[args.prompts : args.prompts + CALIBRATION_PROMPTS]
-    job = Job(shown, others, args.steps, device)
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
-        methods, adapted, part = compare(job, progress)
-    args.output.write_text(build_page(shown, methods, adapted, part, facts(job)), encoding="utf-8")
+    size = choose_size(args, device, console)
+    shown, others = captions[: size.prompts], captions[size.prompts : size.prompts + size.calibration_prompts]
+    job = Job(shown, others, size.steps, device, size.calibration_steps, size.lora)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as progress:
+        whole = progress.add_task(f"{'all of it':<36}", total=size.picture_steps)
+        methods, adapted, part = compare(job, progress, whole)
+    missing = "" if args.prompts or args.steps else left_out(size)
+    text = build_page(shown, methods, adapted, part, facts(job), missing)
+    args.output.write_text(text, encoding="utf-8")
     print_tables(console, methods, adapted)
+    if missing:
+        console.print(missing, highlight=False)
     console.print(f"The page: {args.output.resolve()}", soft_wrap=True, highlight=False)
     if args.open:
         webbrowser.open(args.output.resolve().as_uri())

@@ -83,15 +83,18 @@ def build_page(
     adapted: Sequence[Adapted],
     branch: Branch,
     facts: Sequence[str],
+    left_out: str = "",
 ) -> str:
-    """The whole page. `facts` are the sentences of the footer: where, how and with what it was made."""
+    """The whole page. `facts` are the sentences of the footer: where, how and with what it was made; `left_out` says
+    under the title what is not shown. Without adapters there is no section on them.
+    """
     body = "\n".join(
         (
-            lead(len(prompts), methods),
+            lead(len(prompts), methods, left_out),
             summary(methods),
             picture_section(prompts, methods),
             difference_section(prompts, methods),
-            lora_section(prompts, adapted),
+            lora_section(prompts, adapted) if adapted else "",
             branch_section(branch),
             f"<footer>{''.join(f'<p>{escape(fact)}</p>' for fact in facts)}</footer>",
         )
@@ -113,14 +116,15 @@ def build_page(
 """
 
 
-def lead(count: int, methods: Sequence[Method]) -> str:
+def lead(count: int, methods: Sequence[Method], left_out: str) -> str:
+    hint = f'\n<p class="hint">{escape(left_out)}</p>' if left_out else ""
     return f"""<header>
 <p class="eyebrow">svdq-compile</p>
 <h1>The same {count} emoji, drawn {len(methods)} ways</h1>
 <p class="lead">One small diffusion transformer, the same prompts, the same noise: first in 16 bits, then with its
 weights cut to 4 bits. SVDQuant rounds most of a weight to 4 bits and keeps its few strongest directions in a thin
 16-bit branch beside it. The last method does without that branch, so you can see what it is for.</p>
-<pre><code>pipe.transformer.compile_repeated_blocks(backend="svdquant", fullgraph=True)</code></pre>
+<pre><code>pipe.transformer.compile_repeated_blocks(backend="svdquant", fullgraph=True)</code></pre>{hint}
 </header>"""
 
 

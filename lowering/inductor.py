@@ -36,7 +36,7 @@ def compile_with_inductor(
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
     if rewrite is not None:
         patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[arg-type,return-value]
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
 
 
 @cache

@@ -12,18 +12,24 @@ import torch
 from torch import Tensor
 
 from ..kernels.formats import FORMATS, codes_of
-from ..kernels.operands import Attention
+from ..kernels.operands import Attention, Gemm, Gemv
 from . import fused, heads, join, launch
 from .packed import PackedLinear
-from .replay import Replayed, Site
+from .replay import Recorder, Replayed, Site
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
+Quantized = tuple[Tensor, Tensor, Tensor]  # qx, ascales, xd
 # By the names that Inductor has for them, without "torch.ops.".
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def _define(
-    schema: str, implementation, fake, compiled=None, recorder=None, layout: torch.Tag = torch.Tag.flexible_layout
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    compiled: Callable[..., Any] | None = None,
+    recorder: Recorder | None = None,
+    layout: torch.Tag = torch.Tag.flexible_layout,
 ) -> None:
     """compiled: what Inductor's code calls instead where sizes are fixed; recorder: see `Replayed`.
 
@@ -37,31 +43,35 @@ def _define(
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
 
 
-def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float):
+def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> Quantized:
     lead, fp8 = x.shape[:-1], launch.codes_in_fp8(x, down, precision)
     qx, ascales = codes_of(precision).empty(x, lead, smooth.shape[0], fp8)
     ascales = ascales.view(*lead, ascales.shape[-1])
     return qx, ascales, x.new_empty(*lead, down.shape[0], dtype=down.dtype)
 
 
-def _fake_fused_quantize(operands, smooth, down, precision, shift, region):
+def _fake_fused_quantize(
+    operands: list[Tensor], smooth: Tensor, down: Tensor, precision: str, shift: float, region: str
+) -> Quantized:
     return _fake_quantize(operands[0], smooth, down, precision, shift)
 
 
-def _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype):
-    return qx.new_empty(*qx.shape[:-1], up.shape[0], dtype=out_dtype)
+def _fake_gemm(*args: Any) -> Tensor:
+    o = Gemm(*args)
+    return o.qx.new_empty(*o.qx.shape[:-1], o.up.shape[0], dtype=o.out_dtype)
 
 
-def _fake_fused_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype, operands, region):
-    return _fake_gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
+def _fake_fused_gemm(*args: Any) -> Tensor:
+    return _fake_gemm(*args[:-2])  # without operands and region
 
 
-def _fake_row_moments(x):
+def _fake_row_moments(x: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(3))
 
 
-def _fake_gemv(x, xd, weight, up, bias, precision, out_dtype):
-    return x.new_empty(*x.shape[:-1], weight[0].shape[0], dtype=out_dtype)
+def _fake_gemv(*args: Any) -> Tensor:
+    o = Gemv(*args)
+    return o.x.new_empty(*o.x.shape[:-1], o.weight[0].shape[0], dtype=o.out_dtype)
 
 
 _define(

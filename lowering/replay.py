@@ -81,7 +81,7 @@ class _Watch(TorchDispatchMode):
         for t in operands:
             self.add(t)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.device == self.operands[0].device:
             self.allocated.append(result)
@@ -287,7 +287,7 @@ class _Text:
             if isinstance(a, _launcher().Descriptor):
                 encoded: dict[int, list] = {}
                 encode = functools.partial(_encode, encoded, encoders[place], a.base.dtype, a[1:])
-                at = self.address(a.base)  # type: ignore[arg-type]
+                at = self.address(a.base)
                 values.append(f"*({self.name(encoded.get)}({at}) or {self.name(encode)}({at}))")
             elif isinstance(a, tuple):
                 values.append(f"({''.join(f'{self.value(i)}, ' for i in a)})")

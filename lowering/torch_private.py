@@ -65,7 +65,7 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output(result).meta = dict(gm.graph.output_node().meta)
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     clone = fx.GraphModule(gm, graph)
     clone.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
@@ -75,7 +75,7 @@ def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def mark_as_weight(placeholder: fx.Node, example: Tensor) -> None:
     """Give a new graph input what AOTAutograd and CUDA graphs expect of a parameter: a source, and a fixed address."""
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder._dynamo_source = None
     placeholder.meta["example_value"] = example
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 

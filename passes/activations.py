@@ -20,7 +20,7 @@ def input_shift(linear: fx.Node) -> float:
     node = linear.args[0]
     while isinstance(node, fx.Node):
         if node.op == "call_function" and node.target in _SHIFTS:
-            return _SHIFTS[node.target]  # type: ignore[index]
+            return _SHIFTS[node.target]
         if not _keeps_range(node):
             break
         node = node.args[0]

@@ -26,9 +26,10 @@ def drop_replaced_weights(gm: fx.GraphModule, weights: Collection[fx.Node]) -> i
             drop_replaced_weights(body, passed)  # type: ignore[arg-type]
             body.recompile()  # type: ignore[operator]
         gone = unused[call.subgraph]
-        call.point_to(gm, call.subgraph, tuple(o for i, o in enumerate(call.operands) if i not in gone))
-    for weight in list(weights):
-        if not weight.users:
+        if gone:
+            call.point_to(gm, call.subgraph, tuple(o for i, o in enumerate(call.operands) if i not in gone))
+    for weight in placeholders(gm.graph):
+        if weight in weights and not weight.users:
             gm.graph.erase_node(weight)
             dropped += 1
     return dropped

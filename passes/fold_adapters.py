@@ -105,6 +105,9 @@ def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader
     for node in graph.nodes:
         if node.target not in (ops.gemm, ops.gemv):
             continue
+        up: Any = node.args[_low_rank_at(node) + 2]
+        if up is not None and "example_value" not in up.meta:  # put together by this pass: it is folded already
+            continue
         source, first = _low_rank_source(node.args[_low_rank_at(node)])
         x = cast(fx.Node, (source or node).args[0])
         readers = found.setdefault(source or node, (source, x, []))[2]

@@ -103,7 +103,7 @@ class _Linear:
     @classmethod
     def read(cls, node: fx.Node) -> "_Linear":
         qx, ascales, xd, weight, *rest = node.args
-        return cls(node, qx, ascales, Window.read(xd, -1), tuple(map(Window.read, weight)), *rest)  # type: ignore
+        return cls(node, qx, ascales, Window.read(xd, -1), tuple(map(Window.read, weight)), *rest)  # type: ignore[arg-type]
 
     @property
     def value(self) -> Tensor:

@@ -5,7 +5,8 @@
                                                   k = run("linear", -1, x, wk, bk)
 
 `observe` and `run` are plain Python functions that get the real tensors, so one graph serves every block and every
-instance of a model. Left alone: what `find_linears` rejects.
+instance of a model. Left alone: what `find_linears` rejects, and a graph that is watched already, in which embedders no
+longer stand beside blocks.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from .subgraphs import invocations
 
 def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Callable) -> int:
     """Insert the calls, in subgraphs too. Returns how many linears are watched (a subgraph's count once)."""
-    groups = group_by_input(find_linears(gm).sites)
+    watched = any(node.target is run for node in gm.graph.nodes)
+    groups = [] if watched else group_by_input(find_linears(gm).sites)
     for group in groups:
         _watch(gm.graph, group, observe)
         for site in group:

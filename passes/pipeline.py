@@ -3,6 +3,7 @@
 TORCH_LOGS="+svdq_compile"     one line a pass, at debug level
 SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python
 TORCH_TRACE=folder             the same graphs among torch's own artifacts (tlparse shows them)
+SVDQ_VERIFY=1                  what must hold of every graph is checked after each pass (verify.py), as in all tests
 """
 
 import itertools
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import fx
 
 from ..lowering.torch_private import trace_artifact
+from .verify import BrokenGraph, Promise
 
 log = logging.getLogger("svdq_compile.passes")
 _numbers = itertools.count()
@@ -25,14 +27,29 @@ Pass = Callable[[fx.GraphModule], int]
 def run(gm: fx.GraphModule, passes: Sequence[Pass]) -> None:
     """Apply passes in order, in place. A pass returns how much it changed; `name_of` says how it is called."""
     dump(gm, "before")
+    verifying = os.environ.get("SVDQ_VERIFY") == "1"
     for rewrite in passes:
+        promise = Promise(gm) if verifying else None
         start = time.perf_counter()
         changed = rewrite(gm)
         log.debug("%s changed %d in %.1f ms", name_of(rewrite), changed, 1e3 * (time.perf_counter() - start))
+        if promise is not None:
+            promise.check(gm, name_of(rewrite), changed)
         if changed:
             gm.graph.lint()
             gm.recompile()
             dump(gm, f"after_{name_of(rewrite)}")
+        if promise is not None:
+            _check_again(gm, rewrite)
+
+
+def _check_again(gm: fx.GraphModule, rewrite: Pass) -> None:
+    """A pass that has done its work finds nothing more to do."""
+    promise = Promise(gm)
+    again = rewrite(gm)
+    if again:
+        raise BrokenGraph(f"{name_of(rewrite)}, run once more, changed {again}")
+    promise.check(gm, name_of(rewrite), again)
 
 
 def name_of(rewrite: Callable) -> str:

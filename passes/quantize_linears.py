@@ -57,7 +57,7 @@ def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
             _replace(gm.graph, site, inputs)
             count += 1
     bodies: dict[tuple, tuple[str, int]] = {}
-    for call in invocations(gm):
+    for call in [call for call in invocations(gm) if not _is_quantized(gm, call)]:
         count += _quantize_subgraph(gm, call, inputs, bodies)
     return count
 
@@ -128,6 +128,7 @@ def _replace(graph: fx.Graph, site: LinearSite, inputs: _PackedInputs) -> None:
         y = call(torch.movedim, y, -1, site.channel_dim)
         if site.output.is_contiguous():
             y = call(torch.Tensor.contiguous, y)
+    y.meta["example_value"] = site.output
     site.node.replace_all_uses_with(y)
     graph.erase_node(site.node)
 
@@ -147,6 +148,12 @@ def emit(graph: fx.Graph, instead_of: fx.Node, target: Callable, *args: Any) -> 
         {key: instead_of.meta[key] for key in ("nn_module_stack", "stack_trace") if key in instead_of.meta}
     )
     return node
+
+
+def _is_quantized(gm: fx.GraphModule, call: Invocation) -> bool:
+    """Whether a body reads packed tensors already."""
+    body: Any = gm.get_submodule(call.subgraph)
+    return any("packed_input" in p.meta for p in placeholders(body.graph))
 
 
 def _quantize_subgraph(
@@ -170,7 +177,7 @@ def _quantize_subgraph(
         setattr(gm, name, body)
         bodies[key] = name, count
     name, count = bodies[key]
-    extra = [p.meta["packed_input"] for p in placeholders(gm.get_submodule(name).graph) if "packed_input" in p.meta]  # type: ignore
+    extra = [p.meta["packed_input"] for p in placeholders(gm.get_submodule(name).graph) if "packed_input" in p.meta]  # type: ignore[arg-type]
     operands = (*call.operands, *(inputs.get(outer[source.index], source.field) for source in extra))
     call.point_to(gm, name, operands)
     return count

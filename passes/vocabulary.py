@@ -124,7 +124,7 @@ def axes_of(
 
 
 def _cast(node: fx.Node) -> Meaning:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(node.args[1], ""), node.args[:1]  # type: ignore
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(node.args[1], ""), node.args[:1]  # type: ignore[arg-type]
 
 
 def _unless_by_one(name: str) -> Word:
@@ -202,7 +202,7 @@ _ITEMS = {
 
 def _item(node: fx.Node) -> Meaning | None:
     source: Any = node.args[0]
-    return (_ITEMS[source.target][node.args[1]], (source,)) if meaning(source, WITHIN_HEADS) else None  # type: ignore
+    return (_ITEMS[source.target][node.args[1]], (source,)) if meaning(source, WITHIN_HEADS) else None  # type: ignore[index]
 
 
 def _select(node: fx.Node) -> Meaning | None:

@@ -64,4 +64,4 @@ def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collectio
     for call in invocations(gm):
         body = gm.get_submodule(call.subgraph)
         operands = zip(placeholders(body.graph), call.operands, strict=True)  # type: ignore[arg-type]
-        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, quantized, found)  # type: ignore
+        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, quantized, found)  # type: ignore[arg-type]

@@ -11,5 +11,6 @@ from .errors import SvdqError
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .report import report
+from .reproduce import reproduce
 
-__all__ = ["Config", "SvdqError", "load", "packed", "quantize", "report", "restore", "save"]
+__all__ = ["Config", "SvdqError", "load", "packed", "quantize", "report", "reproduce", "restore", "save"]

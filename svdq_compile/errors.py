@@ -72,3 +72,10 @@ class FileRefused(SvdqError):
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
+
+
+class CannotReproduce(SvdqError):
+    """A module cannot be written as a stand-alone reproduction."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"cannot make a reproduction of {what or 'the model'}: {reason}")

@@ -287,7 +287,7 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Tensor:
 
 def _take_over(weight: QuantizedWeight, other: QuantizedWeight) -> None:
     """weight.data = other: what nn.Module.to does with the moved weight."""
-    Tensor.data.__set__(weight, _shell_of(other) if not is_kept(other) else Tensor.data.__get__(other))  # type: ignore
+    Tensor.data.__set__(weight, _shell_of(other) if not is_kept(other) else Tensor.data.__get__(other))  # type: ignore[attr-defined]
     weight._svdq, weight._svdq_error = other._svdq, other._svdq_error
     weight._svdq_original, weight._svdq_version = other._svdq_original, other._svdq_version
 

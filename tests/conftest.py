@@ -1,6 +1,7 @@
 """A small model of repeated blocks, and a clean compiler for each test."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 # Small work, many threads: with more than one, starting them costs more than they give.
 torch.set_num_threads(1)
+
+os.environ.setdefault("SVDQ_VERIFY", "1")  # the passes check every graph (passes/verify.py)
 
 WIDTH, TOKENS, CHANNELS = 128, 24, 16
 

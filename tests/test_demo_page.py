@@ -1,4 +1,6 @@
-"""The demo's page (examples/page.py): its numbers, its charts, its adapters, and that it needs nothing but itself."""
+"""The demo's page (examples/page.py): its numbers, its charts, its adapters, and that it needs nothing but itself; how
+much of it a machine draws (examples/size.py).
+"""
 
 import base64
 import io
@@ -16,6 +18,7 @@ Image = pytest.importorskip("PIL.Image")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import page  # noqa: E402
+from size import FULL, LIMIT, SIZES, Size, largest_within  # noqa: E402
 
 VOID = {"meta", "img"}
 PROMPTS = ["dog face", "fish & <chips>"]
@@ -55,15 +58,15 @@ def adapters() -> list[page.Adapted]:
     ]
 
 
-def example(shown: int = 2) -> str:
+def example(shown: int = 2, left_out: str = "") -> str:
     """A page of two prompts, `shown` of them with adapters."""
     rng = np.random.default_rng(0)
     reference = rng.random((2, 8, 8, 3)).astype(np.float32)
     methods = [method("16-bit", reference, 4_000_000), method("4-bit", reference * 0.9), method("same", reference)]
-    adapted = [replace(a, reference=a.reference[:shown], pictures=a.pictures[:shown]) for a in adapters()]
+    adapted = [replace(a, reference=a.reference[:shown], pictures=a.pictures[:shown]) for a in adapters() if shown]
     weight = rng.standard_normal((6, 4))
     branch = page.Branch("blocks.0.proj", 2, weight, weight / 2, 0.08, 0.16)
-    return page.build_page(PROMPTS, methods, adapted, branch, ["Made on a <machine>."])
+    return page.build_page(PROMPTS, methods, adapted, branch, ["Made on a <machine>."], left_out)
 
 
 def lora_part(shown: int = 2) -> str:
@@ -168,3 +171,57 @@ def test_branch_section_says_what_the_branch_took():
 
 def test_step_path_draws_one_bar_a_value():
     assert page.step_path(np.array([1.0, 0.5]), 100, 40) == "M0 40V0.0H50.0V20.0H100.0V40Z"
+
+
+def test_page_says_what_was_left_out():
+    text = example(0, "no <adapters>: make demo-full")
+    assert text.count("no &lt;adapters&gt;: make demo-full") == 1
+    assert 'class="lora"' not in text
+    assert Outline(text).open_tags == []
+
+
+def test_demo_is_full_where_a_machine_is_fast_and_smallest_where_it_is_hopeless():
+    assert largest_within(LIMIT, 0.0) is FULL
+    assert largest_within(LIMIT, 1e6) is SIZES[-1]
+
+
+@pytest.mark.parametrize("pace", [0.05, 0.2, 0.5, 1.0, 1.6])
+def test_demo_is_as_large_as_the_time_allows(pace: float):
+    size = largest_within(LIMIT, pace)
+    assert size.seconds(pace) <= LIMIT
+    larger = SIZES[: SIZES.index(size)]
+    assert all(other.seconds(pace) > LIMIT for other in larger)
+
+
+def test_sizes_become_smaller():
+    work = [size.picture_steps for size in SIZES]
+    assert work == sorted(work, reverse=True)
+    # 4 methods of 8 pictures and 13 steps, 3 calibrations of 4 prompts and 8 steps, 2 x 3 mixtures of 3 and 12
+    assert work[0] == 4 * 8 * 13 + 3 * 4 * 8 + 2 * 3 * 3 * 12
+
+
+def test_what_is_left_out_is_named():
+    assert FULL.without(FULL) == ""
+    assert Size(8, 12, lora=False).without(FULL) == "the LoRA adapters"
+    assert Size(2, 6, 2, 4, False).without(FULL) == (
+        "6 of 8 pictures, 6 of 12 denoising steps, three quarters of the calibration and the LoRA adapters"
+    )
+
+
+def test_demo_takes_what_fits_or_what_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    import demo
+
+    monkeypatch.setattr(demo, "measure_pace", lambda device, console: 1.5)
+    said = io.StringIO()
+
+    def size(*arguments: str, device: str = "cpu") -> Size:
+        return demo.choose_size(demo.parse_args([*arguments]), device, demo.Console(file=said, width=300))
+
+    assert size("--full") == size(device="cuda") == FULL
+    assert size("--prompts", "2") == Size(2, 12)
+    assert said.getvalue() == ""
+    fitting = size()
+    assert fitting == largest_within(LIMIT, 1.5) != FULL
+    assert demo.left_out(fitting) in said.getvalue()
+    assert "the LoRA adapters were left out: make demo-full draws all of it" in said.getvalue()
+    assert demo.left_out(FULL) == ""

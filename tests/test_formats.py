@@ -18,6 +18,7 @@ from svdq_compile.kernels.formats import (
     w4a8,
     w8a8,
 )
+from svdq_compile.kernels.formats import int8_matmul as int8
 from svdq_compile.kernels.formats.int8_matmul import int8_matmul
 
 QUANTIZED = [f.name for f in FORMATS.values() if f.codes is not None]
@@ -192,6 +193,16 @@ def test_int8_matmul_holds_the_largest_product() -> None:
     a = torch.full((2, k), 127, dtype=torch.int8)
     b = torch.full((3, k), -126, dtype=torch.int8)
     assert int8_matmul(a, b).tolist() == [[-127 * 126 * k] * 3] * 2
+
+
+@pytest.mark.parametrize("k", [40, 1024, 1025, 3000])
+@pytest.mark.parametrize("quick", [True, False], ids=["int8", "floats"])
+def test_int8_matmul_is_exact_with_and_without_int8_products(quick: bool, k: int, monkeypatch) -> None:
+    monkeypatch.setattr(int8, "_has_int8_products", lambda: quick)
+    generator = torch.Generator().manual_seed(k)
+    a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=generator) for rows in (17, 9))
+    a[0], b[0] = -128, -128  # the largest sum there is
+    assert torch.equal(int8_matmul(a, b), (a.long() @ b.long().t()).int())
 
 
 def test_e2m1_encodes_every_value_and_rounds_ties_to_even() -> None:

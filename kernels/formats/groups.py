@@ -1,5 +1,7 @@
 """Groups along the reduction axis: every format scales 16 or 64 neighbouring input channels together."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,12 @@ def span(groups: Tensor) -> Tensor:
     return groups.abs().amax(-1, keepdim=True)
 
 
-def best_of(groups: Tensor, candidates, reconstruct, importance: Tensor | None) -> Tensor:
+def best_of(
+    groups: Tensor,
+    candidates: Iterable[Tensor],
+    reconstruct: Callable[[Tensor, Tensor], Tensor],
+    importance: Tensor | None,
+) -> Tensor:
     """Choose for each group the scale that loses least.
 
     groups      [N, G, group]  fp32, the values to represent
