@@ -14,13 +14,12 @@ from collections.abc import Callable
 from torch import fx
 
 from .linears import LinearSite, find_linears, group_by_input
-from .subgraphs import invocations
+from .subgraphs import bodies, invocations
 
 
 def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Callable) -> int:
     """Insert the calls, in subgraphs too. Returns how many linears are watched (a subgraph's count once)."""
-    watched = any(node.target is run for node in gm.graph.nodes)
-    groups = [] if watched else group_by_input(find_linears(gm).sites)
+    groups = [] if _is_watched(gm, run) else group_by_input(find_linears(gm).sites)
     for group in groups:
         _watch(gm.graph, group, observe)
         for site in group:
@@ -31,6 +30,10 @@ def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Calla
         count += observe_linears(gm.get_submodule(name), observe, run)  # type: ignore[arg-type]
     gm.recompile()
     return count
+
+
+def _is_watched(gm: fx.GraphModule, run: Callable) -> bool:
+    return any(node.target is run for node in gm.graph.nodes) or any(_is_watched(body, run) for body in bodies(gm))
 
 
 def _watch(graph: fx.Graph, group: list[LinearSite], observe: Callable[..., None]) -> None:

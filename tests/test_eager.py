@@ -312,9 +312,10 @@ def test_force_eager() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("weights", ["release", "offload", "keep"])
 def test_other_backends_of_torch_run_the_operators(backend: str, weights: str) -> None:
-    """They read kept values, which somebody may write to later."""
+    """They read kept values, which somebody may write to later; but torch 2.11's "eager" calls each weight's class."""
     model = quantized(weights=weights)
-    expected = (net() if weights == "keep" else model)(*inputs())
+    reads_kept = weights == "keep" and (backend != "eager" or torch.__version__ >= (2, 12))
+    expected = (net() if reads_kept else model)(*inputs())
     run = torch.compile(model, backend=backend, fullgraph=True)
     assert relative_error(run(*inputs()), expected) < FLIPPED_CODES
     assert isinstance(model.blocks[0].up.weight, QuantizedWeight)

@@ -17,6 +17,9 @@ from conftest import FLIPPED_CODES, WIDTH, compiled, logged, quiet, relative_err
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.passes.subgraphs import bodies, invocations, other_bodies
 
+OLD = torch.__version__ < (2, 12)
+NO_FLEX = pytest.mark.skipif(OLD, reason="torch 2.11 refuses one buffer for query, key and value on a CPU")
+
 
 class Block(nn.Module):
     def __init__(self, around: Callable) -> None:
@@ -99,7 +102,7 @@ def selectively(block: Block, x: Tensor) -> Tensor:
     return checkpoint(plain, block, x, use_reentrant=False, context_fn=contexts)
 
 
-@pytest.mark.parametrize("around", [flex, cond, loop, scanned])
+@pytest.mark.parametrize("around", [pytest.param(flex, marks=NO_FLEX), cond, loop, scanned])
 def test_linears_around_a_body_compiled_whole(around: Callable) -> None:
     model, x = make(around), torch.randn(2, 24, WIDTH)
     reference, run = model(x), compiled(model)
@@ -108,7 +111,7 @@ def test_linears_around_a_body_compiled_whole(around: Callable) -> None:
     assert quantized(model) == {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("first", "second")}
 
 
-@pytest.mark.parametrize("around", [flex, cond, loop, scanned])
+@pytest.mark.parametrize("around", [pytest.param(flex, marks=NO_FLEX), cond, loop, scanned])
 def test_linears_around_a_body_compiled_by_blocks(around: Callable) -> None:
     """Dynamic sizes and bfloat16."""
     model = make(around).bfloat16()
