@@ -1,5 +1,5 @@
 # Everything sets itself up on first use, in .venv, and is quick the second time.
-#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html; as many as should fit into 5 minutes
+#   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html; as many as fit into 5 minutes
 #   make demo-full   all of them, with LoRA adapters, however long it takes
 #   make test    format, lint, types, the wheel, tests
 #   make wheel   build the wheel, and use it from an empty environment
