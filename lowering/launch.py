@@ -82,34 +82,13 @@ def _reference_quantize(o: Quantize, prologue: None, right: None) -> tuple[Tenso
     return reference.quantize(*o)
 
 
+_CODES, _HOPPER_CODES = _with_codes("int8", "int4", "fp4"), _with_codes("int8", "int4")
 QUANTIZE = Table(
     "quantize",
     [
-        Kernel(
-            "hopper_quantize",
-            HOPPER,
-            _with_codes("int8", "int4"),
-            "hopper.quantize",
-            _quantize_why_not,
-            _hopper_quantize,
-        ),
-        Kernel(
-            "portable_quantize",
-            PORTABLE,
-            _with_codes("int8", "int4", "fp4"),
-            "portable.quantize",
-            _quantize_why_not,
-            _portable_quantize,
-        ),
-        Kernel(
-            "portable_codes",
-            PORTABLE,
-            _with_codes("int8", "int4", "fp4"),
-            "portable.quantize",
-            _codes_why_not,
-            _portable_codes,
-            fuses=False,
-        ),
+        Kernel("hopper_quantize", HOPPER, _HOPPER_CODES, "hopper.quantize", _quantize_why_not, _hopper_quantize),
+        Kernel("portable_quantize", PORTABLE, _CODES, "portable.quantize", _quantize_why_not, _portable_quantize),
+        Kernel("portable_codes", PORTABLE, _CODES, "portable.quantize", _codes_why_not, _portable_codes, fuses=False),
     ],
     _reference_quantize,
 )
