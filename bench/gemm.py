@@ -20,6 +20,7 @@ import record
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.hopper import gemm_int4 as gluon_int4
 from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
+from svdq_compile.kernels.operands import Gemm
 from svdq_compile.kernels.portable import gemm as triton_gemm
 from svdq_compile.kernels.runtime.target import has_kernels
 
@@ -113,8 +114,12 @@ class Problem:
             product = scaled.flatten(1) @ w.t()
         self.expected = product + self.xd.double() @ self.up.double().t() + self.bias.double()
 
+    def operands(self) -> Gemm:
+        weight, bias = self.weight, self.bias
+        return Gemm(self.qx, self.ascales, self.xd, weight, self.up, bias, None, self.precision, self.dtype)
+
     def gluon(self, tile: gluon_gemm.Tile | None = None) -> Tensor:
-        return gluon_gemm.gemm(self.qx, self.ascales, self.xd, self.weight, self.up, self.bias, self.dtype, tile=tile)
+        return gluon_gemm.gemm(self.operands(), tile=tile)
 
     def prepare_fp8(self) -> None:
         """The operands as the int4 kernel reads them; a quantize kernel could write them so at no cost."""
@@ -122,21 +127,11 @@ class Problem:
         self.words = layout.to_kernel("int4", self.weight, words=True)
 
     def gluon_int4(self) -> Tensor:
-        return gluon_int4.gemm(self.qx8, self.by_group, self.xd, self.words, self.up, self.bias, None, self.dtype)
+        given = self.operands()
+        return gluon_int4.gemm(given._replace(qx=self.qx8, ascales=self.by_group, weight=self.words))
 
     def plain_triton(self, config: tuple | None = None) -> Tensor:
-        return triton_gemm.gemm(
-            self.precision,
-            self.qx,
-            self.ascales,
-            self.xd,
-            self.weight,
-            self.up,
-            self.bias,
-            None,
-            self.dtype,
-            config=config,
-        )
+        return triton_gemm.gemm(self.operands(), config=config)
 
 
 def library_times(m: int, n: int, k: int) -> dict[str, float]:

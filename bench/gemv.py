@@ -15,6 +15,7 @@ from torch import Tensor
 
 import record
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemv
 from svdq_compile.kernels.portable.gemv import Split, gemv
 
 BOUND = 4e-3  # bf16 rounds to 1.7e-3
@@ -42,7 +43,7 @@ class Problem:
         self.nbytes = sum(t.nbytes for t in (*self.weight, self.up, self.x)) + 2 * m * n
 
     def __call__(self, split: Split | None = None) -> Tensor:
-        return gemv(self.x, self.xd, self.weight, self.up, self.bias, torch.bfloat16, split=split)
+        return gemv(Gemv(self.x, self.xd, self.weight, self.up, self.bias, "w4a16", torch.bfloat16), split=split)
 
 
 def measure(m: int, n: int, k: int) -> dict:

@@ -24,6 +24,7 @@ import record
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 from svdq_compile.kernels.hopper import quantize as gluon_quantize
+from svdq_compile.kernels.operands import Gemm, Gemv, Quantize
 from svdq_compile.kernels.portable import gemv as triton_gemv
 from svdq_compile.kernels.runtime import launcher
 from svdq_compile.lowering import launch, ops
@@ -63,7 +64,7 @@ def calls_of(op: str, m: int, n: int, k: int) -> tuple[list[Callable[[], object]
         return [
             lambda: ops.quantize(*given),
             lambda: launch.quantize(*given),
-            lambda: gluon_quantize.quantize(flat, smooth, down, "w4a8"),
+            lambda: gluon_quantize.quantize(Quantize(flat, smooth, down, "w4a8", 0.0)),
         ], gluon_quantize
     up, xd, bias = normal(n, RANK), normal(1, m, RANK), normal(n)
     if op == "gemv":
@@ -73,7 +74,7 @@ def calls_of(op: str, m: int, n: int, k: int) -> tuple[list[Callable[[], object]
         return [
             lambda: ops.gemv(*given),
             lambda: launch.gemv(*given),
-            lambda: triton_gemv.gemv(flat, low, weight, up, bias, torch.bfloat16),
+            lambda: triton_gemv.gemv(Gemv(flat, low, weight, up, bias, "w4a16", torch.bfloat16)),
         ], triton_gemv
     weight = layout.to_kernel("w4a8", FORMATS["w4a8"].quantize_weight(normal(n, k).float()))
     qx, ascales = FORMATS["w4a8"].quantize_activation(x.float())
@@ -82,7 +83,7 @@ def calls_of(op: str, m: int, n: int, k: int) -> tuple[list[Callable[[], object]
     return [
         lambda: ops.gemm(*given),
         lambda: launch.gemm(*given),
-        lambda: gluon_gemm.gemm(flat, scales, low, weight, up, bias, torch.bfloat16),
+        lambda: gluon_gemm.gemm(Gemm(flat, scales, low, weight, up, bias, None, "w4a8", torch.bfloat16)),
     ], gluon_gemm
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import record
 from svdq_compile.kernels.hopper import quantize as hopper
+from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as portable
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
@@ -76,11 +77,12 @@ def measure(precision: str, m: int, k: int, rank: int, kind: str) -> dict:
     down = torch.randn(rank, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
     function, h = prologue(kind, x)
     left, right = split(x, kind)
+    operands = Quantize(left, smooth, down, precision, 0.0)
     fp8 = precision == "int4" and torch.cuda.get_device_capability() == (9, 0)
 
     def call() -> tuple[Tensor, ...]:
-        one_kernel = precision != "nvfp4" and hopper.can_quantize(left, right, down, precision, function)
-        return (hopper if one_kernel else portable).quantize(left, smooth, down, precision, 0.0, function, right, fp8)
+        one_kernel = precision != "nvfp4" and hopper.can_quantize(operands, function, right)
+        return (hopper if one_kernel else portable).quantize(operands, function, right, fp8)
 
     qx, ascales, xd = call()
     expected, scales, _ = reference.quantize(h, smooth, down, precision, 0.0)

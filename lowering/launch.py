@@ -61,15 +61,15 @@ def _in_fp8(precision: str, device: torch.device) -> bool:
 def _hopper_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.hopper import quantize
 
-    if not quantize.can_quantize(o.x, right, o.down, o.precision, prologue):
+    if not quantize.can_quantize(o, prologue, right):
         return _portable_quantize(o, prologue, right)
-    return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
+    return quantize.quantize(o, prologue, right, _in_fp8(o.precision, o.x.device))
 
 
 def _portable_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tensor, ...]:
     from ..kernels.portable import quantize
 
-    return quantize.quantize(*o, prologue, right, _in_fp8(o.precision, o.x.device))
+    return quantize.quantize(o, prologue, right, _in_fp8(o.precision, o.x.device))
 
 
 def _portable_codes(o: Quantize, prologue: None, right: None) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ def _gemm_why_not(o: Gemm) -> str | None:
 def _hopper_why_not(o: Gemm) -> str | None:
     from ..kernels.hopper import gemm_w4a8
 
-    return _gemm_why_not(o) or gemm_w4a8.why_not(o.qx, o.xd, o.up, o.out_dtype)
+    return _gemm_why_not(o) or gemm_w4a8.why_not(o)
 
 
 def _no_offset(o: Gemm) -> str | None:
@@ -148,29 +148,26 @@ def _nvfp4_why_not(o: Gemm) -> str | None:
 def _hopper_w4a8(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.hopper import gemm_w4a8
 
-    weight = layout.to_kernel(o.precision, o.weight)
-    return gemm_w4a8.gemm(o.qx, o.ascales, o.xd, weight, o.up, o.bias, o.out_dtype, epilogue)
+    return gemm_w4a8.gemm(o._replace(weight=layout.to_kernel(o.precision, o.weight)), epilogue)
 
 
 def _hopper_int4(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.hopper import gemm_int4
 
-    words = layout.to_kernel(o.precision, o.weight, words=True)
-    return gemm_int4.gemm(o.qx, o.ascales, o.xd, words, o.up, o.bias, o.offset, o.out_dtype, epilogue)
+    return gemm_int4.gemm(o._replace(weight=layout.to_kernel(o.precision, o.weight, words=True)), epilogue)
 
 
 def _portable_gemm(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.portable import gemm
 
     weight = layout.to_kernel(o.precision, o.weight)
-    qx, ascales = _integers(o.qx), o.ascales.contiguous()
-    return gemm.gemm(o.precision, qx, ascales, o.xd, weight, o.up, o.bias, o.offset, o.out_dtype, epilogue)
+    return gemm.gemm(o._replace(qx=_integers(o.qx), ascales=o.ascales.contiguous(), weight=weight), epilogue)
 
 
 def _portable_nvfp4(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.portable import gemm_nvfp4
 
-    return gemm_nvfp4.gemm(o.qx, o.ascales, o.xd, o.weight, o.up, o.bias, o.out_dtype, epilogue)
+    return gemm_nvfp4.gemm(o, epilogue)
 
 
 def _int8_why_not(o: Gemm) -> str | None:
@@ -262,7 +259,7 @@ def _gemv_why_not(o: Gemv) -> str | None:
 def _portable_gemv(o: Gemv) -> Tensor:
     from ..kernels.portable import gemv
 
-    return gemv.gemv(o.x, o.xd, layout.to_kernel(o.precision, o.weight), o.up, o.bias, o.out_dtype)
+    return gemv.gemv(o._replace(weight=layout.to_kernel(o.precision, o.weight)))
 
 
 def _expanded_gemv(o: Gemv) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..kernels.operands import Gemm, Gemv, Quantize
 from ..lowering import ops
 from .linears import LINEAR, POINTWISE_CONV, argument, is_spatial_conv
 from .peft_names import is_adapter
@@ -36,6 +37,7 @@ from .subgraphs import invocations
 
 MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go, without a buffer for its parts
 RANK_STEP = 16  # of the kernels' low-rank products
+XD = 2  # the result of `quantize` that is the low-rank product
 ADD = (operator.add, operator.iadd, torch.add)
 OF_INPUTS = (torch.cat, torch.mul, F.pad, torch.flatten, torch.Tensor.to, operator.getitem, "item")
 MULTIPLY = (operator.mul, operator.imul, torch.mul)
@@ -105,10 +107,10 @@ def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader
     for node in graph.nodes:
         if node.target not in (ops.gemm, ops.gemv):
             continue
-        up: Any = node.args[_low_rank_at(node) + 2]
-        if up is not None and "example_value" not in up.meta:  # put together by this pass: it is folded already
-            continue
-        source, first = _low_rank_source(node.args[_low_rank_at(node)])
+        operands = _operands(node)
+        if operands.up is not None and "example_value" not in operands.up.meta:
+            continue  # put together by this pass: it is folded already
+        source, first = _low_rank_source(operands.xd)
         x = cast(fx.Node, (source or node).args[0])
         readers = found.setdefault(source or node, (source, x, []))[2]
         readers.append(_reader(node, first, x))
@@ -127,13 +129,18 @@ def _low_rank_source(xd: Any) -> tuple[fx.Node | None, int]:
     return xd, first
 
 
-def _low_rank_at(node: fx.Node) -> int:
-    """Where xd stands among a quantized linear's arguments; `up` comes two places later."""
-    return 2 if node.target is ops.gemm else 1
+def _operands(node: fx.Node) -> Gemm | Gemv:
+    """Of a quantized linear."""
+    return Gemm(*node.args) if node.target is ops.gemm else Gemv(*node.args)  # type: ignore[arg-type]
+
+
+def _down(source: fx.Node) -> fx.Node:
+    """The matrix that `quantize` or `linear` multiplies x by."""
+    return Quantize(*source.args).down if source.target is ops.quantize else source.args[1]  # type: ignore[arg-type, return-value]
 
 
 def _reader(node: fx.Node, first: int, x: fx.Node) -> Reader:
-    up: fx.Node | None = node.args[_low_rank_at(node) + 2]  # type: ignore[assignment]
+    up: fx.Node | None = _operands(node).up
     y, moves = node, []
     if x.target is torch.movedim:
         x = x.args[0]  # type: ignore[assignment]
@@ -216,10 +223,9 @@ def _fold(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Rea
         if reader.adapters:
             made.append(_widen_up(graph, reader, own))
         elif reader.rank:
-            at = _low_rank_at(reader.node)
-            unused = reader.node.args[at]
-            reader.node.update_arg(at, own)
-            _erase_unused(graph, unused)  # type: ignore[arg-type]
+            operands = _operands(reader.node)
+            reader.node.args = operands._replace(xd=own)
+            _erase_unused(graph, operands.xd)
     return [node for node in made if node.target is torch.cat]
 
 
@@ -259,8 +265,8 @@ def _is_of_inputs(node: fx.Node) -> bool:
 def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: list[Reader]) -> tuple[fx.Node, fx.Node]:
     """cat(down, A, ...) in the place of `down`; -> it, and the node of its product with x."""
     before = source or readers[0].node
-    down = None if source is None else source.args[2 if source.target is ops.quantize else 1]
-    dtype = cast(torch.dtype, readers[0].node.args[-1]) if down is None else _value(cast(fx.Node, down)).dtype
+    down = None if source is None else _down(source)
+    dtype = _operands(readers[0].node).out_dtype if down is None else _value(down).dtype
     rows: list[Any] = []
     for reader in readers:
         if reader.rank:
@@ -274,18 +280,19 @@ def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: li
     wide = emit(graph, before, torch.cat, rows) if len(rows) > 1 else rows[0]
     if source is None:
         return wide, emit(graph, before, F.linear, x, wide)
-    source.update_arg(2 if source.target is ops.quantize else 1, wide)
-    if source.target is ops.quantize:
-        return wide, next(user for user in source.users if user.args[1] == 2)
-    return wide, source
+    if source.target is not ops.quantize:
+        source.update_arg(1, wide)
+        return wide, source
+    source.args = Quantize(*source.args)._replace(down=wide)  # type: ignore[arg-type]
+    return wide, next(user for user in source.users if user.args[1] == XD)
 
 
 def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> fx.Node:
     """The linear once more where the last sum was, since strengths may be known only there; -> cat(up, s B, ...)."""
     before, old = reader.result, reader.node
-    at = _low_rank_at(old)
-    up: fx.Node | None = old.args[at + 2]  # type: ignore[assignment]
-    dtype = cast(torch.dtype, old.args[-1]) if up is None else _value(up).dtype
+    operands = _operands(old)
+    up: fx.Node | None = operands.up
+    dtype = operands.out_dtype if up is None else _value(up).dtype
     columns = [up] if up is not None and reader.rank else []
     for adapter in reader.adapters:
         scaled = adapter.b
@@ -295,13 +302,11 @@ def _widen_up(graph: fx.Graph, reader: Reader, xd: fx.Node) -> fx.Node:
     if reader.padding:
         columns[-1] = emit(graph, before, F.pad, columns[-1], (0, reader.padding))
     wide = emit(graph, before, torch.cat, columns, 1) if len(columns) > 1 else columns[0]
-    arguments = list(old.args)
-    arguments[at], arguments[at + 2] = xd, wide
-    y = emit(graph, before, old.target, *arguments)  # type: ignore[arg-type]
+    y = emit(graph, before, old.target, *operands._replace(xd=xd, up=wide))  # type: ignore[arg-type]
     y.meta = dict(old.meta)
     for move in reader.moves:
         y = emit(graph, before, move.target, y, *move.args[1:])  # type: ignore[arg-type]
-    if _value(before).dtype != old.args[-1]:
+    if _value(before).dtype != operands.out_dtype:
         y = emit(graph, before, torch.Tensor.to, y, _value(before).dtype)
     before.replace_all_uses_with(y)
     _erase_unused(graph, before)

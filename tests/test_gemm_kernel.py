@@ -20,6 +20,7 @@ from kernel_testing import (
 )
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemm
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
@@ -53,8 +54,9 @@ def test_interpreted_gemm(m, n, k, rank, precision):
     offset = torch.randn(n) if precision == "int4" else None
     expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, precision, torch.float32)
     packed = layout.to_kernel(precision, weight)
-    assert error(triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, offset, HALF), expected) < ROUNDING
-    y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, None, offset, torch.float32)
+    y = triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, bias, offset, precision, HALF))
+    assert error(y, expected) < ROUNDING
+    y = triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, None, offset, precision, torch.float32))
     assert error(y, expected - bias.float()) < 1e-5
 
 
@@ -74,12 +76,12 @@ def test_interpreted_siblings(m, count, rank, precision):
     offset = torch.randn(n) if precision == "int4" else None
     expected = reference.gemm(qx, ascales, xd, list(weight), up, None, offset, precision, torch.float32)
     packed = layout.to_kernel(precision, weight)
-    y = triton_gemm.gemm(precision, qx, ascales, xd, packed, up, None, offset, torch.float32)
+    y = triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, None, offset, precision, torch.float32))
     assert error(y, expected) < 1e-5
     dims = layout.feature_dims(precision, packed)
     last = tuple(t.narrow(dim, n - 128, 128) for t, dim in zip(packed, dims, strict=True))
     own = xd[:, xd.shape[1] - rank :], last, up[n - 128 :], None, None if offset is None else offset[n - 128 :]
-    assert torch.equal(triton_gemm.gemm(precision, qx, ascales, *own, torch.float32), y[:, n - 128 :])
+    assert torch.equal(triton_gemm.gemm(Gemm(qx, ascales, *own, precision, torch.float32)), y[:, n - 128 :])
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def test_interpreted_epilogues(m, n, k, rank, precision):
     packed = layout.to_kernel(precision, weight)
 
     def gemm(epilogue):
-        return triton_gemm.gemm(precision, qx, ascales, xd, packed, up, bias, None, torch.float32, epilogue)
+        return triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, bias, None, precision, torch.float32), epilogue)
 
     gate, residual = torch.randn(n).to(HALF), torch.randn(m, n + 40).to(torch.bfloat16)[:, 24 : 24 + n]
     y = gemm(Generated(gated_residual, (gate, 0.5), residual))
@@ -148,7 +150,7 @@ def test_launchers_say_what_is_wrong(name, spoil, complaint):
     arguments = gemm_arguments()
     arguments[name] = spoil(arguments[name])
     with pytest.raises((TypeError, ValueError), match=complaint):
-        triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF)
+        triton_gemm.gemm(Gemm(**arguments, precision="w4a8", out_dtype=HALF))
 
 
 @compiled
@@ -170,14 +172,13 @@ def test_launchers_say_what_is_wrong_with_an_auxiliary_input(auxiliary, complain
     from svdq_compile.kernels.portable import gemm as triton_gemm
     from svdq_compile.kernels.runtime.generated import Generated
 
-    arguments = gemm_arguments()
+    operands = Gemm(**gemm_arguments(), precision="w4a8", out_dtype=HALF)
     epilogue = Generated(gated_residual, (), auxiliary)
     if "bytes" not in complaint:
         with pytest.raises(ValueError, match=complaint):
-            triton_gemm.gemm("w4a8", **arguments, out_dtype=HALF, epilogue=epilogue)
-    arguments.pop("offset")
+            triton_gemm.gemm(operands, epilogue)
     with pytest.raises(ValueError, match=complaint):
-        gluon_gemm.gemm(**arguments, out_dtype=HALF, epilogue=epilogue)
+        gluon_gemm.gemm(operands, epilogue)
 
 
 # ** instructions **

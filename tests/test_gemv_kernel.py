@@ -19,6 +19,7 @@ from kernel_testing import (
 )
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemv
 from svdq_compile.lowering import reference
 
 POINTERS = {"x": "*bf16", "qweight": "*i8", "pairs": "*i32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16",
@@ -58,8 +59,8 @@ def test_interpreted_gemv(m, n, k, rank, warps, words):
     expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32)
     split = triton_gemv.Split(warps, words)
     packed = layout.to_kernel("w4a16", weight)
-    assert error(triton_gemv.gemv(x, xd, packed, up, bias, HALF, split=split), expected) < ROUNDING
-    exact = triton_gemv.gemv(x, xd, packed, up, bias, torch.float32, split=split)
+    assert error(triton_gemv.gemv(Gemv(x, xd, packed, up, bias, "w4a16", HALF), split=split), expected) < ROUNDING
+    exact = triton_gemv.gemv(Gemv(x, xd, packed, up, bias, "w4a16", torch.float32), split=split)
     assert error(exact, expected) < 1e-4  # 1024 + q in fp16 is exact, its fp32 sums are 1000 times the result
 
 
@@ -69,7 +70,7 @@ def test_interpreted_without_bias_in_the_chosen_split():
 
     x, xd, weight, up, _ = operands(2, 40, 640, 32)
     expected = reference.gemv(x, xd, list(weight), up, None, "w4a16", torch.float32)
-    y = triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, None, HALF)
+    y = triton_gemv.gemv(Gemv(x, xd, layout.to_kernel("w4a16", weight), up, None, "w4a16", HALF))
     assert error(y, expected) < ROUNDING
 
 
@@ -89,7 +90,7 @@ def test_interpreted_epilogue():
     gate, residual = torch.randn(37).to(HALF), torch.randn(9, 37).to(HALF)
     expected = reference.gemv(x, xd, list(weight), up, bias, "w4a16", torch.float32) * gate * 0.5 + residual
     epilogue = Generated(gate_residual, (gate, residual, 37, 0.5))
-    y = triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, torch.float32, epilogue)
+    y = triton_gemv.gemv(Gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, "w4a16", torch.float32), epilogue)
     assert error(y, expected) < 1e-4
 
 
@@ -115,7 +116,7 @@ def test_bad_input_is_an_error(change, message):
     x, xd, weight, up, bias = operands(2, 40, 256, 32)
     given = {"x": x, "xd": xd, "up": up, "bias": bias} | change
     with pytest.raises((ValueError, TypeError), match=message):
-        triton_gemv.gemv(given["x"], given["xd"], layout.to_kernel("w4a16", weight), given["up"], given["bias"], HALF)
+        triton_gemv.gemv(Gemv(**given, weight=layout.to_kernel("w4a16", weight), precision="w4a16", out_dtype=HALF))
 
 
 @compiled
@@ -123,7 +124,7 @@ def test_no_rows():
     from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, xd, weight, up, bias = operands(0, 40, 256, 32)
-    assert triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, HALF).shape == (0, 40)
+    assert triton_gemv.gemv(Gemv(x, xd, layout.to_kernel("w4a16", weight), up, bias, "w4a16", HALF)).shape == (0, 40)
 
 
 # ** what it compiles to **

@@ -17,6 +17,7 @@ from kernel_testing import (
 )
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemm
 from svdq_compile.lowering import reference
 
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*bf16",
@@ -46,9 +47,10 @@ def test_interpreted_plain(m, n, k, rank, unsigned):
     xd, up, bias, offset = torch.randn(m, rank).to(HALF), torch.randn(n, rank).to(HALF), torch.randn(n), torch.randn(n)
     expected = reference.gemm(qx, ascales, xd, list(weight), up, bias, offset, "int4", torch.float32)
     packed = layout.to_kernel("int4", weight)
-    y = triton_gemm.gemm("int4", qx, ascales, xd, packed, up, bias, offset, torch.float32)
+    y = triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, bias, offset, "int4", torch.float32))
     assert error(y, expected) < 1e-5
-    assert error(triton_gemm.gemm("int4", qx, ascales, xd, packed, up, bias, offset, HALF), expected) < ROUNDING
+    y = triton_gemm.gemm(Gemm(qx, ascales, xd, packed, up, bias, offset, "int4", HALF))
+    assert error(y, expected) < ROUNDING
 
 
 # ** the order of bytes for e4m3 **
@@ -110,7 +112,7 @@ def test_gluon_launcher_says_what_is_wrong(name, spoil, complaint):
                  "up": torch.randn(8, 16).to(HALF), "bias": None, "offset": None}  # fmt: skip
     arguments[name] = spoil(arguments[name])
     with pytest.raises((TypeError, ValueError), match=complaint):
-        gluon_int4.gemm(**arguments, out_dtype=HALF)
+        gluon_int4.gemm(Gemm(**arguments, precision="int4", out_dtype=HALF))
 
 
 @compiled
@@ -121,7 +123,7 @@ def test_gluon_takes_no_auxiliary_input():
     empty = torch.empty(0)
     epilogue = Generated(None, (), torch.zeros(4, 8))
     with pytest.raises(ValueError, match="auxiliary"):
-        gluon_int4.gemm(empty, empty, empty, (empty, empty), empty, None, None, HALF, epilogue)
+        gluon_int4.gemm(Gemm(empty, empty, empty, (empty, empty), empty, None, None, "int4", HALF), epilogue)
 
 
 # ** instructions **

@@ -9,6 +9,7 @@ import triton.language as tl
 from kernel_testing import HALF, ROUNDING, builds, compile_for, compiled, error, interpreted, run_interpreted
 
 from svdq_compile.kernels.formats import nvfp4
+from svdq_compile.kernels.operands import Gemm
 from svdq_compile.kernels.portable import gemm_nvfp4 as triton_nvfp4
 from svdq_compile.kernels.portable.gemm_nvfp4 import Tile
 from svdq_compile.kernels.runtime.generated import Generated
@@ -36,8 +37,12 @@ def arguments(m, n, k, rank):
     return {"qx": qx, "ascales": ascales, "xd": xd, "weight": nvfp4.quantize_weight(weight), "up": up, "bias": bias}
 
 
-def expected(qx, ascales, xd, weight, up, bias):
+def expected(qx, ascales, xd, weight, up, bias=None):
     return reference.gemm(qx, ascales, xd, list(weight), up, bias, None, "nvfp4", torch.float32)
+
+
+def operands(out_dtype, bias=None, **given):
+    return Gemm(**given, bias=bias, offset=None, precision="nvfp4", out_dtype=out_dtype)
 
 
 @compiled
@@ -54,8 +59,8 @@ def test_interpreted_gemm(m, n, k, rank, tile):
     """Ragged everywhere; xd is a slice of a wider matrix."""
     given = arguments(m, n, k, rank)
     wanted = expected(**given)
-    assert error(triton_nvfp4.gemm(**given, out_dtype=HALF, config=tile), wanted) < ROUNDING
-    assert error(triton_nvfp4.gemm(**given, out_dtype=torch.float32, config=tile), wanted) < 1e-6
+    assert error(triton_nvfp4.gemm(operands(HALF, **given), config=tile), wanted) < ROUNDING
+    assert error(triton_nvfp4.gemm(operands(torch.float32, **given), config=tile), wanted) < 1e-6
 
 
 @interpreted
@@ -69,8 +74,8 @@ def test_interpreted_gemm_of_every_code_and_scale(tile):
     weight = (qweight, scales.view(torch.uint8).repeat(2).reshape(63, 4).view(scales.dtype), torch.tensor(0.37))
     ascales = scales.view(torch.uint8).flip(0).repeat(2)[:128].reshape(32, 4).view(scales.dtype)
     given = {"qx": qx, "ascales": ascales, "xd": torch.zeros(32, 0), "weight": weight, "up": torch.zeros(63, 0)}
-    y = triton_nvfp4.gemm(**given, bias=None, out_dtype=torch.float32, config=tile)
-    assert error(y, expected(**given, bias=None)) < 1e-6
+    y = triton_nvfp4.gemm(operands(torch.float32, **given), config=tile)
+    assert error(y, expected(**given)) < 1e-6
 
 
 @triton.jit
@@ -86,7 +91,7 @@ def test_interpreted_epilogue(tile):
     """The epilogue gets its block as [features, tokens], with bias and low rank in it."""
     m, n = 33, 72
     given, gate, residual = arguments(m, n, 80, 16), torch.randn(n), torch.randn(m, n)
-    y = triton_nvfp4.gemm(**given, out_dtype=torch.float32, epilogue=Generated(gated, (gate, residual, n)), config=tile)
+    y = triton_nvfp4.gemm(operands(torch.float32, **given), Generated(gated, (gate, residual, n)), tile)
     assert error(y, residual + gate * expected(**given)) < 1e-6
 
 
@@ -96,7 +101,7 @@ def test_interpreted_gemm_of_nothing():
         given = {name: t[:m] if name in ("qx", "ascales", "xd") else t for name, t in arguments(3, 8, 32, 16).items()}
         given |= {"weight": (*(t[:n] for t in given["weight"][:2]), given["weight"][2])}
         given |= {"up": given["up"][:n], "bias": given["bias"][:n]}
-        assert triton_nvfp4.gemm(**given, out_dtype=torch.bfloat16).shape == (m, n)
+        assert triton_nvfp4.gemm(operands(torch.bfloat16, **given)).shape == (m, n)
 
 
 # ** refusals and bad input **
@@ -138,7 +143,7 @@ def test_nothing_is_compiled_for_a_gpu_that_is_refused(monkeypatch):
 
     monkeypatch.setattr(triton_nvfp4, "launch", launched)
     with pytest.raises(RuntimeError, match="Here: no NVIDIA GPU"):
-        triton_nvfp4.gemm(**arguments(4, 8, 32, 16), out_dtype=HALF)
+        triton_nvfp4.gemm(operands(HALF, **arguments(4, 8, 32, 16)))
 
 
 @compiled
@@ -171,7 +176,7 @@ def test_launcher_says_what_is_wrong(name, spoil, complaint, monkeypatch):
     given = arguments(4, 8, 32, 16)
     given[name] = spoil(given[name])
     with pytest.raises((TypeError, ValueError), match=complaint):
-        triton_nvfp4.gemm(**given, out_dtype=HALF)
+        triton_nvfp4.gemm(operands(HALF, **given))
 
 
 @compiled
@@ -180,7 +185,7 @@ def test_low_rank_is_16_bit(monkeypatch):
     given = arguments(4, 8, 32, 16)
     given |= {"xd": given["xd"].float(), "up": given["up"].float()}
     with pytest.raises(TypeError, match=r"xd is torch.float32, expected 16 bits"):
-        triton_nvfp4.gemm(**given, out_dtype=torch.float32)
+        triton_nvfp4.gemm(operands(torch.float32, **given))
 
 
 # ** instructions **

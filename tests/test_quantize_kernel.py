@@ -19,6 +19,7 @@ from kernel_testing import (
 )
 
 from svdq_compile.kernels.formats import codes_of
+from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as tq
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
@@ -90,7 +91,7 @@ def test_in_the_interpreter():
 def test_interpreted_quantize(m, k, rank, precision, shift):
     x, smooth, down = operands(m, k, rank)
     x[0] = 0
-    check(tq.quantize(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
+    check(tq.quantize(Quantize(x, smooth, down, precision, shift)), x, smooth, down, precision, shift)
 
 
 @interpreted
@@ -100,7 +101,7 @@ def test_interpreted_ties_are_exact(precision, shift):
     x, _, down = operands(40, 256, 0)
     x = (x * 8).round() / 8
     smooth = torch.ones(256)
-    qx, ascales, _ = tq.quantize(x, smooth, down, precision, shift)
+    qx, ascales, _ = tq.quantize(Quantize(x, smooth, down, precision, shift))
     q, a, _ = reference.quantize(x, smooth, down, precision, shift)
     assert torch.equal(ascales.float(), a.float())
     assert (qx != q).double().mean() < 1e-3  # the interpreter rounds a fused multiply-add twice
@@ -111,13 +112,15 @@ def test_interpreted_ties_are_exact(precision, shift):
 def test_interpreted_prologues(precision, shift):
     x, smooth, down = operands(18, 136, 16)
     other = torch.randn(18, 136).to(HALF)
-    result = tq.quantize(x, smooth, down, precision, shift, Generated(gelu))
+    result = tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(gelu))
     check(result, F.gelu(x.float()).to(HALF), smooth, down, precision, shift)
-    result = tq.quantize(x, smooth, down, precision, shift, Generated(gated, (other, 136)))
+    result = tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(gated, (other, 136)))
     check(result, (F.silu(x.float()) * other.float()).to(HALF), smooth, down, precision, shift)
     mean, rstd = torch.randn(18), torch.rand(18) + 0.5
     scale, move = torch.randn(2, 136).to(HALF), torch.randn(2, 136).to(HALF)
-    result = tq.quantize(x, smooth, down, precision, shift, Generated(modulated, (mean, rstd, scale, move, 9, 136)))
+    result = tq.quantize(
+        Quantize(x, smooth, down, precision, shift), Generated(modulated, (mean, rstd, scale, move, 9, 136))
+    )
     normal = ((x.float() - mean[:, None]) * rstd[:, None]).view(2, 9, 136)
     h = (normal * (1 + scale.float()[:, None]) + move.float()[:, None]).view(18, 136).to(HALF)
     check(result, h, smooth, down, precision, shift)
@@ -129,7 +132,7 @@ def test_interpreted_nothing_beyond_the_edges(precision, shift):
     """A prologue that makes ones of zeros must not make any where the input has no element."""
     x, smooth, down = operands(5, 72, 16)
     check(
-        tq.quantize(x, smooth, down, precision, shift, Generated(one)),
+        tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(one)),
         torch.ones_like(x),
         smooth,
         down,
@@ -147,9 +150,9 @@ def test_interpreted_two_parts(m, left, k, precision, shift):
     wide = torch.randn(m, 2 * k + 5).to(HALF)
     parts = wide[:, 3 : 3 + left], wide[:, k + 4 : 2 * k + 4 - left]
     h = torch.cat(parts, 1)
-    result = tq.quantize(parts[0], smooth, down, precision, shift, right=parts[1])
+    result = tq.quantize(Quantize(parts[0], smooth, down, precision, shift), right=parts[1])
     check(result, h, smooth, down, precision, shift)
-    result = tq.quantize(parts[0], smooth, down, precision, shift, Generated(gated, (x, k)), parts[1])
+    result = tq.quantize(Quantize(parts[0], smooth, down, precision, shift), Generated(gated, (x, k)), parts[1])
     check(result, (F.silu(h.float()) * x.float()).to(HALF), smooth, down, precision, shift)
 
 
@@ -160,10 +163,10 @@ def test_interpreted_fp8(m, k, shift):
     """The same values in the form that the sm_90 GEMM reads without a conversion."""
     x, smooth, down = operands(m, k, 16)
     x[0] = 0
-    result = tq.quantize(x, smooth, down, "int4", shift, fp8=True)
+    result = tq.quantize(Quantize(x, smooth, down, "int4", shift), fp8=True)
     check(result, x, smooth, down, "int4", shift, fp8=True)
     qx, ascales, _ = result
-    plain, scales, _ = tq.quantize(x, smooth, down, "int4", shift)
+    plain, scales, _ = tq.quantize(Quantize(x, smooth, down, "int4", shift))
     assert torch.equal(qx.view(torch.uint8), plain.half().to(torch.float8_e4m3fn).view(torch.uint8))
     assert torch.equal(ascales, scales)
     assert ascales.stride() == (1, -(-m // 4) * 4)
@@ -174,7 +177,9 @@ def test_interpreted_fp8(m, k, shift):
 def test_no_rows(precision):
     x, smooth, down = operands(0, 128, 16)
     for t, e in zip(
-        tq.quantize(x, smooth, down, precision), reference.quantize(x, smooth, down, precision, 0.0), strict=True
+        tq.quantize(Quantize(x, smooth, down, precision, 0.0)),
+        reference.quantize(x, smooth, down, precision, 0.0),
+        strict=True,
     ):
         assert (t.shape, t.dtype) == (e.shape, e.dtype)
 
@@ -183,26 +188,26 @@ def test_no_rows(precision):
 def test_bad_input():
     x, smooth, down = operands(2, 64, 16)
     wrong = [
-        ((x, smooth, down, "w4a16"), ValueError, "no quantized activations"),
+        ((x, smooth, down, "w4a16", 0.0), ValueError, "no quantized activations"),
         ((x, smooth, down, "w4a8", 0.1), ValueError, "w4a8 has no unsigned codes"),
-        ((x.float(), smooth, down.float(), "w4a8"), TypeError, "bfloat16 or float16"),
-        ((x, smooth.half(), down, "w4a8"), TypeError, "smooth is"),
-        ((x, smooth[:32], down, "w4a8"), ValueError, "64 columns"),
-        ((x[:, :32], smooth, down, "w4a8"), ValueError, "32 columns"),
+        ((x.float(), smooth, down.float(), "w4a8", 0.0), TypeError, "bfloat16 or float16"),
+        ((x, smooth.half(), down, "w4a8", 0.0), TypeError, "smooth is"),
+        ((x, smooth[:32], down, "w4a8", 0.0), ValueError, "64 columns"),
+        ((x[:, :32], smooth, down, "w4a8", 0.0), ValueError, "32 columns"),
         ((x, smooth, down, "w4a8", 0.0, None, x), ValueError, "128 columns"),
         ((x[:, :32], smooth, down, "w4a8", 0.0, None, x[:1, 32:]), ValueError, "right is"),
         ((x[:, :32], smooth, down, "w4a8", 0.0, None, x[:, 32:].float()), ValueError, "right is"),
         ((x[:, ::2], smooth, down, "w4a8", 0.0, None, x[:, 32:]), ValueError, "columns of x must be neighbours"),
         ((x[:, :32], smooth, down, "w4a8", 0.0, None, x[:, ::2]), ValueError, "columns of right must be neighbours"),
         ((x, smooth, down, "w4a8", 0.0, None, None, True), ValueError, "w4a8 has no fp8 codes"),
-        ((x[None], smooth, down, "w4a8"), ValueError, "dimensions"),
-        ((torch.randn(64, 2).to(HALF).t(), smooth, down, "w4a8"), ValueError, "must be neighbours"),
-        ((x, smooth, torch.randn(8, 64).to(HALF), "w4a8"), ValueError, "multiple of 16 up to 256"),
-        ((x, smooth, torch.randn(272, 64).to(HALF), "w4a8"), ValueError, "multiple of 16 up to 256"),
+        ((x[None], smooth, down, "w4a8", 0.0), ValueError, "dimensions"),
+        ((torch.randn(64, 2).to(HALF).t(), smooth, down, "w4a8", 0.0), ValueError, "must be neighbours"),
+        ((x, smooth, torch.randn(8, 64).to(HALF), "w4a8", 0.0), ValueError, "multiple of 16 up to 256"),
+        ((x, smooth, torch.randn(272, 64).to(HALF), "w4a8", 0.0), ValueError, "multiple of 16 up to 256"),
     ]
     for arguments, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            tq.quantize(*arguments)
+            tq.quantize(Quantize(*arguments[:5]), *arguments[5:])
 
 
 TYPES = {"x": "*i16", "right": "*i16", "smooth": "*fp32", "down": "*bf16", "qx": "*i8", "ascales": "*fp32",
@@ -297,7 +302,9 @@ def test_what_the_single_kernel_takes(monkeypatch):
     x, wide = torch.zeros(8, 256, dtype=torch.bfloat16), torch.zeros(8, 1024, dtype=torch.bfloat16)
 
     def takes(x, right=None, rank=32, k=256, precision="w4a8"):
-        return gq.can_quantize(x, right, torch.zeros(rank, k, dtype=torch.bfloat16), precision, None)
+        return gq.can_quantize(
+            Quantize(x, None, torch.zeros(rank, k, dtype=torch.bfloat16), precision, 0.0), None, right
+        )
 
     assert takes(x)
     assert takes(wide[:, 512:768])

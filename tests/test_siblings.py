@@ -96,10 +96,9 @@ def test_what_are_no_siblings_is_refused() -> None:
         reference.gemm(**siblings | {"xd": siblings["xd"][:, :24]}, precision="w4a8", out_dtype=HALF)
     kernel_order = siblings | {"weight": layout.to_kernel("w4a8", siblings["weight"])}
     with pytest.raises(ValueError, match="128 features of 2 siblings, expected a multiple of 128"):
-        triton_gemm.gemm("w4a8", **kernel_order, out_dtype=HALF)
-    kernel_order.pop("offset")
+        triton_gemm.gemm(Gemm(**kernel_order, precision="w4a8", out_dtype=HALF))
     with pytest.raises(ValueError, match="128 features of 2 siblings"):
-        gluon_gemm.gemm(**kernel_order, out_dtype=HALF)
+        gluon_gemm.gemm(Gemm(**kernel_order, precision="w4a8", out_dtype=HALF))
 
 
 # ** the memory of the weights **

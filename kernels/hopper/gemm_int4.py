@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ..formats.layout import to_words
+from ..operands import Gemm
 from ..portable.gemm import check_scales, sibling_features
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
@@ -207,9 +208,10 @@ def _by_group(ascales: Tensor) -> Tensor:
     return padded.copy_(t)
 
 
-def _check(qx, ascales, weight, up, bias, offset) -> tuple[int, int]:
+def _check(o: Gemm) -> tuple[int, int]:
     """Raise unless the tensors are what the module says; -> M, N."""
-    (m, kp), n = qx.shape, up.shape[0]
+    qx, ascales, weight = o.qx, o.ascales, o.weight
+    (m, kp), n = qx.shape, o.up.shape[0]
     if kp % GROUP_SIZE:
         raise ValueError(f"qx has {kp} columns, not whole groups of {GROUP_SIZE}")
     steps = -(-kp // 128)
@@ -219,43 +221,41 @@ def _check(qx, ascales, weight, up, bias, offset) -> tuple[int, int]:
                          f"expected fp32 {(m, kp // GROUP_SIZE)} on {qx.device}")  # fmt: skip
     check_tensor("qweight", weight[0], qx.device, torch.int32, (n, steps * 16))
     check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * steps, n))
-    if bias is not None:
-        check_tensor("bias", bias, qx.device, bias.dtype, (n,))
-    if offset is not None:
-        check_tensor("offset", offset, qx.device, torch.float32, (n,))
+    if o.bias is not None:
+        check_tensor("bias", o.bias, qx.device, o.bias.dtype, (n,))
+    if o.offset is not None:
+        check_tensor("offset", o.offset, qx.device, torch.float32, (n,))
     return m, n
 
 
-def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         offset: Tensor | None, out_dtype: torch.dtype, epilogue: Generated | None = None,
-         tile: Tile | None = None) -> Tensor:  # fmt: skip
-    """int4, tensors as above that `gemm_w4a8.why_not` takes -> y [M, N]. weight: (words or planar qweight, wscales)."""
+def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:
+    """int4, operands as above that `gemm_w4a8.why_not` takes, qweight in words or planar -> y [M, N]."""
     if epilogue is not None and epilogue.auxiliary is not None:
         raise ValueError("int4 loads no auxiliary input in tiles: let the epilogue load it")
-    if qx.dtype == torch.int8:
-        qx = qx.half().to(torch.float8_e4m3fn)
-    if weight[0].dtype == torch.int8:
-        weight = (to_words(weight[0]), weight[1])
-    m, n = _check(qx, ascales, weight, up, bias, offset)
-    sibling = sibling_features(xd, up, m)
-    y = torch.empty(m, n, dtype=out_dtype, device=qx.device)
+    if o.qx.dtype == torch.int8:
+        o = o._replace(qx=o.qx.half().to(torch.float8_e4m3fn))
+    if o.weight[0].dtype == torch.int8:
+        o = o._replace(weight=(to_words(o.weight[0]), o.weight[1]))
+    m, n = _check(o)
+    sibling = sibling_features(o.xd, o.up, m)
+    y = torch.empty(m, n, dtype=o.out_dtype, device=o.qx.device)
     if m == 0 or n == 0:
         return y
-    by_group = _by_group(ascales)
+    by_group = _by_group(o.ascales)
 
     def run(t: Tile) -> None:
-        _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t)
+        _launch(o, by_group, sibling, y, epilogue, t)
 
     if tile is None:
-        shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
-        tile = choose("gluon_int4", shape, candidates(m), run, qx.device)
+        shape = (1 << (m - 1).bit_length(), n, o.qx.shape[1])
+        tile = choose("gluon_int4", shape, candidates(m), run, o.qx.device)
     run(tile)
     return y
 
 
-def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t: Tile) -> None:
-    (m, n), r = y.shape, up.shape[1]
-    words, wscales = weight
+def _launch(o: Gemm, by_group: Tensor, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile) -> None:
+    (m, n), r = y.shape, o.up.shape[1]
+    qx, xd, up, (words, wscales) = o.qx, o.xd, o.up, o.weight
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
     arguments = (
@@ -266,8 +266,8 @@ def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t:
         describe(xd, t.tm, RANK_STEP.value),
         describe(up, t.tn, RANK_STEP.value),
         describe(y, t.tm, t.tn),
-        wscales if bias is None else bias,
-        by_group if offset is None else offset,
+        wscales if o.bias is None else o.bias,
+        by_group if o.offset is None else o.offset,
         () if epilogue is None else epilogue.operands,
         m,
         n,
@@ -277,6 +277,6 @@ def _launch(qx, by_group, xd, weight, up, sibling, bias, offset, y, epilogue, t:
         -(-r // RANK_STEP.value),
     )
     function = None if epilogue is None else epilogue.function
-    constants = (t.tm, t.tn, t.stages, GROUP, bias is not None, offset is not None, function, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, o.bias is not None, o.offset is not None, function, t.warps)
     programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))
     launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

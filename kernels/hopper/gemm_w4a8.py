@@ -43,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from ..operands import Gemm
 from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
@@ -376,14 +377,14 @@ class Tile:
 MIN_STEPS = 4  # of a part: fewer would not repay the exchange of its sums
 
 
-def why_not(qx: Tensor, xd: Tensor, up: Tensor, out_dtype: torch.dtype) -> str | None:
+def why_not(o: Gemm) -> str | None:
     """Why TMA cannot read or write these, None if it can: 16-byte rows and addresses, a result as wide as a buffer."""
-    n, r = up.shape
-    if out_dtype not in (torch.bfloat16, torch.float16):
-        return f"its result is {out_dtype}, not 16 bits"
-    if n % 8 or r % 8 or qx.data_ptr() % 16:
+    n, r = o.up.shape
+    if o.out_dtype not in (torch.bfloat16, torch.float16):
+        return f"its result is {o.out_dtype}, not 16 bits"
+    if n % 8 or r % 8 or o.qx.data_ptr() % 16:
         return f"{n} features, rank {r} or an address that is no multiple of 16 bytes"
-    if r and (xd.stride(0) % 8 or xd.data_ptr() % 16 or up.data_ptr() % 16):
+    if r and (o.xd.stride(0) % 8 or o.xd.data_ptr() % 16 or o.up.data_ptr() % 16):
         return "low-rank operands whose rows are no multiple of 16 bytes"
     return None
 
@@ -423,12 +424,12 @@ def share(tiles: int, k_steps: int, programs: int, max_parts: int) -> Rounds:
     return Rounds(min(tiles - left + left * parts, programs), tiles - left, parts, part_steps)
 
 
-def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:  # fmt: skip
-    """w4a8, tensors as above, `can_gemm` -> y [M, N]."""
-    m, n, _ = check_gemm("w4a8", qx, ascales, weight, up, bias, None)
-    sibling = sibling_features(xd, up, m)
-    y = qx.new_empty(m, n, dtype=out_dtype)
+def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:
+    """w4a8 without an offset, operands as above that `why_not` takes -> y [M, N]."""
+    qx = o.qx
+    m, n, _ = check_gemm(o)
+    sibling = sibling_features(o.xd, o.up, m)
+    y = qx.new_empty(m, n, dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
 
@@ -440,7 +441,7 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
                              f"{epilogue.auxiliary.data_ptr():#x}")  # fmt: skip
 
     def run(t: Tile) -> None:
-        _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t)
+        _launch(o, sibling, y, epilogue, t)
 
     if tile is None:
         shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
@@ -449,9 +450,9 @@ def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up
     return y
 
 
-def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) -> None:
-    (m, n), r = y.shape, up.shape[1]
-    qweight, subscales, wscales = weight
+def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile) -> None:
+    (m, n), r = y.shape, o.up.shape[1]
+    qx, xd, up, (qweight, subscales, wscales) = o.qx, o.xd, o.up, o.weight
     k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
         xd = up = qx.view(torch.bfloat16)
@@ -470,9 +471,9 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         describe(up, t.tn, RANK_STEP.value),
         describe(y, t.tm // 2, t.tn),
         describe(y if auxiliary is None else auxiliary, t.tm // 2, t.tn),
-        ascales,
+        o.ascales,
         wscales,
-        wscales if bias is None else bias,
+        wscales if o.bias is None else o.bias,
         partial,
         counters,
         extra,
@@ -486,5 +487,5 @@ def _launch(qx, ascales, xd, weight, up, sibling, bias, y, epilogue, t: Tile) ->
         k_steps,
         -(-r // RANK_STEP.value),
     )
-    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, bias is not None, function, auxiliary is not None, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, o.bias is not None, function, auxiliary is not None, t.warps)
     launch(_gemm_kernel, (rounds.programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ..formats import codes_of
+from ..operands import Quantize
 from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
 from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Generated
@@ -331,21 +332,21 @@ def _boxes(m: int, k: int, r: int, width: int, precision: str, prologue: Generat
     return boxes, min(boxes, slots)
 
 
-def can_quantize(x: Tensor, right: Tensor | None, down: Tensor, precision: str, prologue: Generated | None) -> bool:
+def can_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> bool:
     """Whether TMA can copy the rows, and a row block's programs run at once.
 
     Half the multiprocessors for one row block leaves room for another stream's.
     """
-    (r, k), (m, width) = down.shape, x.shape
-    if k % 8 or down.data_ptr() % 16 or r > MAX_RANK[codes_of(precision).name] or m > ROWS.value * MAX_BLOCKS:
+    (r, k), (m, width) = o.down.shape, o.x.shape
+    if k % 8 or o.down.data_ptr() % 16 or r > MAX_RANK[codes_of(o.precision).name] or m > ROWS.value * MAX_BLOCKS:
         return False
     if right is not None and width % 64:
         return False
-    for part in (x, right):
+    for part in (o.x, right):
         if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8 or part.stride(0) < part.shape[1]):
             return False
-    boxes, _ = _boxes(m, k, r, width, precision, prologue)
-    return -(-k // (64 * boxes)) * 2 <= processors(x.device)
+    boxes, _ = _boxes(m, k, r, width, o.precision, prologue)
+    return -(-k // (64 * boxes)) * 2 <= processors(o.x.device)
 
 
 def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, prologue: Generated | None) -> tuple:
@@ -373,11 +374,12 @@ def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Des
     return describe(down, first, columns), describe(down, rest or first, columns)
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
-             prologue: Generated | None = None, right: Tensor | None = None,
-             fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def quantize(
+    o: Quantize, prologue: Generated | None = None, right: Tensor | None = None, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """As portable/quantize.py does it, for operands that `can_quantize`."""
-    codes = check_quantize(x, right, smooth, down, precision, shift, fp8)
+    codes = check_quantize(o, right, fp8)
+    x, smooth, down, precision, shift = o
     qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
     (r, k), (m, kp) = down.shape, qx.shape
     if m == 0:

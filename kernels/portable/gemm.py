@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..formats import codes_of
 from ..formats.layout import SIBLING_STEP
+from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from .unpack import INTERPRETED, nibble, scaled
@@ -138,12 +139,13 @@ def _gemm_kernel(
     tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live)
 
 
-def check_gemm(precision, qx, ascales, weight, up, bias, offset) -> tuple[int, int, int]:
+def check_gemm(o: Gemm) -> tuple[int, int, int]:
     """Raise unless the tensors are what the module says, in the planar order; -> M, N, Kp."""
-    (m, kp), n = qx.shape, up.shape[0]
-    words, grouped = -(-kp // 128), codes_of(precision).by_block
+    qx, weight = o.qx, o.weight
+    (m, kp), n = qx.shape, o.up.shape[0]
+    words, grouped = -(-kp // 128), codes_of(o.precision).by_block
     check_tensor("qx", qx, qx.device, torch.int8, (m, kp))
-    check_tensor("ascales", ascales, qx.device, torch.float32, (m, kp // 64 if grouped else 1))
+    check_tensor("ascales", o.ascales, qx.device, torch.float32, (m, kp // 64 if grouped else 1))
     check_tensor("qweight", weight[0], qx.device, torch.int8, (n, words * 64))
     if grouped:
         check_scales("wscales", weight[1], qx.device, torch.bfloat16, (2 * words, n))
@@ -152,10 +154,10 @@ def check_gemm(precision, qx, ascales, weight, up, bias, offset) -> tuple[int, i
         check_tensor("wscales", weight[2], qx.device, torch.float32, (n,))
     if kp % 64:
         raise ValueError(f"qx has {kp} columns, not whole groups of 64")
-    if bias is not None:
-        check_tensor("bias", bias, qx.device, bias.dtype, (n,))
-    if offset is not None:
-        check_tensor("offset", offset, qx.device, torch.float32, (n,))
+    if o.bias is not None:
+        check_tensor("bias", o.bias, qx.device, o.bias.dtype, (n,))
+    if o.offset is not None:
+        check_tensor("offset", o.offset, qx.device, torch.float32, (n,))
     return m, n, kp
 
 
@@ -193,29 +195,28 @@ def check_auxiliary(auxiliary: Tensor, rows: int, features: int, device: torch.d
         raise ValueError(f"auxiliary has strides {auxiliary.stride()}, expected rows with stride 1")
 
 
-def gemm(precision: str, qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor,
-         bias: Tensor | None, offset: Tensor | None, out_dtype: torch.dtype, epilogue: Generated | None = None,
-         config=None) -> Tensor:  # fmt: skip
-    """w4a8 or int4, tensors as above -> y [M, N]."""
-    m, n, kp = check_gemm(precision, qx, ascales, weight, up, bias, offset)
-    sibling = sibling_features(xd, up, m)
+def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int, int] | None = None) -> Tensor:
+    """w4a8 or int4, operands as above -> y [M, N]. config: tokens, features of a tile, warps, stages."""
+    qx, xd, weight = o.qx, o.xd, o.weight
+    m, n, kp = check_gemm(o)
+    sibling = sibling_features(xd, o.up, m)
     function, extra, auxiliary = epilogue or (None, (), None)
     if auxiliary is not None:
         check_auxiliary(auxiliary, m, n, qx.device)
-    y = qx.new_empty(m, n, dtype=out_dtype)
+    y = qx.new_empty(m, n, dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
-    grouped = codes_of(precision).by_block
+    grouped = codes_of(o.precision).by_block
     subscales, wscales = (weight[1], weight[1]) if grouped else weight[1:]
-    r = up.shape[1]
+    r = o.up.shape[1]
     tm, tn, warps, stages = config or _config(m, n, grouped)
     arguments = (
-        qx, ascales, weight[0], subscales, wscales, xd, up, wscales if bias is None else bias,
-        ascales if offset is None else offset, y, y if auxiliary is None else auxiliary, extra, m, n, kp, r, sibling,
-        xd.stride(0), n if auxiliary is None else auxiliary.stride(0), weight[1].stride(0),
+        qx, o.ascales, weight[0], subscales, wscales, xd, o.up, wscales if o.bias is None else o.bias,
+        o.ascales if o.offset is None else o.offset, y, y if auxiliary is None else auxiliary, extra, m, n, kp, r,
+        sibling, xd.stride(0), n if auxiliary is None else auxiliary.stride(0), weight[1].stride(0),
     )  # fmt: skip
     rank = min(64, max(16, triton.next_power_of_2(r))) if r else 0
-    constants = (tm, tn, 8, rank, grouped, bias is not None, offset is not None, function, auxiliary is not None)
+    constants = (tm, tn, 8, rank, grouped, o.bias is not None, o.offset is not None, function, auxiliary is not None)
     grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
     launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     return y

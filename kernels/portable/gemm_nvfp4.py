@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.tuning import choose
@@ -172,22 +173,23 @@ def candidates(rows: int, target: int) -> tuple[Tile, ...]:
     return _SM120_LARGE, _SM120, _SM120_SMALL
 
 
-def gemm(qx: Tensor, ascales: Tensor, xd: Tensor, weight: tuple[Tensor, ...], up: Tensor, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Generated | None = None, config: Tile | None = None) -> Tensor:  # fmt: skip
-    """Tensors as above on the current device, weight = (qweight, wscales, wtscale) -> y [M, N]."""
+def gemm(o: Gemm, epilogue: Generated | None = None, config: Tile | None = None) -> Tensor:
+    """Operands as above on the current device, weight = (qweight, wscales, wtscale), no offset -> y [M, N]."""
+    qx, xd, weight = o.qx, o.xd, o.weight
     target = compute_target(torch.cuda.current_device() if qx.is_cuda else None)
-    m, n, kp = _check(qx, ascales, xd, weight, up, bias)
-    y = qx.new_empty(m, n, dtype=out_dtype)
+    m, n, kp = _check(o)
+    y = qx.new_empty(m, n, dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
-    r = up.shape[1]
+    r = o.up.shape[1]
     rank = min(32, max(16, triton.next_power_of_2(r))) if r else 0
     extra, function = (epilogue.operands, epilogue.function) if epilogue else ((), None)
-    arguments = (qx, ascales, *weight, xd, up, weight[2] if bias is None else bias, y, m, n, kp, r, xd.stride(0), extra)
+    bias = weight[2] if o.bias is None else o.bias
+    arguments = (qx, o.ascales, *weight, xd, o.up, bias, y, m, n, kp, r, xd.stride(0), extra)
 
     def run(t: Tile) -> None:
         align = min(t.k, kp & -kp)
-        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, bias is not None, function)
+        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, o.bias is not None, function)
         grid = (triton.cdiv(m, t.tokens) * triton.cdiv(n, t.features), 1, 1)
         launch(_gemm_kernel, grid, arguments, constants, num_warps=t.warps, num_stages=t.stages)
 
@@ -221,21 +223,21 @@ def compute_target(device: int | None) -> int:
     raise RuntimeError(f"nvfp4 products need 4-bit tensor cores: {known}. Here: {found}.")
 
 
-def _check(qx, ascales, xd, weight, up, bias) -> tuple[int, int, int]:
+def _check(o: Gemm) -> tuple[int, int, int]:
     """Raise unless the tensors are what the module says; -> M, N, Kp."""
-    qweight, wscales, wtscale = weight
-    (m, half), n = qx.shape, up.shape[0]
+    qx, (qweight, wscales, wtscale) = o.qx, o.weight
+    (m, half), n = qx.shape, o.up.shape[0]
     if half == 0 or half % 8:
         raise ValueError(f"qx has {2 * half} columns, not whole groups of 16")
     check_tensor("qx", qx, qx.device, torch.uint8, (m, half))
-    check_tensor("ascales", ascales, qx.device, torch.float8_e4m3fn, (m, half // 8))
+    check_tensor("ascales", o.ascales, qx.device, torch.float8_e4m3fn, (m, half // 8))
     check_tensor("qweight", qweight, qx.device, torch.uint8, (n, half))
     check_tensor("wscales", wscales, qx.device, torch.float8_e4m3fn, (n, half // 8))
     check_tensor("wtscale", wtscale, qx.device, torch.float32, ())
-    if up.shape[1]:
-        check_low_rank(xd, up, m, n)
-        if xd.dtype not in (torch.bfloat16, torch.float16):
-            raise TypeError(f"xd is {xd.dtype}, expected 16 bits")
-    if bias is not None:
-        check_tensor("bias", bias, qx.device, bias.dtype, (n,))
+    if o.up.shape[1]:
+        check_low_rank(o.xd, o.up, m, n)
+        if o.xd.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"xd is {o.xd.dtype}, expected 16 bits")
+    if o.bias is not None:
+        check_tensor("bias", o.bias, qx.device, o.bias.dtype, (n,))
     return m, n, 2 * half

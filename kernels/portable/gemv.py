@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from ..operands import Gemv
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.target import capability, launches_early
@@ -196,10 +197,9 @@ def choose_split(m: int, k: int, major: int) -> Split:
     return Split(4, 6) if major == 10 else Split(8, 3)  # as many words under way: Triton 3.8 spills with 8 warps there
 
 
-def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | None, bias: Tensor | None,
-         out_dtype: torch.dtype, epilogue: Generated | None = None, split: Split | None = None) -> Tensor:  # fmt: skip
-    """Tensors as above -> y [M, N], M at most MAX_ROWS. The same operands always give the same bits."""
-    qweight, wscales, _ = weight
+def gemv(o: Gemv, epilogue: Generated | None = None, split: Split | None = None) -> Tensor:
+    """Operands as above -> y [M, N], M at most MAX_ROWS. The same operands always give the same bits."""
+    x, bias, (qweight, wscales, _) = o.x, o.bias, o.weight
     (m, k), n = x.shape, qweight.shape[0]
     words = -(-k // 128)
     check_tensor("x", x, x.device, x.dtype, (m, k))
@@ -214,12 +214,12 @@ def gemv(x: Tensor, xd: Tensor | None, weight: tuple[Tensor, ...], up: Tensor | 
     if 2 * words * n >= 2**31:  # scales are the one thing with 32-bit offsets
         raise ValueError(f"gemv is for less than 2^31 groups of 64 channels, got {2 * words * n}")
     r, xd_stride, low_rank = 0, 0, (x, x)  # without a branch its pointers are not read
-    if xd is not None and up is not None:
-        check_low_rank(xd, up, m, n)
-        if xd.dtype != x.dtype:
-            raise TypeError(f"xd is {xd.dtype}, x is {x.dtype}")
-        r, xd_stride, low_rank = up.shape[1], xd.stride(0), (xd, up)
-    y = x.new_empty(m, n, dtype=out_dtype)
+    if o.xd is not None and o.up is not None:
+        check_low_rank(o.xd, o.up, m, n)
+        if o.xd.dtype != x.dtype:
+            raise TypeError(f"xd is {o.xd.dtype}, x is {x.dtype}")
+        r, xd_stride, low_rank = o.up.shape[1], o.xd.stride(0), (o.xd, o.up)
+    y = x.new_empty(m, n, dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
     s = split or choose_split(m, k, capability(x.device)[0])

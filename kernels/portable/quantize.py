@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..formats import Codes, codes_of
 from ..formats.groups import padded
+from ..operands import Quantize
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch, zeroed_counters
 from ..runtime.target import processors
@@ -162,9 +163,9 @@ def _codes_kernel(
         tl.store(ascales + rm, scale, mask=rm < M)
 
 
-def check_quantize(x: Tensor, right: Tensor | None, smooth: Tensor, down: Tensor, precision: str, shift: float,
-                   fp8: bool) -> Codes:  # fmt: skip
+def check_quantize(o: Quantize, right: Tensor | None, fp8: bool) -> Codes:
     """The codes of this format. Raise unless the operands are what the module says."""
+    x, smooth, down, precision, shift = o
     codes = codes_of(precision)
     if (shift and not codes.unsigned) or (fp8 and not codes.in_fp8):
         raise ValueError(f"quantize: {precision} has no {'unsigned' if shift else 'fp8'} codes")
@@ -195,14 +196,15 @@ def allocate_results(x: Tensor, k: int, r: int, codes: Codes, fp8: bool) -> tupl
     return *codes.empty(x, x.shape[:1], k, fp8), x.new_empty(x.shape[0], r)
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float = 0.0,
-             prologue: Generated | None = None, right: Tensor | None = None,
-             fp8: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def quantize(
+    o: Quantize, prologue: Generated | None = None, right: Tensor | None = None, fp8: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, W], right [M, K - W], smooth [K], down [R, K] -> qx, ascales, xd as above.
 
     With a shift, int4's codes are unsigned. A prologue sees x and right side by side.
     """
-    codes = check_quantize(x, right, smooth, down, precision, shift, fp8)
+    codes = check_quantize(o, right, fp8)
+    x, smooth, down, _, shift = o
     qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
     if x.shape[0] == 0:
         return qx, ascales, xd

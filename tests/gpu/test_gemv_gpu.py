@@ -7,6 +7,7 @@ import triton.language as tl
 from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemv
 from svdq_compile.kernels.portable import gemv as triton_gemv
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import launch, reference
@@ -54,7 +55,7 @@ def test_full_precision_result(m):
     weight = FORMATS["w4a16"].quantize_weight(normal(500, 1536) * 1536**-0.5)
     x, xd, up = (normal(*s, dtype=torch.bfloat16) for s in ((m, 1536), (m, 48), (500, 48)))
     expected = reference.gemv(x, xd, list(weight), up, None, "w4a16", torch.float32)
-    y = triton_gemv.gemv(x, xd, layout.to_kernel("w4a16", weight), up, None, torch.float32)
+    y = triton_gemv.gemv(Gemv(x, xd, layout.to_kernel("w4a16", weight), up, None, "w4a16", torch.float32))
     assert error(y, expected) < 1e-4
 
 
@@ -80,7 +81,9 @@ def test_epilogue(m):
     gate, residual = normal(1000, dtype=torch.bfloat16), normal(m, 1000, dtype=torch.bfloat16)
     expected = reference.gemv(x, None, list(weight), None, bias, "w4a16", torch.float32) * gate + residual
     epilogue = Generated(gate_residual, (gate, residual, 1000))
-    y = triton_gemv.gemv(x, None, layout.to_kernel("w4a16", weight), None, bias, torch.bfloat16, epilogue)
+    y = triton_gemv.gemv(
+        Gemv(x, None, layout.to_kernel("w4a16", weight), None, bias, "w4a16", torch.bfloat16), epilogue
+    )
     assert error(y, expected) < BOUND[torch.bfloat16]
 
 
@@ -93,7 +96,7 @@ def test_every_element_is_written_and_the_bits_repeat(m, n, k):
     for _ in range(5):
         poison = torch.full((m, n), float("nan"), device="cuda", dtype=torch.float16)
         del poison
-        y = triton_gemv.gemv(x, xd, weight, up, None, torch.float16)
+        y = triton_gemv.gemv(Gemv(x, xd, weight, up, None, "w4a16", torch.float16))
         assert torch.isfinite(y).all()
         assert first is None or torch.equal(first, y)
         first = y

@@ -5,6 +5,7 @@ import torch
 from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemm, Quantize
 from svdq_compile.lowering import reference
 
 pytestmark = pytest.mark.skipif(
@@ -44,15 +45,16 @@ def test_gluon_int4(m, n, k, rank, unsigned, dtype):
     planar, wscales = layout.to_kernel("int4", weight)
     poison = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
     del poison
-    y = gluon_int4.gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, dtype)
+    operands = Gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, "int4", dtype)
+    y = gluon_int4.gemm(operands)
     assert error(y, expected) < BOUND[dtype] or not m
     for tile in gluon_int4.candidates(m):  # each sums in the same order
-        assert torch.equal(y, gluon_int4.gemm(qx, ascales, xd, (planar, wscales), up, bias, offset, dtype, tile=tile))
+        assert torch.equal(y, gluon_int4.gemm(operands, tile=tile))
     stored = ascales.new_full((ascales.shape[1], -(-m // 4) * 4), float("nan"))[:, :m]
     stored.copy_(ascales.t())
     words = layout.to_words(planar)
     e4m3 = qx.half().to(torch.float8_e4m3fn)
-    assert torch.equal(y, gluon_int4.gemm(e4m3, stored.t(), xd, (words, wscales), up, bias, offset, dtype))
+    assert torch.equal(y, gluon_int4.gemm(operands._replace(qx=e4m3, ascales=stored.t(), weight=(words, wscales))))
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.171875])
@@ -65,9 +67,9 @@ def test_after_the_quantize_kernel(m, n, k, rank, shift):
     fmt = FORMATS["int4"]
     x, smooth, down = normal(m, k, dtype=torch.bfloat16), torch.rand(k, device="cuda") + 0.5, normal(rank, k) * k**-0.5
     weight, up = fmt.quantize_weight(normal(n, k) * k**-0.5), normal(n, rank, dtype=torch.bfloat16)
-    qx, ascales, xd = triton_quantize.quantize(x, smooth, down.bfloat16(), "int4", shift, fp8=True)
+    qx, ascales, xd = triton_quantize.quantize(Quantize(x, smooth, down.bfloat16(), "int4", shift), fp8=True)
     assert gluon_int4._by_group(ascales).data_ptr() == ascales.data_ptr()
-    y = gluon_int4.gemm(qx, ascales, xd, layout.to_kernel("int4", weight), up, None, None, torch.bfloat16)
+    y = gluon_int4.gemm(Gemm(qx, ascales, xd, layout.to_kernel("int4", weight), up, None, None, "int4", torch.bfloat16))
     qx, ascales, xd = reference.quantize(x, smooth, down.bfloat16(), "int4", shift)
     expected = reference.gemm(qx, ascales, xd, list(weight), up, None, None, "int4", torch.float32)
     assert error(y, expected) < BOUND[torch.bfloat16]
@@ -90,8 +92,8 @@ def test_sums_of_a_group_are_exact(high):
     empty = torch.empty(m, 0, device="cuda").half(), torch.empty(n, 0, device="cuda").half()
     for column in range(0, n, 32):
         offset = want[column].float().contiguous()
-        y = gluon_int4.gemm(x.to(torch.int8), torch.ones(m, 1, device="cuda"), empty[0], (planar, wscales), empty[1],
-                            None, offset, torch.float16)  # fmt: skip
+        given = x.to(torch.int8), torch.ones(m, 1, device="cuda"), empty[0], (planar, wscales), empty[1]
+        y = gluon_int4.gemm(Gemm(*given, None, offset, "int4", torch.float16))
         exact = want - offset.double()
         near = exact.abs() <= 2048
         assert torch.equal(y.double()[near], exact[near])

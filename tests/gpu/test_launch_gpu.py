@@ -8,6 +8,7 @@ import torch
 from kernel_testing import error
 
 from svdq_compile.kernels.formats import FORMATS, layout
+from svdq_compile.kernels.operands import Gemm, Gemv
 from svdq_compile.kernels.runtime import launcher
 from svdq_compile.lowering import launch, reference
 
@@ -120,12 +121,12 @@ def test_a_cpu_tensor_is_an_error():
     from svdq_compile.kernels.portable import gemv as triton_gemv
 
     x, weight = normal(2, 128), layout.to_kernel("w4a16", FORMATS["w4a16"].quantize_weight(normal(64, 128).float()))
-    triton_gemv.gemv(x, None, weight, None, None, BF16)
+    triton_gemv.gemv(Gemv(x, None, weight, None, None, "w4a16", BF16))
     seen = []
     original = triton_gemv.launch
     triton_gemv.launch = lambda *a, **options: seen.append((a, options))
     try:
-        triton_gemv.gemv(x, None, weight, None, None, BF16)
+        triton_gemv.gemv(Gemv(x, None, weight, None, None, "w4a16", BF16))
     finally:
         triton_gemv.launch = original
     ((kernel, grid, arguments, constants), options) = seen[0]
@@ -138,10 +139,10 @@ def test_a_misaligned_view_is_an_error():
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
     linear = Linear(256, 512, 1024)
-    given = linear.ascales, linear.xd, tuple(linear.weight), linear.up, linear.bias, BF16
+    given = linear.ascales, linear.xd, tuple(linear.weight), linear.up, linear.bias, None, "w4a8", BF16
     tile = gluon_gemm.candidates(256, 512)[0]
     for _ in range(2):
-        gluon_gemm.gemm(linear.qx, *given, tile=tile)
+        gluon_gemm.gemm(Gemm(linear.qx, *given), tile=tile)
     shifted = torch.empty(256 * 1024 + 8, device="cuda", dtype=torch.int8)[8:].view(256, 1024)
     with pytest.raises((AssertionError, ValueError), match="align"):
-        gluon_gemm.gemm(shifted, *given, tile=tile)
+        gluon_gemm.gemm(Gemm(shifted, *given), tile=tile)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from svdq_compile.kernels.hopper import quantize as gq
+from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as tq
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
@@ -60,9 +61,9 @@ def operands(m, k, rank, dtype):
     return x, torch.rand(k, device="cuda") + 0.5, down
 
 
-def fastest(x, smooth, down, precision, shift=0.0, prologue=None, right=None, fp8=False):
-    one_kernel = precision != "nvfp4" and gq.can_quantize(x, right, down, precision, prologue)
-    return (gq if one_kernel else tq).quantize(x, smooth, down, precision, shift, prologue, right, fp8)
+def fastest(o, prologue=None, right=None, fp8=False):
+    one_kernel = o.precision != "nvfp4" and gq.can_quantize(o, prologue, right)
+    return (gq if one_kernel else tq).quantize(o, prologue, right, fp8)
 
 
 def check(result, x, smooth, down, precision, shift):
@@ -84,14 +85,14 @@ def test_quantize(m, k, rank, precision, shift, dtype, run):
     x, smooth, down = operands(m, k, rank, dtype)
     x[0] = 0
     for _ in range(2):  # the second finds the counters as the first left them
-        check(run(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
+        check(run(Quantize(x, smooth, down, precision, shift)), x, smooth, down, precision, shift)
 
 
 @pytest.mark.parametrize(("precision", "shift"), FORMATS[1:])
 def test_ties_are_exact(precision, shift):
     x, _, down = operands(300, 1024, 0, torch.bfloat16)
     x, smooth = (x * 8).round() / 8 + 0.0, torch.ones(1024, device="cuda")
-    qx, ascales, _ = fastest(x, smooth, down, precision, shift)
+    qx, ascales, _ = fastest(Quantize(x, smooth, down, precision, shift))
     # On the CPU: torch divides by a number on CUDA as it multiplies by one over it, rounded.
     q, a, _ = reference.quantize(x.cpu(), smooth.cpu(), down.cpu(), precision, shift)
     assert torch.equal(ascales.float().cpu(), a.float())
@@ -122,7 +123,8 @@ def test_prologues(m, k, rank, precision, shift, dtype, run):
     residual = torch.randn(m, k + 24, device="cuda").to(dtype)
     norm = (x.float() + residual[:, :k].float() - mean[:, None]) * rstd[:, None] * (1 + scale.float()) + move.float()
     prologue = Generated(modulated, (mean, rstd, scale, move, residual, k + 24, m))
-    check_prologue(run(x, smooth, down, precision, shift, prologue), norm.to(dtype), smooth, down, precision, shift)
+    given = Quantize(x, smooth, down, precision, shift)
+    check_prologue(run(given, prologue), norm.to(dtype), smooth, down, precision, shift)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,11 @@ def test_two_parts(m, left, k, rank, gap, precision, run):
     _, smooth, down = operands(m, k, rank, BF16)
     wide = torch.randn(m, k + 3 * gap, device="cuda").to(BF16)
     x, right = wide[:, gap : gap + left], wide[:, left + 2 * gap : k + 2 * gap]
-    joined = torch.cat((x, right), 1)
-    check(run(x, smooth, down, precision, 0.0, None, right), joined, smooth, down, precision, 0.0)
+    joined, given = torch.cat((x, right), 1), Quantize(x, smooth, down, precision, 0.0)
+    check(run(given, None, right), joined, smooth, down, precision, 0.0)
     if m == 333:
         h = torch.nn.functional.gelu(joined.float()).to(BF16)
-        check_prologue(run(x, smooth, down, precision, 0.0, Generated(gelu), right), h, smooth, down, precision, 0.0)
+        check_prologue(run(given, Generated(gelu), right), h, smooth, down, precision, 0.0)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.171875])
@@ -151,9 +153,10 @@ def test_int4_in_fp8(m, k, rank, shift):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs float8_e4m3fn")
     x, smooth, down = operands(m, k, rank, torch.bfloat16)
+    given = Quantize(x, smooth, down, "int4", shift)
     for run in (fastest, tq.quantize):
-        qx, ascales, xd = run(x, smooth, down, "int4", shift, fp8=True)
-        plain, scales, xd2 = run(x, smooth, down, "int4", shift)
+        qx, ascales, xd = run(given, fp8=True)
+        plain, scales, xd2 = run(given)
         assert torch.equal(qx.view(torch.uint8), plain.half().to(torch.float8_e4m3fn).view(torch.uint8))
         assert torch.equal(ascales, scales)
         assert torch.equal(xd, xd2)
@@ -167,15 +170,16 @@ def test_every_element_is_written(precision, shift):
     for run in (fastest, tq.quantize):
         poison = [torch.full((n,), float("nan"), device="cuda") for n in (333 * 80, 333 * 40, 333 * 17, 333 * 16, 333)]
         del poison
-        check(run(x, smooth, down, precision, shift), x, smooth, down, precision, shift)
+        check(run(Quantize(x, smooth, down, precision, shift)), x, smooth, down, precision, shift)
 
 
 def test_captured_in_a_graph():
     x, smooth, down = operands(100, 3072, 32, torch.bfloat16)
-    fastest(x, smooth, down, "w4a8")
+    given = Quantize(x, smooth, down, "w4a8", 0.0)
+    fastest(given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = fastest(x, smooth, down, "w4a8")
+        result = fastest(given)
     for _ in range(3):
         x.copy_(torch.randn(100, 3072, device="cuda"))
         graph.replay()
