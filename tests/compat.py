@@ -68,20 +68,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=[pair.triton for pair in PAIRS], help="a Triton, repeatable")
     parser.add_argument("--quick", action="store_true", help="each kernel once, with the Tritons that .venv has not")
+    parser.add_argument("--processes", default="2", help="that test at once, 2 by default")
     options = parser.parse_args()
     pairs = [pair for pair in PAIRS if not options.only or pair.triton in options.only]
     if options.quick:
         mine = importlib.metadata.version("triton")
-        runs = [test(pair, QUICK) for pair in pairs if pair.triton != mine]
+        runs = [test(pair, QUICK, options.processes) for pair in pairs if pair.triton != mine]
     else:
-        runs = [recorded(pair, what) for what in (QUICK, KERNELS) for pair in pairs]
-        runs += [recorded(pair, WHOLE) for pair in pairs if pair.whole]
+        runs = [recorded(pair, what, options.processes) for what in (QUICK, KERNELS) for pair in pairs]
+        runs += [recorded(pair, WHOLE, options.processes) for pair in pairs if pair.whole]
     return int(any(run["failed"] for run in runs))
 
 
-def recorded(pair: Pair, what: str) -> dict:
+def recorded(pair: Pair, what: str, processes: str) -> dict:
     """Like `test`, and the result goes into the files."""
-    run = test(pair, what)
+    run = test(pair, what, processes)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[f"{pair.triton} {what}"] = run
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -89,7 +90,7 @@ def recorded(pair: Pair, what: str) -> dict:
     return run
 
 
-def test(pair: Pair, what: str) -> dict:
+def test(pair: Pair, what: str, processes: str) -> dict:
     """Some of the tests with this pair: which versions they ran with, and how they ended."""
     path = [install(f"triton-{pair.triton}", "--no-deps", f"triton=={pair.triton}", *pair.beside)]
     expected = {"triton": pair.triton}
@@ -101,7 +102,7 @@ def test(pair: Pair, what: str) -> dict:
     assert all(versions[name].split("+")[0] == version for name, version in expected.items()), versions
     print(f"\n{what} with " + ", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)
     report = FOLDER / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *selection(what)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", processes, f"--junitxml={report}", *selection(what)]
     begin = time.perf_counter()
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if status not in (0, 1):  # 1: tests failed

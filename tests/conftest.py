@@ -115,7 +115,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Dynamo forgets what other tests compiled, and nothing records gradients unless a test wants to."""
+    """Dynamo forgets what other tests compiled, random numbers do not depend on which tests ran before, and nothing
+    records gradients unless a test wants to.
+    """
     torch._dynamo.reset()
+    torch.manual_seed(
+        2026
+    )  # not 0, which tests make their models with
     with torch.no_grad():
         yield

@@ -194,7 +194,7 @@ def test_two_streams():
     results = []
     for i in range(10):
         with torch.cuda.stream(streams[i % 2]):
-            results.append(fastest(x, smooth, down, "w4a8"))
+            results.append(fastest(Quantize(x, smooth, down, "w4a8", 0.0)))
     torch.cuda.synchronize()
     for result in results:
         check(result, x, smooth, down, "w4a8", 0.0)
@@ -207,6 +207,6 @@ def test_more_than_two_to_the_31_elements():
     x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
     smooth, down = torch.rand(k, device="cuda") + 0.5, torch.randn(16, k, device="cuda").bfloat16()
     x[-64:] = torch.randn(64, k, device="cuda")
-    qx, ascales, xd = fastest(x, smooth, down, "w4a8")
+    qx, ascales, xd = fastest(Quantize(x, smooth, down, "w4a8", 0.0))
     assert not qx[:-64].any()
     check((qx[-64:], ascales[-64:], xd[-64:]), x[-64:], smooth, down, "w4a8", 0.0)
