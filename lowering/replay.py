@@ -86,7 +86,7 @@ class _Watch(TorchDispatchMode):
         if func in _ALLOCATIONS and result.device == self.operands[0].device:
             self.allocated.append(result)
             self.add(result)
-        elif func.is_view and id(args[0]) in self._source:
+        elif func.is_view and id(args[0]) in self._source and _is_in_memory_of(args[0], result):
             for view in [result] if isinstance(result, Tensor) else result:
                 self._kept.append(view)
                 self._source[id(view)] = self._source[id(args[0])]
@@ -101,6 +101,14 @@ class _Watch(TorchDispatchMode):
         if id(tensor) not in self._source:
             raise NotReplayable("memory from elsewhere")
         return self._source[id(tensor)]
+
+
+def _is_in_memory_of(tensor: Tensor, views: Tensor | list[Tensor]) -> bool:
+    """Below autograd, where the dispatcher calls us, `reshape` and `contiguous` come as one operator each: a view, or a
+    copy.
+    """
+    memory = tensor.untyped_storage()._cdata
+    return all(v.untyped_storage()._cdata == memory for v in ([views] if isinstance(views, Tensor) else views))
 
 
 class Replayed:

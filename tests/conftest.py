@@ -119,8 +119,6 @@ def fresh_compiler() -> Iterator[None]:
     records gradients unless a test wants to.
     """
     torch._dynamo.reset()
-    torch.manual_seed(
-        2026
-    )  # not 0, which tests make their models with
+    torch.manual_seed(2026)  # not 0, which tests make their models with
     with torch.no_grad():
         yield

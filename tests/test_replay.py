@@ -3,6 +3,8 @@
 There is no GPU here: kernels are those of test_launch.py, which pass their arguments to a recorder.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from kernel_testing import compiled
@@ -125,6 +127,22 @@ def test_anything_else_runs_as_ever(fake, work):
     fast = replay.Replayed(op)
     for _ in range(6):
         fast(*operands())
+    assert op.calls == 6
+
+
+@pytest.mark.parametrize("below_autograd", [False, True])
+@pytest.mark.parametrize("copied", [
+    lambda x: x.reshape(-1, 128), lambda x: x.flatten(0, 1), lambda x: x.contiguous(),
+    lambda x: x.reshape(-1, 128).view(2, 3, 128),
+], ids=["reshape", "flatten", "contiguous", "viewed"])  # fmt: skip
+def test_rows_that_are_copied_run_as_ever(fake, copied, below_autograd):
+    """There the dispatcher calls an operator from a graph with dynamic sizes; a copy is no operator of its own then."""
+    op = Operator(fake)
+    fast = replay.Replayed(lambda x, *others: op(copied(x), *others))
+    for _ in range(6):
+        wide, (_, *others) = normal(2, 5, 128), operands()
+        with torch._C._AutoDispatchBelowAutograd() if below_autograd else nullcontext():
+            fast(wide[:, :3], *others)
     assert op.calls == 6
 
 
