@@ -10,7 +10,8 @@ can hold (vocabulary.py) and ends where exactly one of its values is needed outs
 never in memory. Where there are several such places the last one is taken, but none that takes more memory than y.
 
 Left alone: a value that is reshaped or reduced, one that somebody else reads too, operands of shapes that do not lie
-along the block, and what depends on y by another way than through the region.
+along the block, what depends on y by another way than through the region, and a result whose strides somebody relies
+on.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from ..lowering import ops
 from ..lowering.torch_private import describe
 from .pipeline import log
 from .regions import axes_in_rows, build, erase, grow, read_from_outside
+from .restrided import restrided
 from .vocabulary import SIXTEEN_BIT, Meaning, operation, same_shape, value_of
 
 
@@ -44,6 +46,13 @@ def _fuse(graph: fx.Graph, gemm: fx.Node) -> bool:
     with graph.inserting_before(result):
         fused = graph.call_function(ops.fused_gemm, (*plain, operands, str(region)))
     describe(fused, gemm)
+    values = restrided({result: fused.meta["val"]})
+    if values is None:
+        log.debug("not fused after %s: somebody reads its result by its strides", gemm.name)
+        graph.erase_node(fused)
+        return False
+    for node, value in values.items():
+        node.meta["val"] = value
     result.replace_all_uses_with(fused)
     erase(graph, [gemm, *meanings])
     return True

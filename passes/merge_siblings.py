@@ -15,21 +15,19 @@ Left alone: a linear with an epilogue, which is worth more; ranks that differ; o
 graph returns, that is read too early, or that somebody reads in a way which needs its rows to be neighbours.
 """
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
 from ..kernels.formats import FORMATS
 from ..kernels.operands import Gemm
 from ..lowering import ops
-from ..lowering.torch_private import describe, fake_mode_of
+from ..lowering.torch_private import describe
 from .pipeline import log
+from .restrided import restrided
 from .vocabulary import value_of
 
 aten = torch.ops.aten
@@ -47,7 +45,8 @@ def merge_siblings(gm: fx.GraphModule) -> int:
     for run in (run for family in families.values() for run in _runs(family)):
         *lead, n = run[0].value.shape
         whole = run[0].value.new_empty(*lead, len(run) * n)
-        values = _restrided(run, whole, place)
+        parts = {linear.node: whole[..., i * n : (i + 1) * n] for i, linear in enumerate(run)}
+        values = restrided(parts, whole)
         if values is None or not _in_time(run, place):
             log.debug("not merged: %s", ", ".join(linear.node.name for linear in run))
             continue
@@ -143,64 +142,6 @@ def _in_time(run: list[_Linear], place: dict[fx.Node, float]) -> bool:
     """Whether all that the product reads is there before anybody reads the result."""
     needed_by = place[_first_reader(run, place)]
     return all(place[node] < needed_by for linear in run for node in linear.inputs())
-
-
-def _restrided(run: list[_Linear], whole: Tensor, place: dict[fx.Node, float]) -> dict[fx.Node, Any] | None:
-    """What the results are as parts of `whole`, all their views, and what else lies differently then; None if somebody
-    cannot read them.
-    """
-    n = run[0].value.shape[-1]
-    parts = {linear.node: whole[..., i * n : (i + 1) * n] for i, linear in enumerate(run)}
-    waiting = {user for node in parts for user in node.users}
-    while waiting:
-        node = min(waiting, key=place.__getitem__)
-        waiting.remove(node)
-        value = _value_with(node, parts)
-        if value is None or not _alike(value, node.meta["val"], _shape):
-            return None
-        if not _alike(value, node.meta["val"], _strides) or _is_view(value, whole):
-            parts[node] = value
-            waiting.update(node.users)
-    return parts
-
-
-def _value_with(node: fx.Node, changed: dict[fx.Node, Any]) -> Any:
-    """What a node gives when some of what it reads lies differently; None where that is not known, or an error."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        if "eager_input_vals" in node.meta and node.target.namespace != "svdq":
-            return None  # somebody's own operator, which relies on the strides
-    elif node.target is not operator.getitem:
-        return None
-    args: Any = fx.map_arg(node.args, lambda a: changed.get(a, a.meta.get("val")))
-    kwargs: Any = fx.map_arg(node.kwargs, lambda a: changed.get(a, a.meta.get("val")))
-    try:
-        with fake_mode_of(args, kwargs):
-            return node.target(*args, **kwargs)
-    except (RuntimeError, ValueError):
-        return None
-
-
-def _alike(a: Any, b: Any, what: Callable[[Tensor], Sequence]) -> bool:
-    """Whether the tensors in two results have the same shapes or strides."""
-    tensors = ([t for t in tree_leaves(result) if isinstance(t, Tensor)] for result in (a, b))
-    pairs = [(what(x), what(y)) for x, y in zip(*tensors, strict=True)]
-    return all(len(m) == len(n) and all(map(statically_known_true, map(operator.eq, m, n))) for m, n in pairs)
-
-
-def _is_view(result: Any, whole: Tensor) -> bool:
-    """Whether some tensor of it is in the same memory: Inductor must know that, or it may write there too early."""
-    memory = whole.untyped_storage()._cdata
-    return any(isinstance(t, Tensor) and t.untyped_storage()._cdata == memory for t in tree_leaves(result))
-
-
-def _shape(value: Tensor) -> Sequence:
-    return value.shape
-
-
-def _strides(value: Tensor) -> Sequence:
-    """Those of dimensions of size 1 do not count."""
-    sizes = zip(value.shape, value.stride(), strict=True)
-    return [0 if statically_known_true(size == 1) else stride for size, stride in sizes]
 
 
 def _merge(graph: fx.Graph, run: list[_Linear], whole: Tensor, place: dict[fx.Node, float]) -> None:
