@@ -13,6 +13,7 @@ something other than tensors and constants, and sizes that change from call to c
 
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -203,7 +204,7 @@ def _versions() -> Iterator[str]:
     yield f"python {platform.python_version()}, {platform.machine()}"
     for package in PACKAGES:
         try:
-            yield f"{package} {version(package)}"
+            yield f"{package} {getattr(sys.modules.get(package), '__version__', None) or version(package)}"
         except PackageNotFoundError:
             yield f"{package} is not installed"
     if torch.cuda.is_available():

@@ -37,6 +37,7 @@ def random(n: int, k: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
     return torch.randn(n, k, generator=generator) * size
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 40), st.randoms(use_true_random=False))
 def test_nibbles_round_trip(rows: int, pairs: int, source) -> None:
     codes = torch.tensor([[source.randrange(16) for _ in range(2 * pairs)] for _ in range(rows)], dtype=torch.uint8)
