@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 
 import svdq_compile as svdq
 from conftest import CHANNELS, FLIPPED_CODES, TOKENS, WIDTH, Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import GradientsNeeded, NonFiniteWeight, OptionError
 from svdq_compile.kernels.formats import FORMATS
-from svdq_compile.lowering import ops, replay
+from svdq_compile.lowering import inductor, ops, replay
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.summary import TALLY
 
@@ -540,3 +541,13 @@ def test_a_quantized_weight_is_accepted_by_later_graphs() -> None:
         out = call(*inputs())
     assert isinstance(model.widen.weight, QuantizedWeight)
     assert relative_error(out, expected) < 0.1
+
+
+def test_sizes_that_torch_2_11_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fx.symbolic_trace(nn.Identity())
+    monkeypatch.setattr(inductor, "compile_fx", lambda gm, inputs, config_patches: config_patches)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == {"triton.coalesce_tiling_analysis": False}
+    assert inductor.compile_with_inductor(gm, [torch.ones(3)], None) == {}
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == {}

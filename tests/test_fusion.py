@@ -285,6 +285,11 @@ def flat(*values: Tensor) -> Tensor:
     return torch.cat([(v.float() / (v.float().norm() + 1e-3)).reshape(-1) for v in values])
 
 
+def by_columns(x):
+    """The same values, the elements of a column side by side in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 @pytest.mark.parametrize(
     ("around", "epilogues", "prologues"),
     [
@@ -332,6 +337,10 @@ def flat(*values: Tensor) -> Tensor:
         (lambda a, b, x: b(F.silu((h := torch.cat((x, x * 0.5), -1).flip(-1))[..., ::2]) * h[..., 1::2]), 0, 1),
         (lambda a, b, x: b(a(x.transpose(0, 1)).transpose(0, 1) * x), 0, 1),
         (lambda a, b, x: a(x) * x.transpose(0, 1).contiguous().transpose(0, 1), 1, 0),
+        # A residual that hands its strides on, to what is not fused and to what the graph returns.
+        (lambda a, b, x: (by_columns(x) + a(x)).float().cumsum(1), 1, 0),
+        (lambda a, b, x: b((by_columns(x) + a(x)).cumsum(1)), 1, 0),
+        (lambda a, b, x: by_columns(x) + a(x), 1, 0),
     ],
 )  # fmt: skip
 def test_near_misses(around, epilogues: int, prologues: int, monkeypatch: pytest.MonkeyPatch) -> None:
