@@ -5,7 +5,7 @@
 
 The mutants are mutmut's (https://github.com/boxed/mutmut), which is not in requirements-dev.txt: `pip install mutmut`.
 It wants one package in one folder, so the sources and tests are copied to build/mutants/<group>. Survivors go to
-survivors.txt there, each as a patch. docs/mutants.md explains those that no test can notice, or need not.
+survivors.txt there, each as a patch.
 """
 
 import argparse
