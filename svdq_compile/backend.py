@@ -2,6 +2,7 @@
 
 Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
                                                  yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+                                                         SixteenBitGraph, where none is quantized: all to Inductor
 """
 
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from . import decisions
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.inductor import compile_with_inductor
 from .lowering.torch_private import convert_by_our_settings, converting_for_us
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
-from .passes.weight_groups import weight_inputs
+from .roots import find_weights
+from .sixteen_bit import SixteenBitGraph
 from .summary import TALLY
 
 
@@ -34,15 +35,14 @@ def svdquant(
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
-    quantized = {i for i, value in enumerate(example_inputs) if isinstance(value, QuantizedWeight)}
-    inputs = weight_inputs(gm, quantized)
+    inputs = find_weights(gm, example_inputs)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     if any(decisions.is_undecided(w) for w in weights):
         return ObservingGraph(gm, inputs, config)
     TALLY.tell(config.progress)
-    if not quantized:
-        return compile_with_inductor(gm, example_inputs, config.mode)
-    return CompiledGraph(gm, example_inputs, inputs, config)
+    if any(isinstance(value, QuantizedWeight) for value in example_inputs):
+        return CompiledGraph(gm, example_inputs, inputs, config)
+    return SixteenBitGraph(gm, example_inputs, inputs, config)
 
 
 def _refuse_gradients(gm: fx.GraphModule) -> None:

@@ -1,20 +1,74 @@
-"""What is known of weights that are not quantized (yet): what was observed of their inputs, and why some stay 16-bit.
+"""What is known of weights that are not quantized (yet): where they stand in their model, what was observed of their
+inputs, and why some stay 16-bit.
 
-Both tables hold weights weakly, by identity. A quantized weight carries its own state (parameter.py).
+All tables hold weights weakly, by identity. A quantized weight carries its own state (parameter.py).
+
+A weight's place is found once, from the module tree of the model whose call is under way (roots.py), or of the one that
+`svdq_compile.quantize` is given. So it does not matter which piece of a model a graph holds.
 """
 
 import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .input_statistics import InputStatistics
+from .layers import matrices
 from .parameter import QuantizedWeight
+from .passes.scope import OUTSIDE
+from .passes.weight_groups import WeightInputs
 
 LOCK = threading.RLock()  # held while weights change their form
 
+_PLACES = WeakIdKeyDictionary()  # weight -> (name, why it must stay 16-bit) in its model
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
+
+
+def place(model: nn.Module) -> None:
+    """Note where each weight of a model stands."""
+    with LOCK:
+        for layer in matrices(model):
+            _PLACES[layer.weight] = (layer.name, layer.reason)
+
+
+def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:
+    """Note where these weights stand, each in the first of the models that holds it."""
+    missing = {id(w) for w in weights if is_undecided(w)}
+    for model in models:
+        if not missing:
+            break
+        held = missing.intersection(id(parameter) for parameter in model.parameters())
+        if held:
+            place(model)
+            missing -= held
+
+
+def is_placed(weight: nn.Parameter) -> bool:
+    """Whether it is known where a weight stands."""
+    return weight in _PLACES
+
+
+def name_of(weight: nn.Parameter) -> str | None:
+    """The full name of a weight's layer; None if it was not found in a model."""
+    found = _PLACES.get(weight)
+    return None if found is None else found[0]
+
+
+def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
+    """Leave alone those of a graph's weights that must stay 16-bit, where they stand or as the graph uses them."""
+    for index, _, reason in inputs.rejected:
+        if is_undecided(args[index]):
+            leave_alone(args[index], reason)
+    for index in (index for group in inputs.groups for index in group.indices):
+        weight = args[index]
+        if is_undecided(weight):
+            in_graph = OUTSIDE if index in inputs.outside else None  # all there is where no model was found
+            _, reason = _PLACES.get(weight, (None, in_graph))
+            if reason is not None:
+                leave_alone(weight, reason)
 
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
@@ -43,8 +97,9 @@ def reason_of(weight: nn.Parameter) -> str | None:
 
 
 def forget_reason(weight: nn.Parameter) -> None:
-    """Let a weight be considered again."""
+    """Let a weight be considered again, and looked for."""
     _REASONS.pop(weight, None)
+    _PLACES.pop(weight, None)
 
 
 def is_undecided(weight: object) -> bool:
