@@ -61,8 +61,8 @@ def _expression(source: Any) -> str:
 
 
 def modules_behind(gm: fx.GraphModule) -> Iterator[nn.Module]:
-    """Called by a backend: the modules through which the function that Dynamo is converting reaches the parameters in its
-    graph ("L['self'].proj.weight", "L['model'].blocks[0].weight" of a closure), outermost first.
+    """Called by a backend: the modules through which the function that Dynamo is converting reaches the parameters in
+    its graph ("L['self'].proj.weight", "L['model'].blocks[0].weight" of a closure), outermost first.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -156,7 +156,7 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
     from torch._dynamo import external_utils, trace_rules
 
     before, call = model._compiled_call_impl, model._call_impl
-    if trace_rules.check(type(model).forward):  # one of torch's own, as of nn.Sequential, which Dynamo does not look into
+    if trace_rules.check(type(model).forward):  # torch's own, as nn.Sequential's: Dynamo would not look into it
         call = external_utils.wrap_inline(call)
     model._compiled_call_impl = torch.compile(call, backend=backend)
     try:

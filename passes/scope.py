@@ -12,7 +12,8 @@ from .peft_names import is_adapter, without_wrapper
 
 OUTSIDE = "outside the repeated blocks: an embedder or a final projection"
 
-_ROOT = re.compile(r"^L\['\w+'\]\.?")
+_ROOT = re.compile(r"^[LG]\['\w+'\]\.?")
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']+)'\)")
 # Diffusers' models override attribute access, so Dynamo reaches their children through the dict.
 _INDIRECT = re.compile(r"(?:\.__dict__)?(?:\.|\[')(?:_modules|_parameters)(?:'\])?\['([^']+)'\]")
 _INDEX = re.compile(r"\[(\d+)\]")
@@ -20,6 +21,8 @@ _INDEX = re.compile(r"\[(\d+)\]")
 
 def clean(path: str) -> str:
     """Dynamo's expression for a module -> the dotted name `named_modules` would give it; '' for the root."""
+    while (plainer := _GETATTR.sub(r"\1.\2", path)) != path:
+        path = plainer
     path = _INDIRECT.sub(r".\1", path)
     path = _INDEX.sub(r".\1", path)
     return _ROOT.sub("", path).strip(".")
@@ -50,9 +53,9 @@ def sibling_scope(name: str) -> str:
 def outside_blocks(names: list[str]) -> set[str]:
     """Of all linears in a graph, those outside the repeated blocks, if there are such blocks.
 
-    It is what is left where no module tree can be asked (weights as plain arguments). A repeated block is a list element
-    that holds two linears or more. A graph without blocks is a block itself or a plain network, and all its linears
-    count as inside. Adapters are not counted: what gets quantized must not depend on them.
+    It is what is left where no module tree can be asked (weights as plain arguments). A repeated block is a list
+    element that holds two linears or more. A graph without blocks is a block itself or a plain network, and all its
+    linears count as inside. Adapters are not counted: what gets quantized must not depend on them.
     """
     held: dict[str, set[str]] = {}
     for name in (name for name in names if not is_adapter(name)):

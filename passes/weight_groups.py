@@ -59,8 +59,8 @@ def weight_inputs(gm: fx.GraphModule, known: Mapping[int, str] = MappingProxyTyp
     return found
 
 
-def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], names: Mapping[fx.Node, str], found: WeightInputs) -> None:
-    linears = find_linears(gm, names)
+def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], known: Mapping[fx.Node, str], found: WeightInputs) -> None:
+    linears = find_linears(gm, known)
     found.outside.update(index[weight] for weight in linears.outside if weight in index)
     for weight, (name, reason) in linears.rejected.items():
         if weight in index:

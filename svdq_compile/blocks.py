@@ -89,8 +89,8 @@ class _List:
 
 
 def _embeds(own: _List, lists: list[_List]) -> bool:
-    """Whether the elements of a list are embedders: two linears and nothing else, smaller than the blocks of a list that
-    hangs on a module around it.
+    """Whether the elements of a list are embedders: two linears and nothing else, smaller than the blocks of a list
+    that hangs on a module around it.
 
     Chroma's `distilled_guidance_layer.layers` hang beside its `transformer_blocks`. Only lists around it count, so that
     a model is judged alike by itself and beside another in a pipeline.

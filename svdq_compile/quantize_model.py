@@ -96,8 +96,8 @@ _ENDLESS = Config(calibration_steps=1_000_000)  # none of its graphs is ever don
 
 
 def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
-    """The backend that observes. There is one for all models and calls: each new one would be a graph more for Dynamo to
-    keep, and at its limit it would go on without observing.
+    """The backend that observes. There is one for all models and calls: each new one would be a graph more for Dynamo
+    to keep, and at its limit it would go on without observing.
     """
     graph = ObservingGraph(gm, find_weights(gm, example_inputs), _ENDLESS)
 

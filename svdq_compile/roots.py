@@ -1,7 +1,7 @@
 """Which model is being called: the modules on the way to whatever graph runs or is made.
 
-A graph may hold any piece of a model: all of it, a block, or what lies between two graph breaks. Who called it stands on
-Python's stack, since hooks and torch.compile leave the frames of the modules around a compiled one.
+A graph may hold any piece of a model: all of it, a block, or what lies between two graph breaks. Who called it stands
+on Python's stack, since hooks and torch.compile leave the frames of the modules around a compiled one.
 """
 
 import sys
@@ -17,8 +17,8 @@ from .passes.weight_groups import WeightInputs, weight_inputs
 
 
 def find_weights(gm: fx.GraphModule, example_inputs: list) -> WeightInputs:
-    """The weights of linears in a graph that Dynamo is making. Those that must stay 16-bit in their model are left alone
-    from now on.
+    """The weights of linears in a graph that Dynamo is making. Those that must stay 16-bit in their model are left
+    alone from now on.
     """
     decisions.place_weights(example_inputs, chain(models_under_way(), modules_behind(gm)))
     names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}

@@ -538,5 +538,5 @@ def test_an_embedder_that_is_traced_alone_stays_16_bit() -> None:
     call = torch.compile(model, backend="svdquant", options=quiet())
     for _ in range(4):
         out = call(*inputs())
-    assert quantized_names(model) == {f"blocks.{name}.weight" for name in BLOCK_LINEARS}
+    assert quantized_names(model) == {n for n in model.state_dict() if n.startswith("blocks.") and n.endswith("weight")}
     assert relative_error(out, expected) < 0.1
