@@ -1,8 +1,9 @@
 """The torch.compile backend: `torch.compile(model, backend="svdquant")`.
 
-Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
-                                                 yes --> CompiledGraph: svdq:: operators, the rest to Inductor
-                                                         SixteenBitGraph, where none is quantized: all to Inductor
+Dynamo's graph --> is some linear quantized, and none undecided?
+                   yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+                   no  --> UndecidedGraph: its calls observe in exact 16-bit, eagerly, and then quantize
+                           (ObservingGraph); where all that it has stays 16-bit, all goes to Inductor
 """
 
 from collections.abc import Callable
@@ -16,11 +17,10 @@ from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
 from .lowering.torch_private import convert_by_our_settings, converting_for_us
-from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .roots import find_weights
-from .sixteen_bit import SixteenBitGraph
 from .summary import TALLY
+from .undecided import UndecidedGraph
 
 
 @convert_by_our_settings
@@ -37,12 +37,12 @@ def svdquant(
     _refuse_gradients(gm)
     inputs = find_weights(gm, example_inputs)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
-    if any(decisions.is_undecided(w) for w in weights):
-        return ObservingGraph(gm, inputs, config)
-    TALLY.tell(config.progress)
-    if any(isinstance(value, QuantizedWeight) for value in example_inputs):
+    is_decided = not any(decisions.is_undecided(w) for w in weights)
+    if is_decided:
+        TALLY.tell(config.progress)
+    if is_decided and any(isinstance(value, QuantizedWeight) for value in example_inputs):
         return CompiledGraph(gm, example_inputs, inputs, config)
-    return SixteenBitGraph(gm, example_inputs, inputs, config)
+    return UndecidedGraph(gm, example_inputs, inputs, config)
 
 
 def _refuse_gradients(gm: fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import svdq_compile as svdq
 from conftest import WIDTH, quiet, relative_error
 from svdq_compile import compiled as compiled_module
-from svdq_compile import sixteen_bit
+from svdq_compile import undecided
 from svdq_compile.errors import NothingToQuantize
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.passes.scope import OUTSIDE
@@ -26,7 +26,7 @@ CONFIG = svdq.Config(**quiet(rank=16, refine=1))
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compiled_module, sixteen_bit):
+    for module in (compiled_module, undecided):
         monkeypatch.setattr(module, "compile_with_inductor", lambda gm, inputs, mode, rewrite=None: gm.forward)
 
 
@@ -217,6 +217,26 @@ def test_a_graph_that_an_embedder_and_a_block_share() -> None:
         output = model(X)
     assert quantized(model) == BLOCKS
     assert 0 < relative_error(output, reference) < 0.1
+
+
+def test_what_stays_16_bit_is_compiled_once_all_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo sees no change of class in such a block, and would go on calling what observes."""
+    made: list[int] = []
+
+    def counted(gm, inputs: list, mode: str | None, rewrite: Callable | None = None) -> Callable:
+        made.append(len(inputs))
+        return gm.forward
+
+    monkeypatch.setattr(undecided, "compile_with_inductor", counted)
+    model = make()
+    run = by_blocks(model, skip=["blocks.1"])
+    for _ in range(4):
+        run(X)
+    assert len(made) == 1
+    run(torch.cat([X, X], 1))
+    assert len(made) == 2, "another size"
+    assert torch.equal(run(X), run(X))
+    assert len(made) == 2
 
 
 def test_a_second_model_with_the_graphs_of_the_first() -> None:
