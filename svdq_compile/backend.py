@@ -18,7 +18,7 @@ from .config import Config
 from .errors import GradientsNeeded
 from .lowering.torch_private import convert_by_our_settings, converting_for_us
 from .parameter import QuantizedWeight
-from .roots import find_weights
+from .roots import find_weights, models_of
 from .summary import TALLY
 from .undecided import UndecidedGraph
 
@@ -35,7 +35,7 @@ def svdquant(
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
-    inputs = find_weights(gm, example_inputs)
+    inputs = find_weights(gm, example_inputs, models_of(gm))
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     is_decided = not any(decisions.is_undecided(w) for w in weights)
     if is_decided:

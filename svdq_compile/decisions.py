@@ -9,7 +9,9 @@ A weight's place is found once, from the module tree of the model whose call is 
 
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,39 +24,54 @@ from .passes.weight_groups import WeightInputs
 
 LOCK = threading.RLock()  # held while weights change their form
 
-_PLACES = WeakIdKeyDictionary()  # weight -> (name, why it must stay 16-bit) in its model
+_PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a Parameter stands.
+
+    model   the root of the tree
+    name    of its layer in there, None if it is no matrix
+    reason  why it must stay 16-bit there, None if it may be quantized
+    """
+
+    model: "ref[nn.Module]"
+    name: str | None
+    reason: str | None
+
+
 def place(model: nn.Module) -> None:
-    """Note where each weight of a model stands."""
+    """Note where each Parameter of a model stands."""
     with LOCK:
+        root = ref(model)
+        for parameter in model.parameters():
+            _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
         for layer in matrices(model):
-            _PLACES[layer.weight] = (layer.name, layer.reason)
+            _PLACES[layer.weight] = Place(root, layer.name, layer.reason)
 
 
 def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:
     """Note where these weights stand, each in the first of the models that holds it."""
-    missing = {id(w) for w in weights if is_undecided(w)}
+    missing = {id(w): w for w in weights if is_undecided(w)}
     for model in models:
         if not missing:
             break
-        held = missing.intersection(id(parameter) for parameter in model.parameters())
-        if held:
+        held = [missing.pop(id(p)) for p in model.parameters() if id(p) in missing]
+        if any(not is_placed(w) or _PLACES[w].model() is not model for w in held):
             place(model)
-            missing -= held
 
 
-def is_placed(weight: nn.Parameter) -> bool:
+def is_placed(weight: object) -> bool:
     """Whether it is known where a weight stands."""
     return weight in _PLACES
 
 
 def name_of(weight: nn.Parameter) -> str | None:
     """The full name of a weight's layer; None if it was not found in a model."""
-    found = _PLACES.get(weight)
-    return None if found is None else found[0]
+    return _PLACES[weight].name if is_placed(weight) else None
 
 
 def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
@@ -65,8 +82,9 @@ def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
     for index in (index for group in inputs.groups for index in group.indices):
         weight = args[index]
         if is_undecided(weight):
-            in_graph = OUTSIDE if index in inputs.outside else None  # all there is where no model was found
-            _, reason = _PLACES.get(weight, (None, in_graph))
+            # Where no model was found, the graph is all there is to ask.
+            in_graph = OUTSIDE if index in inputs.outside else None
+            reason = _PLACES[weight].reason if is_placed(weight) else in_graph
             if reason is not None:
                 leave_alone(weight, reason)
 

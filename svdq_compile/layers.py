@@ -68,4 +68,5 @@ def _may_be_read(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a linear may read a Parameter of a module that is none: a matrix that is not a short table."""
     if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding):
         return False
-    return parameter.dim() == 2 and min(parameter.shape) >= MIN_FEATURES
+    is_matrix = parameter.dim() >= 2 and all(size == 1 for size in parameter.shape[2:])
+    return is_matrix and min(parameter.shape[:2]) >= MIN_FEATURES

@@ -99,7 +99,7 @@ def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """The backend that observes. There is one for all models and calls: each new one would be a graph more for Dynamo
     to keep, and at its limit it would go on without observing.
     """
-    graph = ObservingGraph(gm, find_weights(gm, example_inputs), _ENDLESS)
+    graph = ObservingGraph(gm, find_weights(gm, example_inputs, ()), _ENDLESS)
 
     def run(*args: Any) -> Any:
         held = {id(value) for value in args}

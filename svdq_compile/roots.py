@@ -5,8 +5,7 @@ on Python's stack, since hooks and torch.compile leave the frames of the modules
 """
 
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 from torch import fx, nn
@@ -16,25 +15,39 @@ from .lowering.torch_private import modules_behind
 from .passes.weight_groups import WeightInputs, weight_inputs
 
 
-def find_weights(gm: fx.GraphModule, example_inputs: list) -> WeightInputs:
-    """The weights of linears in a graph that Dynamo is making. Those that must stay 16-bit in their model are left
-    alone from now on.
+def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module]) -> WeightInputs:
+    """The weights of linears in a graph that Dynamo has made. Those that must stay 16-bit in their model, one of these,
+    are left alone from now on.
     """
-    decisions.place_weights(example_inputs, chain(models_under_way(), modules_behind(gm)))
+    decisions.place_weights(example_inputs, models)
     names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}
     inputs = weight_inputs(gm, {i: name for i, name in names.items() if name is not None})
     decisions.settle(inputs, example_inputs)
     return inputs
 
 
+def models_of(gm: fx.GraphModule) -> Iterator[nn.Module]:
+    """Called by a backend: the modules that its graph may belong to, the likeliest first."""
+    yield from _calling(_frames())
+    yield from modules_behind(gm)
+    yield from _at_hand(_frames())
+
+
 def models_under_way() -> Iterator[nn.Module]:
-    """The modules whose methods the calling thread is in, outermost first; then those at hand where a compiled function
-    is called that is no method.
-    """
-    frames = _frames()
+    """Called by a graph: the modules that it may be a part of in this call, the likeliest first."""
+    yield from _calling(_frames())
+    yield from _at_hand(_frames())
+
+
+def _calling(frames: list[FrameType]) -> Iterator[nn.Module]:
+    """The modules whose methods are being called, outermost first."""
     for frame in reversed(frames):
         if "self" in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
             yield from _modules(frame.f_locals.get("self"))
+
+
+def _at_hand(frames: list[FrameType]) -> Iterator[nn.Module]:
+    """The modules that whoever calls a compiled function, no method, has at hand."""
     caller = next((frame for frame in frames if not _is_machinery(frame)), None)
     if caller is not None:
         for value in list(caller.f_locals.values()):

@@ -287,6 +287,59 @@ def test_weights_that_no_module_holds() -> None:
     assert 0 < relative_error(output, model(X)) < 0.1
 
 
+def test_the_model_that_quantize_is_given_is_the_root() -> None:
+    """Also where the calibration calls what stands around it."""
+    pipeline = Wrapper(make(between=breaks)).requires_grad_(False)
+    config = svdq.Config(**quiet(rank=16, refine=1, skip=["blocks.0"]))
+    svdq.quantize(pipeline.model, config, calibrate=lambda _: pipeline(X))
+    assert quantized(pipeline.model) == {name for name in BLOCKS if not name.startswith("blocks.0")}
+    names = {p._svdq_name for p in pipeline.parameters() if isinstance(p, QuantizedWeight)}
+    assert names == quantized(pipeline.model)
+
+
+def test_a_block_that_was_tried_alone_before() -> None:
+    """It was observed, but not quantized yet, as a model of its own."""
+    model = make()
+    run = by_blocks(model, calibration_steps=3, skip=["blocks.0.first"])
+    model.blocks[0](X)
+    for _ in range(4):
+        run(X)
+    assert quantized(model) == BLOCKS - {"blocks.0.first"}
+
+
+def test_a_block_that_is_put_into_the_model_later() -> None:
+    model = make()
+    run = by_blocks(model, skip=["blocks.3.first"])
+    run(X)
+    model.blocks.append(Block(nothing).requires_grad_(False))
+    model.blocks[3].compile(backend="svdquant", options=quiet(rank=16, refine=1, skip=["blocks.3.first"]))
+    for _ in range(2):
+        run(X)
+    assert quantized(model) == BLOCKS | {"blocks.3.norm_in", "blocks.3.second"}
+
+
+class Tied(nn.Module):
+    """Projects by the table that its embedding looks rows up in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WIDTH, WIDTH)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(breaks(self.layer(breaks(self.table(ids)))), self.table.weight)
+
+
+def test_a_table_that_a_linear_reads_too() -> None:
+    model, ids = Tied().requires_grad_(False), torch.arange(24)[None]
+    reference = model(ids)
+    run = whole(model)
+    for _ in range(3):
+        output = run(ids)
+    assert quantized(model) == {"layer"}
+    assert 0 < relative_error(output, reference) < 0.1
+
+
 # A weight that is quantized is accepted wherever a graph holds it.
 
 
