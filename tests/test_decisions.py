@@ -9,9 +9,11 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import ChromaTransformer2DModel
 from torch import Tensor, nn
 
 import svdq_compile as svdq
+import zoo
 from conftest import WIDTH, quiet, relative_error
 from svdq_compile import compiled as compiled_module
 from svdq_compile import undecided
@@ -184,8 +186,7 @@ def test_the_same_layers_whichever_graphs_they_are_in(way: Callable, cut: str) -
     assert reasons(model) == dict.fromkeys(("embed", "project"), OUTSIDE)
 
 
-@pytest.mark.parametrize("cut", ["uncut", "breaks_everywhere"])
-@pytest.mark.parametrize("way", [whole, by_blocks])
+@pytest.mark.parametrize(("way", "cut"), [(whole, "uncut"), (by_blocks, "breaks_everywhere")], ids=["whole", "cut"])
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
@@ -660,3 +661,61 @@ def test_many_samples_read_one_row_each() -> None:
     svdq.quantize(model, CONFIG, calibrate=lambda model: call(model, 6, batch=20))
     precisions = {row.name.rpartition(".")[2]: row.precision for row in svdq.report(model)}
     assert precisions == {"to_q": "w4a8", "to_k": "w4a8", "to_v": "w4a8", "modulate": "w4a16"}
+
+
+# Models of diffusers.
+
+
+def chroma() -> tuple[nn.Module, dict]:
+    generator = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ChromaTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=64,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(16, 24, 24),
+            approximator_hidden_dim=WIDTH,
+        )
+    inputs = {
+        "hidden_states": torch.randn(1, 24, 64, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 24, WIDTH, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(24, 3),
+        "return_dict": False,
+    }
+    return model.eval().requires_grad_(False), inputs
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "by_blocks"])
+def test_chroma(regional: bool) -> None:
+    """Its guidance layer is a list of five pairs of linears."""
+    model, inputs = chroma()
+    reference = model(**inputs)[0]
+    run = model
+    if regional:
+        model.compile_repeated_blocks(backend="svdquant", fullgraph=True, options=quiet(rank=16, refine=1))
+    else:
+        run = whole(model)
+    for _ in range(3):
+        output = run(**inputs)[0]
+    assert len(quantized(model)) == 34
+    assert quantized(model) == names(model, "transformer_blocks", "single_transformer_blocks")
+    assert 0 < relative_error(output, reference) < 0.2
+
+
+def test_a_unets_blocks_are_the_inner_ones() -> None:
+    model, _ = zoo.make("sdxl")
+    inside = {row.name for row in svdq.report(model) if row.reason != OUTSIDE and "small" not in row.reason}
+    assert inside == {name for name in linears(model) if ".transformer_blocks." in name}
+
+
+def test_a_refiner_that_stands_there_once_is_looked_into() -> None:
+    model, _ = zoo.make("hunyuan_video")
+    outside = {row.name for row in svdq.report(model) if row.reason == OUTSIDE}
+    assert "context_embedder.proj_in" in outside
+    assert not any("refiner_blocks" in name for name in outside)
