@@ -503,6 +503,17 @@ def test_repeated_blocks(tree: str) -> None:
     assert names(model, *blocks) == {row.name for row in svdq.report(model) if row.reason != OUTSIDE}
 
 
+@pytest.mark.parametrize("way", [whole, of_a_closure, of_a_list])
+def test_a_graph_that_holds_all_does_not_decide_either(way: Callable) -> None:
+    """By the names in it the embedders are blocks; no module's frame stands above a closure's."""
+    build, blocks = TREES["guidance_of_width_of_the_blocks"]
+    model = build().requires_grad_(False)
+    run = way(model)
+    for _ in range(2):
+        run(X)
+    assert quantized(model) == names(model, *blocks)
+
+
 def test_blocks_are_the_same_with_adapters() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
