@@ -76,9 +76,9 @@ def name_of(weight: nn.Parameter) -> str | None:
 
 def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
     """Leave alone those of a graph's weights that must stay 16-bit, where they stand or as the graph uses them."""
-    for index, _, reason in inputs.rejected:
+    for index, _, use in inputs.rejected:
         if is_undecided(args[index]):
-            leave_alone(args[index], reason)
+            leave_alone(args[index], use)
     for index in (index for group in inputs.groups for index in group.indices):
         weight = args[index]
         if is_undecided(weight):
