@@ -53,8 +53,43 @@ def source_name(node: fx.Node) -> str:
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
-    name = source.name
-    return name() if callable(name) else name
+    return _expression(source)
+
+
+def _expression(source: Any) -> str:
+    return source.name() if callable(source.name) else source.name
+
+
+def modules_behind(gm: fx.GraphModule) -> Iterator[nn.Module]:
+    """Called by a backend: the modules through which the function that Dynamo is converting reaches the parameters in
+    its graph ("L['self'].proj.weight", "L['model'].blocks[0].weight" of a closure), outermost first.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # somebody calls the backend without Dynamo
+        return
+    scopes = {"L": output.local_scope, "G": output.global_scope}
+    known: dict[str, Any] = {}  # by expression
+    for node in gm.graph.find_nodes(op="placeholder"):
+        for path in _bases(getattr(node, "_dynamo_source", None)):
+            if path not in known:
+                try:
+                    known[path] = eval(path, scopes)
+                except Exception:  # whatever only Dynamo's guards can read
+                    known[path] = None
+                if isinstance(known[path], nn.Module):
+                    yield known[path]
+
+
+def _bases(source: Any) -> list[str]:
+    """The expressions that lead to a source, outermost first: "L['self']", "L['self'].proj", ..."""
+    paths: list[str] = []
+    while source is not None:
+        paths.insert(0, _expression(source))
+        source = getattr(source, "base", None)
+    return paths
 
 
 def clone_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -118,8 +153,12 @@ def describe(node: fx.Node, instead_of: fx.Node) -> None:
 @contextmanager
 def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
     """Within the context, calling the model runs what torch.compile makes of it with this backend."""
-    before = model._compiled_call_impl
-    model.compile(backend=backend)
+    from torch._dynamo import external_utils, trace_rules
+
+    before, call = model._compiled_call_impl, model._call_impl
+    if trace_rules.check(type(model).forward):  # torch's own, as nn.Sequential's: Dynamo would not look into it
+        call = external_utils.wrap_inline(call)
+    model._compiled_call_impl = torch.compile(call, backend=backend)
     try:
         yield
     finally:

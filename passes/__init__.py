@@ -5,7 +5,7 @@ rewrite the graph that Dynamo hands over, where a linear is one node with a name
 aten graph that Inductor has made of it, where whatever the model wrote is a few operations.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 from torch import fx
@@ -25,9 +25,9 @@ from .replace_attention import replace_attention
 from .share_quantized_inputs import share_quantized_inputs
 
 
-def observing(observe: Callable[..., None], run: Callable) -> list[Pass]:
-    """The passes of the first phase, while inputs are watched."""
-    return [partial(observe_linears, observe=observe, run=run)]
+def observing(observe: Callable[..., None], run: Callable, names: Mapping[fx.Node, str]) -> list[Pass]:
+    """The passes of the first phase, while inputs are watched; `names` as for `find_linears`."""
+    return [partial(observe_linears, observe=observe, run=run, names=names)]
 
 
 def quantizing(packs: Packs) -> list[Pass]:

@@ -4,12 +4,14 @@ At this level one `F.linear` node is one layer, its weight is a graph input with
 and `nn_module_stack` says where it stands in the model. A 1x1 convolution is a linear over its channels.
 
 Left alone, each with a reason: a weight that is not a graph input, that something else than a linear reads, that is too
-small, of a dtype that has no 4-bit form, an adapter of PEFT, or outside the repeated blocks (see `scope.py`).
+small, of a dtype that has no 4-bit form, or an adapter of PEFT. Where a linear stands in its model is not for a graph
+to say, which may hold a part of it only; what this one would say is told beside (`scope.outside_blocks`).
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ class LinearSite:
     weight        the placeholder of its weight, in the same (sub)graph
     name          where it stands in the model, as far as the graph knows
     channel_dim   the dimension of the input that is multiplied: -1, or 1 for a convolution
-    few_rows      it reads one row a sample, or no more than FEW_ROWS
+    few_rows      it reads one row a sample, or no more than FEW_ROWS, in this graph
     shift         what makes its input non-negative (`activations.py`), 0 if nothing does
     scope         linears share a quantized input only within one scope
     """
@@ -68,31 +70,39 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class Found:
-    """The linears of one (sub)graph that may be quantized, and why the others may not, by weight placeholder."""
+    """The linears of one (sub)graph that may be quantized, and why the others may not, by weight placeholder.
+
+    outside   of all these weights, those beside the repeated blocks, as far as this graph can tell
+    """
 
     sites: list[LinearSite]
     rejected: dict[fx.Node, tuple[str, str]]
+    outside: set[fx.Node]
 
 
-def find_linears(gm: fx.GraphModule, quantized: Collection[fx.Node] = ()) -> Found:
+def find_linears(gm: fx.GraphModule, names: Mapping[fx.Node, str] = MappingProxyType({})) -> Found:
     """Look through one graph; the bodies that it calls are looked through on their own (`subgraphs.invocations`).
 
-    quantized  placeholders of weights that are in few bits already: wherever they stand, their linears are taken
+    names  of layers in the model, by their weights, where more is known than the graph tells
     """
     sites: list[LinearSite] = []
     rejected: dict[fx.Node, tuple[str, str]] = {}
-    names = _names(gm)
-    outside = outside_blocks([*names.values(), *_names_in_bodies(gm)])
-    for node in names:
+    told = _names(gm)
+    beside = outside_blocks([*told.values(), *_names_in_bodies(gm)])
+    outside: set[fx.Node] = set()
+    for node, own_name in told.items():
         weight = argument(node, 1, "weight")
         if not isinstance(weight, fx.Node) or weight.op != "placeholder":
             continue
-        reason = _why_not(node, weight, names[node], names[node] in outside and weight not in quantized)
+        if own_name in beside:
+            outside.add(weight)
+        name = names.get(weight, own_name)
+        reason = _why_not(node, weight, name)
         if reason is None:
-            sites.append(_site(node, weight, names[node]))
+            sites.append(_site(node, weight, name))
         elif not is_spatial_conv(node):
-            rejected[weight] = (names[node], reason)
-    return Found([s for s in sites if s.weight not in rejected], rejected)
+            rejected[weight] = (name, reason)
+    return Found([s for s in sites if s.weight not in rejected], rejected, outside)
 
 
 def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
@@ -111,32 +121,27 @@ def argument(node: fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _why_not(node: fx.Node, weight: fx.Node, name: str, is_outside: bool) -> str | None:
+def _why_not(node: fx.Node, weight: fx.Node, name: str) -> str | None:
     """Why this linear stays as it is; None if it may be quantized."""
     value = weight.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or "example_value" not in node.meta or len(node.args) < 2:
         return "the graph does not tell its shapes"
     if is_spatial_conv(node):
         return "a convolution larger than 1x1"
-    reason = why_not(name, value, is_outside)
+    reason = why_not(name, value)
     if reason is None and any(not _reads_as_weight(user, weight) for user in weight.users):
         return "something other than a linear reads its weight"
     return reason
 
 
-def why_not(name: str, weight: torch.Tensor, is_outside: bool) -> str | None:
-    """Why a linear of this name and weight stays as it is, wherever it was found; None if it may be quantized.
-
-    is_outside  of the repeated blocks (`scope.outside_blocks`)
-    """
+def why_not(name: str, weight: torch.Tensor) -> str | None:
+    """Why a linear of this name and weight stays as it is, wherever it stands; None if it may be quantized."""
     if is_adapter(name):
         return "an adapter, which is small and may be swapped"
     if weight.dtype not in QUANTIZABLE_DTYPES:
         return f"its weight is {weight.dtype}"
     if min(weight.shape[:2]) < MIN_FEATURES:
         return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
-    if is_outside:
-        return "outside the repeated blocks: an embedder or a final projection"
     return None
 
 
@@ -171,21 +176,27 @@ def is_over_channels(kernel: Any, stride: Any, padding: Any, groups: int) -> boo
 def _site(node: fx.Node, weight: fx.Node, name: str) -> LinearSite:
     x = node.args[0].meta["example_value"]  # type: ignore[union-attr]
     channel_dim = -1 if node.target in LINEAR else 1
-    few_rows = channel_dim == -1 and (x.dim() <= 2 or _small(x.shape[:-1]))
+    few_rows = rows_read(x, channel_dim) <= FEW_ROWS
     return LinearSite(node, weight, name, channel_dim, few_rows, input_shift(node), sibling_scope(name))
 
 
-def _small(lead: torch.Size) -> bool:
-    """Whether the product of the leading sizes is at most FEW_ROWS, without a guard on symbolic ones."""
-    sizes = [s if isinstance(s, int) else s.node.hint for s in lead]
-    return None not in sizes and math.prod(sizes) <= FEW_ROWS
+def rows_read(x: torch.Tensor, channel_dim: int) -> float:
+    """How many rows a linear that reads x multiplies at once: 1 where it reads one a sample, however many samples there
+    are; without a guard on symbolic sizes. Infinite where that is not known, and for a convolution.
+    """
+    if channel_dim != -1:
+        return math.inf
+    if x.dim() <= 2:
+        return 1
+    sizes = [s if isinstance(s, int) else s.node.hint for s in x.shape[:-1]]
+    return math.inf if None in sizes else math.prod(sizes)
 
 
 def group_by_input(sites: list[LinearSite]) -> list[list[LinearSite]]:
     """Linears that read the same tensor along the same dimension, within one scope, in the graph's order."""
     groups: dict[tuple, list[LinearSite]] = {}
     for site in sites:
-        key = (site.input, site.channel_dim, site.few_rows, site.scope)
+        key = (site.input, site.channel_dim, site.scope)
         members = groups.setdefault(key, [])
         if all(member.weight is not site.weight for member in members):
             members.append(site)

@@ -5,21 +5,29 @@
                                                   k = run("linear", -1, x, wk, bk)
 
 `observe` and `run` are plain Python functions that get the real tensors, so one graph serves every block and every
-instance of a model. Left alone: what `find_linears` rejects, and a graph that is watched already, in which embedders no
-longer stand beside blocks.
+instance of a model. Left alone: what `find_linears` rejects.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import fx
 
 from .linears import LinearSite, find_linears, group_by_input
-from .subgraphs import bodies, invocations
+from .subgraphs import invocations
 
 
-def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Callable) -> int:
-    """Insert the calls, in subgraphs too. Returns how many linears are watched (a subgraph's count once)."""
-    groups = [] if _is_watched(gm, run) else group_by_input(find_linears(gm).sites)
+def observe_linears(
+    gm: fx.GraphModule,
+    observe: Callable[..., None],
+    run: Callable,
+    names: Mapping[fx.Node, str] = MappingProxyType({}),
+) -> int:
+    """Insert the calls, in subgraphs too. Returns how many linears are watched (a subgraph's count once).
+
+    names  as for `find_linears`
+    """
+    groups = group_by_input(find_linears(gm, names).sites)
     for group in groups:
         _watch(gm.graph, group, observe)
         for site in group:
@@ -30,10 +38,6 @@ def observe_linears(gm: fx.GraphModule, observe: Callable[..., None], run: Calla
         count += observe_linears(gm.get_submodule(name), observe, run)  # type: ignore[arg-type]
     gm.recompile()
     return count
-
-
-def _is_watched(gm: fx.GraphModule, run: Callable) -> bool:
-    return any(node.target is run for node in gm.graph.nodes) or any(_is_watched(body, run) for body in bodies(gm))
 
 
 def _watch(graph: fx.Graph, group: list[LinearSite], observe: Callable[..., None]) -> None:

@@ -52,7 +52,7 @@ def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
     """Rewrite the linears whose weight placeholder is in `packs`. Returns how many were replaced."""
     inputs = _PackedInputs(gm.graph, packs)
     count = 0
-    for site in find_linears(gm, packs).sites:
+    for site in find_linears(gm).sites:
         if site.weight in packs:
             _replace(gm.graph, site, inputs)
             count += 1

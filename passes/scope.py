@@ -10,7 +10,10 @@ from torch import fx
 
 from .peft_names import is_adapter, without_wrapper
 
-_ROOT = re.compile(r"^L\['\w+'\]\.?")
+OUTSIDE = "outside the repeated blocks: an embedder or a final projection"
+
+_ROOT = re.compile(r"^[LG]\['\w+'\]\.?")
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']+)'\)")
 # Diffusers' models override attribute access, so Dynamo reaches their children through the dict.
 _INDIRECT = re.compile(r"(?:\.__dict__)?(?:\.|\[')(?:_modules|_parameters)(?:'\])?\['([^']+)'\]")
 _INDEX = re.compile(r"\[(\d+)\]")
@@ -18,6 +21,8 @@ _INDEX = re.compile(r"\[(\d+)\]")
 
 def clean(path: str) -> str:
     """Dynamo's expression for a module -> the dotted name `named_modules` would give it; '' for the root."""
+    while (plainer := _GETATTR.sub(r"\1.\2", path)) != path:
+        path = plainer
     path = _INDIRECT.sub(r".\1", path)
     path = _INDEX.sub(r".\1", path)
     return _ROOT.sub("", path).strip(".")
@@ -46,12 +51,11 @@ def sibling_scope(name: str) -> str:
 
 
 def outside_blocks(names: list[str]) -> set[str]:
-    """Of all linears in a graph or model, those outside the repeated blocks, if there are such blocks.
+    """Of all linears in a graph, those outside the repeated blocks, if there are such blocks.
 
-    A repeated block is a list element that holds two linears or more. What stands beside them embeds inputs or projects
-    the result; it is small and sensitive. A graph without blocks is a block itself (regional compilation) or a plain
-    network, and all its linears count as inside: so compiling a model whole or by blocks quantizes the same layers.
-    Adapters are not counted: what gets quantized must not depend on them.
+    It is what is left where no module tree can be asked (weights as plain arguments). A repeated block is a list
+    element that holds two linears or more. A graph without blocks is a block itself or a plain network, and all its
+    linears count as inside. Adapters are not counted: what gets quantized must not depend on them.
     """
     held: dict[str, set[str]] = {}
     for name in (name for name in names if not is_adapter(name)):

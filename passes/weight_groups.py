@@ -4,8 +4,9 @@ together.
 This is the view from outside: by the number of the input, subgraphs and their calls included.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import fx
 
@@ -31,25 +32,36 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class WeightInputs:
-    """All weights of linears in a graph: the groups that may be quantized, and (index, name, reason) of the others."""
+    """All weights of linears in a graph: the groups that may be quantized, and (index, name, reason) of the others.
+
+    outside   inputs that stand beside the repeated blocks, as far as the graph can tell
+    known     names of layers in the model, by input, that the graph was looked through with
+    """
 
     groups: list[WeightGroup]
     rejected: list[tuple[int, str, str]]
+    outside: set[int]
+    known: Mapping[int, str]
+
+    def known_by_node(self, gm: fx.GraphModule) -> dict[fx.Node, str]:
+        """`known`, by the inputs of the graph or of a copy."""
+        return {node: self.known[i] for i, node in enumerate(placeholders(gm.graph)) if i in self.known}
 
 
-def weight_inputs(gm: fx.GraphModule, quantized: Collection[int] = ()) -> WeightInputs:
+def weight_inputs(gm: fx.GraphModule, known: Mapping[int, str] = MappingProxyType({})) -> WeightInputs:
     """Analyse a graph as Dynamo made it.
 
-    quantized  inputs that are quantized weights already, perhaps in a graph where they stood otherwise: a model traced
-               in pieces shows its embedders without the blocks beside them, and whole afterwards
+    known  names of layers in the model, by the number of their weight's input, where more is known than the graph tells
     """
-    found = WeightInputs([], [])
-    _collect(gm, {node: i for i, node in enumerate(placeholders(gm.graph))}, quantized, found)
+    found = WeightInputs([], [], set(), known)
+    index = {node: i for i, node in enumerate(placeholders(gm.graph))}
+    _collect(gm, index, found.known_by_node(gm), found)
     return found
 
 
-def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collection[int], found: WeightInputs) -> None:
-    linears = find_linears(gm, {node for node, i in index.items() if i in quantized})
+def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], known: Mapping[fx.Node, str], found: WeightInputs) -> None:
+    linears = find_linears(gm, known)
+    found.outside.update(index[weight] for weight in linears.outside if weight in index)
     for weight, (name, reason) in linears.rejected.items():
         if weight in index:
             found.rejected.append((index[weight], name, reason))
@@ -64,4 +76,4 @@ def _collect(gm: fx.GraphModule, index: dict[fx.Node, int], quantized: Collectio
     for call in invocations(gm):
         body = gm.get_submodule(call.subgraph)
         operands = zip(placeholders(body.graph), call.operands, strict=True)  # type: ignore[arg-type]
-        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, quantized, found)  # type: ignore[arg-type]
+        _collect(body, {inner: index[outer] for inner, outer in operands if outer in index}, {}, found)  # type: ignore[arg-type]

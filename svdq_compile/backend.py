@@ -1,7 +1,9 @@
 """The torch.compile backend: `torch.compile(model, backend="svdquant")`.
 
-Dynamo's graph --> are all its linears decided?  no  --> ObservingGraph: exact 16-bit, eager, watches, then quantizes
-                                                 yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+Dynamo's graph --> is some linear quantized, and none undecided?
+                   yes --> CompiledGraph: svdq:: operators, the rest to Inductor
+                   no  --> UndecidedGraph: its calls observe in exact 16-bit, eagerly, and then quantize
+                           (ObservingGraph); where all that it has stays 16-bit, all goes to Inductor
 """
 
 from collections.abc import Callable
@@ -14,12 +16,11 @@ from . import decisions
 from .compiled import CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.inductor import compile_with_inductor
 from .lowering.torch_private import convert_by_our_settings, converting_for_us
-from .observing import ObservingGraph
 from .parameter import QuantizedWeight
-from .passes.weight_groups import weight_inputs
+from .roots import find_weights, models_of
 from .summary import TALLY
+from .undecided import UndecidedGraph
 
 
 @convert_by_our_settings
@@ -34,15 +35,14 @@ def svdquant(
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
-    quantized = {i for i, value in enumerate(example_inputs) if isinstance(value, QuantizedWeight)}
-    inputs = weight_inputs(gm, quantized)
+    inputs = find_weights(gm, example_inputs, models_of(gm))
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
-    if any(decisions.is_undecided(w) for w in weights):
-        return ObservingGraph(gm, inputs, config)
-    TALLY.tell(config.progress)
-    if not quantized:
-        return compile_with_inductor(gm, example_inputs, config.mode)
-    return CompiledGraph(gm, example_inputs, inputs, config)
+    is_decided = not any(decisions.is_undecided(w) for w in weights)
+    if is_decided:
+        TALLY.tell(config.progress)
+    if is_decided and any(isinstance(value, QuantizedWeight) for value in example_inputs):
+        return CompiledGraph(gm, example_inputs, inputs, config)
+    return UndecidedGraph(gm, example_inputs, inputs, config)
 
 
 def _refuse_gradients(gm: fx.GraphModule) -> None:

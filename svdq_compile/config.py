@@ -30,8 +30,8 @@ class Config:
                        the weights alone
     error_budget       a layer whose own relative output error (or, without calibration, weight error) is larger than
                        this stays 16-bit
-    skip               names of layers to leave in 16-bit, with * and ?: ("*.proj_out", "transformer_blocks.0.*"). Under
-                       regional compilation names begin at the block.
+    skip               layers to leave in 16-bit: their full names in the model, as `report` has them, or those of
+                       modules that hold them, with * and ?: ("*.proj_out", "transformer_blocks.0")
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its

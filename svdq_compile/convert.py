@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from .errors import UnsupportedDevice
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .parameter import freeze
+from .passes import linears
 from .quantizer import quantize_group
 from .summary import TALLY
 
@@ -28,13 +30,22 @@ TOO_EXTREME = "its weight or what it reads is too large for fp32 arithmetic"
 
 @dataclass(frozen=True)
 class Task:
-    """Weights that share an input, and what is known of it."""
+    """Weights that share an input, and what is known of it.
+
+    few_rows, shift   as in LinearSite, of a graph that reads it
+    """
 
     weights: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
     few_rows: bool
     shift: float
     statistics: InputStatistics
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether it never has many rows, in all calls that were observed: one graph may be of a short prompt."""
+        most = self.statistics.most_rows
+        return self.few_rows if most is None else most <= linears.FEW_ROWS
 
 
 def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
@@ -58,7 +69,7 @@ def progress(tasks: list[Task], visible: bool) -> Iterable[Task]:
 
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
     members = [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
-    precision = choose_precision(config, task.few_rows)
+    precision = choose_precision(config, task.has_few_rows)
     chosen = []
     for weight, name in members:
         reason = _why_not(weight, name, precision, config)
@@ -103,8 +114,14 @@ def choose_precision(config: Config, few_rows: bool) -> str:
     return AUTO if config.precision == "auto" else config.precision
 
 
+def is_skipped(name: str, patterns: Iterable[str]) -> bool:
+    """Whether the option `skip` names a layer, or a module that it stands in."""
+    names = [*accumulate(name.split("."), "{}.{}".format), f".{name}"]
+    return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
+
+
 def _why_not(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
-    if any(fnmatch.fnmatchcase(n, pattern) for pattern in config.skip for n in (name, f".{name}")):
+    if is_skipped(name, config.skip):
         return "option skip"
     n, k = weight.shape[0], weight[0].numel()
     if FORMATS[precision].codes is not None and config.rank * (n + k) > n * k / 2:

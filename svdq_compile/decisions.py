@@ -1,20 +1,92 @@
-"""What is known of weights that are not quantized (yet): what was observed of their inputs, and why some stay 16-bit.
+"""What is known of weights that are not quantized (yet): where they stand in their model, what was observed of their
+inputs, and why some stay 16-bit.
 
-Both tables hold weights weakly, by identity. A quantized weight carries its own state (parameter.py).
+All tables hold weights weakly, by identity. A quantized weight carries its own state (parameter.py).
+
+A weight's place is found once, from the module tree of the model whose call is under way (roots.py), or of the one that
+`svdq_compile.quantize` is given. So it does not matter which piece of a model a graph holds.
 """
 
 import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .input_statistics import InputStatistics
+from .layers import matrices
 from .parameter import QuantizedWeight
+from .passes.scope import OUTSIDE
+from .passes.weight_groups import WeightInputs
 
 LOCK = threading.RLock()  # held while weights change their form
 
+_PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Parameter stands.
+
+    model   the root of the tree
+    name    of its layer in there, None if it is no matrix
+    reason  why it must stay 16-bit there, None if it may be quantized
+    """
+
+    model: "ref[nn.Module]"
+    name: str | None
+    reason: str | None
+
+
+def place(model: nn.Module) -> None:
+    """Note where each Parameter of a model stands."""
+    with LOCK:
+        root = ref(model)
+        for parameter in model.parameters():
+            _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
+        for layer in matrices(model):
+            _PLACES[layer.weight] = Place(root, layer.name, layer.reason)
+
+
+def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:
+    """Note where these weights stand, each in the first of the models that holds it."""
+    missing = {id(w): w for w in weights if is_undecided(w)}
+    for model in models:
+        if not missing:
+            break
+        held = [missing.pop(id(p)) for p in model.parameters() if id(p) in missing]
+        if any(not is_placed(w) or _PLACES[w].model() is not model for w in held):
+            place(model)
+
+
+def is_placed(weight: object) -> bool:
+    """Whether it is known where a weight stands."""
+    return weight in _PLACES
+
+
+def name_of(weight: nn.Parameter) -> str | None:
+    """The full name of a weight's layer; None if it was not found in a model."""
+    return _PLACES[weight].name if is_placed(weight) else None
+
+
+def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
+    """Leave alone those of a graph's weights that must stay 16-bit, where they stand or as the graph uses them."""
+    for index, _, use in inputs.rejected:
+        if is_undecided(args[index]):
+            leave_alone(args[index], use)
+    for index in (index for group in inputs.groups for index in group.indices):
+        weight = args[index]
+        if is_undecided(weight):
+            # Where no model was found, the graph is all there is to ask.
+            in_graph = OUTSIDE if index in inputs.outside else None
+            reason = _PLACES[weight].reason if is_placed(weight) else in_graph
+            if reason is not None:
+                leave_alone(weight, reason)
 
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
@@ -43,8 +115,9 @@ def reason_of(weight: nn.Parameter) -> str | None:
 
 
 def forget_reason(weight: nn.Parameter) -> None:
-    """Let a weight be considered again."""
+    """Let a weight be considered again, and looked for."""
     _REASONS.pop(weight, None)
+    _PLACES.pop(weight, None)
 
 
 def is_undecided(weight: object) -> bool:

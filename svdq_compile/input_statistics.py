@@ -1,6 +1,7 @@
 """What is remembered of a linear's input while it is observed: spans, and a few whole rows."""
 
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -19,17 +20,22 @@ class InputStatistics:
     span    [K] fp32     the largest magnitude seen in each channel
     rows    [S, K]       rows sampled evenly from the calls, in the input's dtype
     calls   how many calls were observed whole; the owner counts
+    most_rows            the largest number that was read at once (passes/linears.rows_read); None: nothing was read
     """
 
     def __init__(self) -> None:
         self.span: Tensor | None = None
         self.calls = 0
+        self.most_rows: float | None = None
         self._rows: list[Tensor] = []
 
-    def observe(self, x: Tensor) -> None:
-        """Add an input, x [..., K]."""
+    def observe(self, x: Tensor, rows: float = math.inf) -> None:
+        """Add an input, x [..., K], of which a linear reads `rows` at once. A meta tensor shows nothing else."""
         x = x.detach().reshape(-1, x.shape[-1])
         if x.shape[0] == 0:
+            return
+        self.most_rows = max(rows, self.most_rows or 0)
+        if x.is_meta:
             return
         span = x.abs().amax(0).float()
         if not bool(span.isfinite().all()):

@@ -1,42 +1,72 @@
-"""The linears of a module tree, seen without running it."""
+"""The layers of a module tree, seen without running it: what each is called, and whether it may be quantized.
+
+This is where a model's decisions come from, whatever piece of it is compiled, calibrated, loaded or reported.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from .passes.linears import is_over_channels, why_not
-from .passes.peft_names import without_wrapper
-from .passes.scope import outside_blocks
+from .blocks import is_beside, repeated_blocks
+from .passes.linears import MIN_FEATURES, is_over_channels, why_not
+from .passes.peft_names import is_adapter, without_wrapper
+from .passes.scope import OUTSIDE
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear, or a 1x1 convolution.
+    """A matrix that a linear may read.
 
-    name    of its module, as it is without adapters around it
-    reason  why it must stay 16-bit by the rules of passes/linears.py, None if it may be quantized
+    name       of its module, as it is without adapters and torch.compile around it; of the Parameter itself where the
+               module is no linear and does not call it `weight`
+    reason     why it must stay 16-bit, None if it may be quantized
+    is_linear  whether its module is a linear or a 1x1 convolution; of others only running tells what they do
     """
 
     name: str
-    module: nn.Module
     weight: nn.Parameter
     reason: str | None
+    is_linear: bool
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
     """Every linear of a model, in order; a weight that several layers are tied to comes once."""
-    found = [(without_wrapper(name), module) for name, module in model.named_modules() if _is_linear(module)]
-    outside = outside_blocks([name for name, _ in found])
+    return (layer for layer in matrices(model) if layer.is_linear)
+
+
+def matrices(model: nn.Module) -> Iterator[Layer]:
+    """Every matrix of a model that a linear may read, in order, each once."""
+    modules = {without_wrapper(_plain(name)): module for name, module in model.named_modules()}
+    found: dict[str, tuple[nn.Parameter, bool]] = {}
     seen: set[int] = set()
-    for name, module in found:
-        weight = module.weight
-        if isinstance(weight, nn.Parameter) and id(weight) not in seen:
-            seen.add(id(weight))
-            yield Layer(name, module, weight, why_not(name, weight, name in outside))
+    for path, module in modules.items():
+        is_linear = _is_linear(module)
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and (key == "weight" if is_linear else _may_be_read(module, parameter)):
+                seen.add(id(parameter))
+                found[path if key == "weight" else f"{path}.{key}".lstrip(".")] = parameter, is_linear
+    # Adapters are no part of the model: what is a block must not depend on them.
+    own = {path: module for path, module in modules.items() if not is_adapter(path)}
+    blocks = repeated_blocks(own, {name: w.numel() for name, (w, _) in found.items() if not is_adapter(name)})
+    for name, (weight, is_linear) in found.items():
+        yield Layer(name, weight, why_not(name, weight) or (OUTSIDE if is_beside(name, blocks) else None), is_linear)
+
+
+def _plain(name: str) -> str:
+    """A module's name without the wrappers of torch.compile around it or above it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return is_over_channels(module.kernel_size, module.stride, module.padding, module.groups)
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) and not nn.parameter.is_lazy(module.weight)
+
+
+def _may_be_read(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a linear may read a Parameter of a module that is none: a matrix that is not a short table."""
+    if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding):
+        return False
+    is_matrix = parameter.dim() >= 2 and all(size == 1 for size in parameter.shape[2:])
+    return is_matrix and min(parameter.shape[:2]) >= MIN_FEATURES

@@ -15,7 +15,9 @@ from .convert import Task, convert
 from .lowering.torch_private import clone_dynamo_graph
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
+from .passes.linears import rows_read
 from .passes.weight_groups import WeightInputs
+from .roots import models_under_way
 
 
 class ObservingGraph:
@@ -27,16 +29,16 @@ class ObservingGraph:
         self._gm = clone_dynamo_graph(gm)
         self._inputs = inputs
         self._config = config
-        pipeline.run(self._gm, observing(_observe, run_linear))
+        pipeline.run(self._gm, observing(_observe, run_linear, inputs.known_by_node(self._gm)))
 
     def tasks(self, args: tuple) -> list[Task]:
         """What this call's weights need: the groups with a weight that is still undecided."""
-        for index, _, reason in self._inputs.rejected:
-            if decisions.is_undecided(args[index]):
-                decisions.leave_alone(args[index], reason)
         groups = [(tuple(args[i] for i in group.indices), group) for group in self._inputs.groups]
+        if any(decisions.is_undecided(w) and not decisions.is_placed(w) for weights, _ in groups for w in weights):
+            decisions.place_weights(args, models_under_way())  # another model than the one that the graph was made for
+        decisions.settle(self._inputs, args)
         return [
-            Task(weights, group.names, group.few_rows, group.shift, decisions.statistics_of(weights))
+            Task(weights, _names(weights, group.names), group.few_rows, group.shift, decisions.statistics_of(weights))
             for weights, group in groups
             if any(decisions.is_undecided(w) for w in weights)
         ]
@@ -54,10 +56,15 @@ class ObservingGraph:
         return outputs
 
 
+def _names(weights: tuple[nn.Parameter, ...], in_graph: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the layers in their model, or as far as the graph knows."""
+    return tuple(decisions.name_of(w) or name for w, name in zip(weights, in_graph, strict=True))
+
+
 def _observe(x: Tensor, weights: tuple[nn.Parameter, ...], channel_dim: int) -> None:
     """Called by the graph before linears that read x."""
     if any(decisions.is_undecided(w) for w in weights):
-        decisions.statistics_of(weights).observe(x.movedim(channel_dim, -1))
+        decisions.statistics_of(weights).observe(x.movedim(channel_dim, -1), rows_read(x, channel_dim))
 
 
 def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

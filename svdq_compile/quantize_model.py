@@ -1,8 +1,9 @@
 """Quantize a model before it is compiled or run: `quantize` and `restore`."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from .convert import Task, convert
 from .errors import NothingToQuantize
 from .input_statistics import InputStatistics
 from .layers import layers
-from .lowering.torch_private import compiled_in_place
+from .lowering.torch_private import compiled_in_place, convert_by_our_settings
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
-from .passes.weight_groups import weight_inputs
 from .report import Report, report
+from .roots import find_weights
 from .summary import TALLY
 
 
@@ -46,18 +47,16 @@ def quantize(
     target = None if device is None else torch.empty(0, device=device).device
     if calibrate is not None and example_inputs is not None:
         raise ValueError("give calibrate or example_inputs, not both: calibrating shows the shapes too")
+    decisions.place(model)
     if calibrate is not None:
-        tasks = _observed(model, config, calibrate)
+        tasks = _observed(model, calibrate)
     elif example_inputs is not None:
         tasks = _traced(model, example_inputs)
     else:
         tasks = []
     tasks += _by_weights_alone(model, tasks)
     if not any(isinstance(p, QuantizedWeight) for p in model.parameters()) and not _eligible(tasks):
-        raise NothingToQuantize(
-            f"{type(model).__name__} has no linear layer that can be quantized. "
-            "svdq_compile.report(model) says why for each."
-        )
+        raise NothingToQuantize(_why_nothing(model))
     convert(tasks, config, target)
     if target is not None:
         model.to(target)
@@ -69,57 +68,78 @@ def _eligible(tasks: list[Task]) -> list[nn.Parameter]:
     return [w for task in tasks for w in task.weights if decisions.is_undecided(w)]
 
 
-def _observed(model: nn.Module, config: Config, calibrate: Callable[[nn.Module], Any]) -> list[Task]:
-    """Run `calibrate` with every graph of the model observing, and none ever done with it."""
-    endless = replace(config, calibration_steps=1_000_000)
-    tasks: dict[int, Task] = {}
+def _why_nothing(model: nn.Module) -> str:
+    reasons = Counter(row.reason for row in report(model))
+    text = f"{type(model).__name__} has no linear layer that can be quantized"
+    if not reasons:
+        return f"{text}: it has no nn.Linear and no 1x1 convolution"
+    most = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common(3))
+    return f"{text}. It has {reasons.total()} linears; {most}. svdq_compile.report(model) says why for each."
 
-    def observe(gm: fx.GraphModule, example_inputs: list) -> Callable:
-        graph = ObservingGraph(gm, weight_inputs(gm), endless)
 
-        def run(*args: Any) -> Any:
-            tasks.update((id(task.weights[0]), task) for task in graph.tasks(args))
-            return graph(*args)
+@dataclass(eq=False)
+class _Watch:
+    """A model whose graphs run for `_observed`.
 
-        return run
+    weights   ids of its Parameters; whose graph it is that runs is told by them
+    has_run   whether any graph did
+    tasks     what was found, by the id of the first weight
+    """
 
-    with compiled_in_place(model, observe), torch.no_grad():
-        calibrate(model)
-    if not tasks:
+    weights: set[int]
+    has_run: bool = False
+    tasks: dict[int, Task] = field(default_factory=dict)
+
+
+_WATCHES: list[_Watch] = []  # one for each `_observed` that is under way
+_ENDLESS = Config(calibration_steps=1_000_000)  # none of its graphs is ever done with observing
+
+
+def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
+    """The backend that observes. There is one for all models and calls: each new one would be a graph more for Dynamo
+    to keep, and at its limit it would go on without observing.
+    """
+    graph = ObservingGraph(gm, find_weights(gm, example_inputs, ()), _ENDLESS)
+
+    def run(*args: Any) -> Any:
+        held = {id(value) for value in args}
+        for watch in [watch for watch in _WATCHES if not held.isdisjoint(watch.weights)]:
+            watch.has_run = True
+            watch.tasks.update((id(task.weights[0]), task) for task in graph.tasks(args))
+        return graph(*args)
+
+    return run
+
+
+def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any]) -> list[Task]:
+    """Run `calibrate` with every graph of the model observing."""
+    watch = _Watch({id(parameter) for parameter in model.parameters()})
+    _WATCHES.append(watch)
+    try:
+        with compiled_in_place(model, convert_by_our_settings(_watching)), torch.no_grad():
+            calibrate(model)
+    finally:
+        _WATCHES.remove(watch)
+    if not watch.has_run:
         raise NothingToQuantize(f"calibrate never ran a linear of this {type(model).__name__}: does it call the model?")
-    names = {id(layer.weight): layer.name for layer in layers(model)}
-    return [
-        replace(task, names=tuple(names.get(id(w), n) for w, n in zip(task.weights, task.names, strict=True)))
-        for task in tasks.values()
-    ]
+    return list(watch.tasks.values())
 
 
 def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
-    """Trace a twin of the model on the meta device."""
+    """Observe a twin of the model on the meta device, which shows shapes and who shares an input."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
-    original: dict[int, Any] = {id(memo[id(t)]): t for t in tensors}
+    twins = [(memo[id(parameter)], parameter) for parameter in model.parameters()]
     twin = copy.deepcopy(model, memo)
-    tasks: list[Task] = []
-
-    def collect(gm: fx.GraphModule, example_inputs: list) -> Callable:
-        inputs = weight_inputs(gm)
-
-        def run(*args: Any) -> Any:
-            for group in inputs.groups:
-                weights = tuple(original[id(args[i])] for i in group.indices)
-                tasks.append(Task(weights, group.names, group.few_rows, group.shift, InputStatistics()))
-            for index, _, reason in inputs.rejected:
-                if decisions.is_undecided(original.get(id(args[index]))):
-                    decisions.leave_alone(original[id(args[index])], reason)
-            return gm(*args)
-
-        return run
-
+    decisions.place(twin)
     moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in example_inputs.items()}
-    with compiled_in_place(twin, collect), torch.no_grad():
-        twin(**moved)
-    return tasks
+    tasks = _observed(twin, lambda model: model(**moved))
+    for parameter, original in twins:
+        reason = decisions.reason_of(parameter)
+        if reason is not None and decisions.is_undecided(original):
+            decisions.leave_alone(original, reason)
+    originals = {id(parameter): original for parameter, original in twins}
+    return [replace(task, weights=tuple(originals[id(w)] for w in task.weights)) for task in tasks]
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -412,6 +412,7 @@ class ScopeTests(TestCase):
         path = "L['self'].__dict__['_modules']['transformer_blocks'].0.attn.to_q"
         self.assertEqual(clean(path), "transformer_blocks.0.attn.to_q")
         self.assertEqual(clean("L['self']._modules['blocks']._modules['3'].proj"), "blocks.3.proj")
+        self.assertEqual(clean("getattr(getattr(G['model'].blocks, '3').ff.net, '0')"), "blocks.3.ff.net.0")
 
     def test_elements(self) -> None:
         self.assertEqual(

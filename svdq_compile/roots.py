@@ -1,0 +1,73 @@
+"""Which model is being called: the modules on the way to whatever graph runs or is made.
+
+A graph may hold any piece of a model: all of it, a block, or what lies between two graph breaks. Who called it stands
+on Python's stack, since hooks and torch.compile leave the frames of the modules around a compiled one.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from types import FrameType
+
+from torch import fx, nn
+
+from . import decisions
+from .lowering.torch_private import modules_behind
+from .passes.weight_groups import WeightInputs, weight_inputs
+
+
+def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module]) -> WeightInputs:
+    """The weights of linears in a graph that Dynamo has made. Those that must stay 16-bit in their model, one of these,
+    are left alone from now on.
+    """
+    decisions.place_weights(example_inputs, models)
+    names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}
+    inputs = weight_inputs(gm, {i: name for i, name in names.items() if name is not None})
+    decisions.settle(inputs, example_inputs)
+    return inputs
+
+
+def models_of(gm: fx.GraphModule) -> Iterator[nn.Module]:
+    """Called by a backend: the modules that its graph may belong to, the likeliest first."""
+    yield from _calling(_frames())
+    yield from modules_behind(gm)
+    yield from _at_hand(_frames())
+
+
+def models_under_way() -> Iterator[nn.Module]:
+    """Called by a graph: the modules that it may be a part of in this call, the likeliest first."""
+    yield from _calling(_frames())
+    yield from _at_hand(_frames())
+
+
+def _calling(frames: list[FrameType]) -> Iterator[nn.Module]:
+    """The modules whose methods are being called, outermost first."""
+    for frame in reversed(frames):
+        if "self" in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
+            yield from _modules(frame.f_locals.get("self"))
+
+
+def _at_hand(frames: list[FrameType]) -> Iterator[nn.Module]:
+    """The modules that whoever calls a compiled function, no method, has at hand."""
+    caller = next((frame for frame in frames if not _is_machinery(frame)), None)
+    if caller is not None:
+        for value in list(caller.f_locals.values()):
+            yield from _modules(value)
+
+
+def _frames() -> list[FrameType]:
+    """Of the calling thread, innermost first."""
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    return frames
+
+
+def _modules(value: object) -> Iterator[nn.Module]:
+    """A module itself, out of what torch.compile has put around it."""
+    if isinstance(value, nn.Module):
+        yield getattr(value, "_orig_mod", value)
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).split(".")[0] in ("torch", __name__.split(".")[0])

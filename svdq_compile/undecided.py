@@ -1,0 +1,59 @@
+"""A compiled graph none of whose weights was quantized when it was made: it observes those that are undecided, and is
+compiled where none is.
+
+Dynamo tells graphs apart by what they compute and by the classes of their weights, not by where they stand in a model.
+So a block and an embedder that is built like it, or a block that option `skip` names, are given one graph; each call
+asks what is decided of its own weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from . import decisions
+from .compiled import CompiledGraph
+from .config import Config
+from .lowering.inductor import compile_with_inductor
+from .lowering.torch_private import clone_dynamo_graph
+from .observing import ObservingGraph
+from .parameter import QuantizedWeight
+from .passes.weight_groups import WeightInputs
+
+
+class UndecidedGraph:
+    """Callable like the graph it was made of."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: list, inputs: WeightInputs, config: Config) -> None:
+        self._gm = clone_dynamo_graph(gm)
+        self._inputs = inputs
+        self._config = config
+        self._weights = [i for group in inputs.groups for i in group.indices]
+        # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
+        self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
+        self._observing: ObservingGraph | None = None
+        self._compiled: dict[tuple, Callable] = {}
+        self._for_all_sizes = None if self._is_undecided(example_inputs) else self._compile(example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._is_undecided(args):
+            return self._observe(args)
+        if self._for_all_sizes is not None:
+            return self._for_all_sizes(*args)
+        key = tuple(args[i] for i in self._sizes)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(list(args))
+        return self._compiled[key](*args)
+
+    def _is_undecided(self, args: list | tuple) -> bool:
+        return any(decisions.is_undecided(args[i]) for i in self._weights)
+
+    def _observe(self, args: tuple) -> Any:
+        if self._observing is None:
+            self._observing = ObservingGraph(self._gm, self._inputs, self._config)
+        return self._observing(*args)
+
+    def _compile(self, args: list) -> Callable:
+        if any(isinstance(value, QuantizedWeight) for value in args):
+            return CompiledGraph(self._gm, args, self._inputs, self._config)
+        return compile_with_inductor(clone_dynamo_graph(self._gm), args, self._config.mode)
