@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from . import decisions
-from .compiled import CompiledGraph
+from .compiled import EAGERLY, CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
+from .fallback import go_on
 from .lowering.inductor import compile_with_inductor
 from .lowering.torch_private import convert_by_our_settings, converting_for_us
 from .observing import ObservingGraph
@@ -29,15 +30,25 @@ def svdquant(
     """Compile one graph that Dynamo captured. Registered as "svdquant" for torch.compile.
 
     options  fields of `Config` by name; mode  Inductor's. Raises OptionError for an unknown or impossible option and
-    GradientsNeeded where the call would record gradients.
+    GradientsNeeded where the call would record gradients. What fails otherwise goes on eagerly (fallback.py).
     """
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
+    try:
+        return _compile(gm, example_inputs, config)
+    except Exception as error:
+        go_on(error, "compiling a graph", EAGERLY, config)
+        return gm.forward
+
+
+def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callable:
     quantized = {i for i, value in enumerate(example_inputs) if isinstance(value, QuantizedWeight)}
     inputs = weight_inputs(gm, quantized)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     if any(decisions.is_undecided(w) for w in weights):
+        if config.calibration_steps:
+            TALLY.watching(config.calibration_steps, config.progress)
         return ObservingGraph(gm, inputs, config)
     TALLY.tell(config.progress)
     if not quantized:

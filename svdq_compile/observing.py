@@ -4,6 +4,7 @@ When every weight of a call has been observed often enough, the call quantizes t
 with that, Dynamo traces again at the next call, and the backend compiles the 4-bit code (compiled.py).
 """
 
+import logging
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,10 +13,13 @@ from torch import Tensor, fx, nn
 from . import decisions, eager
 from .config import Config
 from .convert import Task, convert
+from .fallback import is_out_of_memory
 from .lowering.torch_private import clone_dynamo_graph
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
 from .passes.weight_groups import WeightInputs
+
+log = logging.getLogger("svdq_compile")
 
 
 class ObservingGraph:
@@ -45,13 +49,26 @@ class ObservingGraph:
         tasks = self.tasks(args)
         steps = self._config.calibration_steps
         if steps == 0:
-            convert(tasks, self._config)
+            self._convert(tasks)
             return self._gm(*args)
         outputs = self._gm(*args)
         for task in tasks:
             task.statistics.calls += 1
-        convert([task for task in tasks if task.statistics.calls >= steps], self._config)
+        self._convert([task for task in tasks if task.statistics.calls >= steps])
         return outputs
+
+    def _convert(self, tasks: list[Task]) -> None:
+        """What there is no memory for is tried again at the next call: this one has its result."""
+        try:
+            convert(tasks, self._config)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._config.fallback:
+                raise
+            log.warning(
+                "svdquant: not enough memory to quantize all layers. Those that are left run in 16-bit, and the next "
+                "call tries again; svdq_compile.quantize(model, device=...) needs less, from CPU weights: %s",
+                error,
+            )
 
 
 def _observe(x: Tensor, weights: tuple[nn.Parameter, ...], channel_dim: int) -> None:
