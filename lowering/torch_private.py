@@ -58,6 +58,18 @@ def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return torch._C._disabled_torch_function_impl(function, (), args, kwargs)
 
 
+def eagerly(gm: fx.GraphModule) -> Callable:
+    """Call a graph that Dynamo made as the Python that it stands for. Dynamo calls what it has compiled with
+    __torch_function__ off, since it was traced already.
+    """
+
+    def run(*args: Any) -> Any:
+        with torch._C._EnableTorchFunction():
+            return gm(*args)
+
+    return run
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo found this graph input, as Python ("L['self'].proj.weight"), or ''."""
     source = getattr(node, "_dynamo_source", None)

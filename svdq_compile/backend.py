@@ -16,7 +16,7 @@ from .config import Config
 from .errors import GradientsNeeded
 from .fallback import go_on
 from .lowering.inductor import compile_with_inductor
-from .lowering.torch_private import convert_by_our_settings, converting_for_us
+from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import weight_inputs
@@ -39,7 +39,7 @@ def svdquant(
         return _compile(gm, example_inputs, config)
     except Exception as error:
         go_on(error, "compiling a graph", EAGERLY, config)
-        return gm.forward
+        return eagerly(gm)
 
 
 def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callable:

@@ -19,7 +19,7 @@ from .fallback import cause_of, go_on, is_out_of_memory
 from .lowering import kernel_table
 from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
-from .lowering.torch_private import clone_dynamo_graph
+from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
@@ -81,7 +81,7 @@ class CompiledGraph:
             variant = None
         self._variants[key] = variant
         if variant is None:
-            return self._gm(*args)
+            return eagerly(self._gm)(*args)
         resolved = Resolved(variant, packs, self._weights)
         try:
             result = resolved.first_call(args)
@@ -102,7 +102,7 @@ class CompiledGraph:
         if may_write(self._gm):
             self._variants[key] = None
             raise error
-        result = self._gm(*args)
+        result = eagerly(self._gm)(*args)
         go_on(error, "the first call of a compiled graph", EAGERLY, self._config)
         self._variants[key] = None
         return result

@@ -14,7 +14,7 @@ from . import decisions, eager
 from .config import Config
 from .convert import Task, convert
 from .fallback import is_out_of_memory
-from .lowering.torch_private import clone_dynamo_graph
+from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
 from .passes.weight_groups import WeightInputs
@@ -32,6 +32,7 @@ class ObservingGraph:
         self._inputs = inputs
         self._config = config
         pipeline.run(self._gm, observing(_observe, run_linear))
+        self._run = eagerly(self._gm)
 
     def tasks(self, args: tuple) -> list[Task]:
         """What this call's weights need: the groups with a weight that is still undecided."""
@@ -50,8 +51,8 @@ class ObservingGraph:
         steps = self._config.calibration_steps
         if steps == 0:
             self._convert(tasks)
-            return self._gm(*args)
-        outputs = self._gm(*args)
+            return self._run(*args)
+        outputs = self._run(*args)
         for task in tasks:
             task.statistics.calls += 1
         self._convert([task for task in tasks if task.statistics.calls >= steps])
