@@ -122,7 +122,7 @@ def test_a_bug(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert whole(model) >= expected.get(phase, 10)
 
 
-@pytest.mark.parametrize(("phase", "kind"), zip(PHASES, itertools.cycle(NO_MEMORY)))
+@pytest.mark.parametrize(("phase", "kind"), list(zip(PHASES, itertools.cycle(NO_MEMORY), strict=False)))
 @pytest.mark.usefixtures("without_inductor")
 def test_out_of_memory(phase: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is seen by who calls, unless what is left can be done later; once there is memory all is as ever."""
