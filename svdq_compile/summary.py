@@ -88,3 +88,7 @@ def can_show() -> bool:
     except (AttributeError, OSError, ValueError):
         return False
     return True
+
+
+# Where nobody has set up logging, Python writes warnings to stderr, and fails where there is none.
+log.addFilter(lambda record: log.hasHandlers() or can_show())
