@@ -49,9 +49,10 @@ class Tally:
         """Once for all graphs that are watched until something is quantized: that it takes some calls."""
         if not self._is_watching:
             self._is_watching = True
+            count = f"{calls} calls" if calls > 1 else "this call"
             say(
-                f"svdquant: watching in 16-bit what the layers read; after {calls} calls (option calibration_steps) "
-                "they are quantized",
+                f"svdquant: watching in 16-bit what the layers read; after {count} (option calibration_steps) they are "
+                "quantized",
                 visible,
             )
 
