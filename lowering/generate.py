@@ -12,10 +12,13 @@ M is one more because Triton makes a constant of the argument 1, which a warp-sp
 
 import hashlib
 import importlib.util
+import linecache
+import logging
 import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from ..kernels.portable import tanh as triton_math
 from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
 from .region import Region, Step, parse
+
+log = logging.getLogger("svdq_compile")
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _CALLS = {
@@ -97,14 +102,17 @@ def function(text: str, kernel_loads_auxiliary: bool = False) -> Any:
 
 
 def load(code: str) -> Any:
-    """Keep a source on disk, and import it from there."""
+    """Keep a source on disk, and import it from there; where nothing can be kept, from memory."""
     name = f"region_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
-    folders = [cache_folder() / "regions"]
     if os.environ.get("SVDQ_DUMP"):
-        folders.append(Path(os.environ["SVDQ_DUMP"]))
-    for folder in folders:
-        _write(folder / f"{name}.py", code)
-    spec = importlib.util.spec_from_file_location(name, folders[0] / f"{name}.py")
+        _write(Path(os.environ["SVDQ_DUMP"]) / f"{name}.py", code)
+    try:
+        path = cache_folder() / "regions" / f"{name}.py"
+        _write(path, code)
+    except OSError as error:
+        log.warning("svdquant: generated code is not kept, and made anew in each process: %s", error)
+        return _in_memory(name, code)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -112,13 +120,23 @@ def load(code: str) -> Any:
     return module
 
 
+def _in_memory(name: str, code: str) -> Any:
+    """Triton reads a function's source through `inspect`, which asks `linecache` where there is no file."""
+    module = ModuleType(name)
+    module.__file__ = f"<{name}>"
+    linecache.cache[module.__file__] = len(code), None, code.splitlines(keepends=True), module.__file__
+    exec(compile(code, module.__file__, "exec"), module.__dict__)
+    return module
+
+
 def _write(path: Path, code: str) -> None:
-    """All or nothing: other processes may write and read the same file."""
-    if path.exists() and path.read_text() == code:
+    """All or nothing: other processes may write and read the same file. One that holds something else is repaired."""
+    content = code.encode()
+    if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(code)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(content)
     os.replace(file.name, path)
 
 

@@ -29,18 +29,21 @@ class SharedInput:
     smooth: Tensor
     down: Tensor
     shift: float = 0.0
-    _moved: "WeakValueDictionary[torch.device, SharedInput]" = field(default_factory=WeakValueDictionary, repr=False)
+    _moved: "WeakValueDictionary[tuple[torch.device, torch.dtype], SharedInput]" = field(
+        default_factory=WeakValueDictionary, repr=False
+    )
 
-    def to(self, device: torch.device) -> "SharedInput":
-        """The same on another device; every linear that shares this one gets the same copy."""
-        if device == self.smooth.device:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "SharedInput":
+        """The same on another device, with `down` of another dtype; every linear that shares this one gets the same."""
+        here, there = (self.down.device, self.down.dtype), (device, dtype)
+        if there == here:
             return self
-        moved = self._moved.get(device)
+        moved = self._moved.get(there)
         if moved is None:
-            smooth, down = self.smooth.to(device), self.down.to(device)
+            smooth, down = self.smooth.to(device), self.down.to(device, dtype)
             moved = replace(self, smooth=smooth, down=down, _moved=WeakValueDictionary())
             # Both ways, or a linear that goes and comes back would no longer share with those that stayed.
-            self._moved[device], moved._moved[self.smooth.device] = moved, self
+            self._moved[there], moved._moved[here] = moved, self
         return moved
 
 
@@ -133,15 +136,15 @@ class PackedLinear:
         own = sum(t.nbytes for t in self.own_tensors().values())
         return own + self.down.nbytes + self.shared.smooth.nbytes
 
-    def to(self, device: torch.device) -> "PackedLinear":
-        """The same on another device; linears that share an input go on sharing it."""
-        if device == self.device:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "PackedLinear":
+        """The same on another device, with a branch of another dtype; linears that share an input go on sharing it."""
+        if (device, dtype) == (self.device, self.up.dtype):
             return self
         return replace(
             self,
-            shared=self.shared.to(device),
+            shared=self.shared.to(device, dtype),
             weight=launch.in_device_order(self.precision, tuple(t.to(device) for t in self.weight)),
-            up=self.up.to(device),
+            up=self.up.to(device, dtype),
             resolved=WeakKeyDictionary(),
             offset=None if self.offset is None else self.offset.to(device),
             siblings=None,
@@ -153,8 +156,7 @@ class PackedLinear:
         own = siblings.of(place)
         weight = tuple(own[name] for name in FORMATS[self.precision].fields)
         fields = {"weight": weight, "up": own["up"], "offset": own.get("offset"), "place": place, "siblings": siblings}
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(fields)  # at once: an interruption must not leave half of them
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain [N, K] matrix this linear now multiplies by: quantized part plus low-rank branch."""
@@ -194,17 +196,23 @@ def side_by_side(packs: Iterable[PackedLinear]) -> None:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return  # nothing is copied before the graph runs
-    with _LOCK, without_fake_tensors(), torch.inference_mode(False), torch.no_grad():
-        for members in _families(packs):
-            first = members[0]
-            dims = dict(
-                zip(FORMATS[first.precision].fields, layout.feature_dims(first.precision, first.weight), strict=True)
-            )
-            owns = [packed.own_tensors() for packed in members]
-            tensors = {name: torch.cat([own[name] for own in owns], dims.setdefault(name, 0)) for name in owns[0]}
-            siblings = Siblings(tensors, dims, len(members))
-            for place, packed in enumerate(members):
-                packed._join(siblings, place)
+    # On one line: an interruption before the next would leave it locked.
+    with _LOCK, without_fake_tensors(): _join_families(packs)  # noqa: E701  # fmt: skip
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _join_families(packs: Iterable[PackedLinear]) -> None:
+    for members in _families(packs):
+        first = members[0]
+        dims = dict(
+            zip(FORMATS[first.precision].fields, layout.feature_dims(first.precision, first.weight), strict=True)
+        )
+        owns = [packed.own_tensors() for packed in members]
+        tensors = {name: torch.cat([own[name] for own in owns], dims.setdefault(name, 0)) for name in owns[0]}
+        siblings = Siblings(tensors, dims, len(members))
+        for place, packed in enumerate(members):
+            packed._join(siblings, place)
 
 
 def _families(packs: Iterable[PackedLinear]) -> list[list[PackedLinear]]:

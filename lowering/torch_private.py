@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -46,6 +47,27 @@ def allocator(device: torch.device) -> Callable[[tuple, tuple, torch.dtype], Ten
     """
     quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     return quick or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))
+
+
+def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a function as if no tensor had a __torch_function__.
+
+    It is off for the time of the call, whatever happens: behind the body of a `with` an interruption could come before
+    its exit, and then it would stay off.
+    """
+    return torch._C._disabled_torch_function_impl(function, (), args, kwargs)
+
+
+def eagerly(gm: fx.GraphModule) -> Callable:
+    """Call a graph that Dynamo made as the Python that it stands for. Dynamo calls what it has compiled with
+    __torch_function__ off, since it was traced already.
+    """
+
+    def run(*args: Any) -> Any:
+        with torch._C._EnableTorchFunction():
+            return gm(*args)
+
+    return run
 
 
 def source_name(node: fx.Node) -> str:
@@ -266,6 +288,15 @@ def traced_for_torch_itself() -> bool:
 traced_for_torch_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def leave_to_python(function: Callable) -> None:
+    """Never make a graph of a call of this function, nor of what it calls. Traced as part of a graph it still is.
+
+    Beneath a frame that Dynamo has compiled in part, every other frame comes before it, __torch_function__ too; there
+    it takes one method of a tensor for another, as its guards do not tell them apart.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 @cache
 def refuse_export(check: Callable[[nn.Module], None]) -> None:
     """Have torch.export hand each model to `check`, which raises, before it touches the parameters.
@@ -282,6 +313,13 @@ def refuse_export(check: Callable[[nn.Module], None]) -> None:
         return export(mod, *args, **kwargs)
 
     _trace._export = checked
+
+
+def is_for_dynamo(error: Exception) -> bool:
+    """Whether an error is how the inside of the compiler asks Dynamo to trace again, or to leave the frame alone."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, RestartAnalysis | SkipFrame)
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from . import decisions
-from .compiled import CompiledGraph
+from .compiled import EAGERLY, CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded
-from .lowering.torch_private import convert_by_our_settings, converting_for_us
+from .fallback import go_on
+from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly
 from .parameter import QuantizedWeight
 from .roots import find_weights, models_of
 from .summary import TALLY
@@ -30,16 +31,26 @@ def svdquant(
     """Compile one graph that Dynamo captured. Registered as "svdquant" for torch.compile.
 
     options  fields of `Config` by name; mode  Inductor's. Raises OptionError for an unknown or impossible option and
-    GradientsNeeded where the call would record gradients.
+    GradientsNeeded where the call would record gradients. What fails otherwise goes on eagerly (fallback.py).
     """
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
+    try:
+        return _compile(gm, example_inputs, config)
+    except Exception as error:
+        go_on(error, "compiling a graph", EAGERLY, config)
+        return eagerly(gm)
+
+
+def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callable:
     inputs = find_weights(gm, example_inputs, models_of(gm))
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     is_decided = not any(decisions.is_undecided(w) for w in weights)
     if is_decided:
         TALLY.tell(config.progress)
+    elif config.calibration_steps:
+        TALLY.watching(config.calibration_steps, config.progress)
     if is_decided and any(isinstance(value, QuantizedWeight) for value in example_inputs):
         return CompiledGraph(gm, example_inputs, inputs, config)
     return UndecidedGraph(gm, example_inputs, inputs, config)

@@ -34,6 +34,7 @@ from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
 from .passes.peft_names import is_adapter, without_adapters, wrapped_layer
+from .summary import tell_to_compile
 
 FORMAT = "svdq-compile"
 VERSION = 1
@@ -264,6 +265,7 @@ def load(
     for layer in layers(model):
         if layer.name in header.others:
             decisions.leave_alone(layer.weight, header.others[layer.name])
+    tell_to_compile(model, progress)
     return model
 
 

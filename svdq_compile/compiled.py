@@ -15,18 +15,22 @@ from torch import Tensor, fx
 
 from .config import Config
 from .errors import WeightsReleased
+from .fallback import cause_of, go_on, is_out_of_memory
 from .lowering import kernel_table
 from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
-from .lowering.torch_private import clone_dynamo_graph
+from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
 from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
+from .passes.writes import may_write
 
 log = logging.getLogger("svdq_compile")
+
+EAGERLY = "it runs eagerly, what is quantized in 4 bits"
 
 
 class CompiledGraph:
@@ -40,10 +44,15 @@ class CompiledGraph:
             i for group in inputs.groups for i in group.indices if isinstance(example_inputs[i], QuantizedWeight)
         ]
         self._observing: ObservingGraph | None = None
-        self._variants: dict[tuple, Variant] = {}
+        self._variants: dict[tuple, Variant | None] = {}  # None: its first call failed
         packs = [example_inputs[i]._svdq for i in self._weights]
         self._lay_out(packs)
-        self._variants[form(packs)] = Variant(gm, example_inputs, dict(zip(self._weights, packs, strict=True)), config)
+        try:
+            self._variants[form(packs)] = self._compile(example_inputs, packs)
+        except Exception as error:
+            if not is_out_of_memory(cause_of(error)):
+                raise
+            log.info("not enough memory to compile a graph; its first call tries again")
         # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
 
@@ -56,27 +65,59 @@ class CompiledGraph:
             packs.append(weight._svdq)
         resolved = packs[0].resolved.get(self) if packs else None
         if resolved is None or not resolved.is_for(packs):
-            self._lay_out(packs)
-            resolved = Resolved(self._variant(args, packs), packs, self._weights)
-            if packs:
-                packs[0].resolved[self] = resolved
-            return resolved.first_call(args)
+            return self._first_call(args, packs)
         return resolved(args)
+
+    def _first_call(self, args: tuple, packs: list[PackedLinear]) -> Any:
+        """Find the variant for these packs, compiled now if there is none. Goes on eagerly where that fails, or the
+        first launch of its kernels.
+        """
+        self._lay_out(packs)
+        key = self._key(args, packs)
+        try:
+            variant = self._variants[key] if key in self._variants else self._compile(list(args), packs)
+        except Exception as error:
+            go_on(error, "compiling a graph", EAGERLY, self._config)
+            variant = None
+        self._variants[key] = variant
+        if variant is None:
+            return eagerly(self._gm)(*args)
+        resolved = Resolved(variant, packs, self._weights)
+        try:
+            result = resolved.first_call(args)
+        except Exception as error:
+            if variant.has_run or is_out_of_memory(error):
+                raise
+            return self._without(key, error, args)
+        if packs:
+            packs[0].resolved[self] = resolved
+        return result
+
+    def _without(self, key: tuple, error: Exception, args: tuple) -> Any:
+        """The first call of compiled code has failed: run the graph eagerly, from now on. If that fails as well it was
+        the call's fault; and where a call may have written to its inputs already, it is not repeated.
+        """
+        if not self._config.fallback:
+            raise error
+        if may_write(self._gm):
+            self._variants[key] = None
+            raise error
+        result = eagerly(self._gm)(*args)
+        go_on(error, "the first call of a compiled graph", EAGERLY, self._config)
+        self._variants[key] = None
+        return result
 
     def _lay_out(self, packs: list[PackedLinear]) -> None:
         if "siblings" in self._config.fusions:
             side_by_side(packs)
 
-    def _variant(self, args: tuple, packs: list[PackedLinear]) -> "Variant":
+    def _key(self, args: tuple, packs: list[PackedLinear]) -> tuple:
+        """Of the variant in this form: the first, or one that was compiled outside Dynamo, for these sizes."""
         key = form(packs)
-        variant = self._variants.get(key)
-        if variant is None:
-            key = (*key, *(args[i] for i in self._sizes))
-            variant = self._variants.get(key)
-        if variant is None:
-            variant = Variant(self._gm, list(args), dict(zip(self._weights, packs, strict=True)), self._config)
-            self._variants[key] = variant
-        return variant
+        return key if key in self._variants else (*key, *(args[i] for i in self._sizes))
+
+    def _compile(self, args: list, packs: list[PackedLinear]) -> "Variant":
+        return Variant(self._gm, args, dict(zip(self._weights, packs, strict=True)), self._config)
 
     def _observe_again(self, args: tuple) -> Any:
         """Some weight has new 16-bit values: run as the first phase does, which quantizes it in its time."""
@@ -112,7 +153,7 @@ class Variant:
         inputs = self.template(packs)
         for position, index in self.plain:
             inputs[position] = args[index]
-        self.is_told = False
+        self.has_run = False
         self.run: Callable = compile_with_inductor(gm, inputs, config.mode, partial(fuse, fusions=config.fusions))
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
@@ -139,8 +180,8 @@ class Resolved:
         """Call, and log once for each variant how often each kernel ran."""
         with kernel_table.counted() as counts:
             result = self(args)
-        if not self._variant.is_told:
-            self._variant.is_told = True
+        if not self._variant.has_run:
+            self._variant.has_run = True
             log.info("kernels of this graph: %s", ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
         return result
 

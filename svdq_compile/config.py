@@ -39,7 +39,10 @@ class Config:
                        measures fastest: True, False, or a list of what to do ("epilogues", "siblings", "heads",
                        "rows", "prologues", "joins", "attention")
     mode               Inductor's mode, as in torch.compile(mode=...)
-    progress           show a progress bar while quantizing
+    progress           show a progress bar while quantizing, and say in one line what was done and what comes next
+    fallback           where a layer cannot be quantized or a graph not be compiled, which would be a fault of this
+                       package's or its surroundings', warn and go on: the layer in 16-bit, the graph eagerly. False:
+                       raise. Mistakes and want of memory are raised in any case.
     """
 
     precision: str = "auto"
@@ -53,6 +56,7 @@ class Config:
     fuse: bool | tuple[str, ...] = True
     mode: str | None = None
     progress: bool = True
+    fallback: bool = True
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
@@ -61,7 +65,7 @@ class Config:
         _whole("rank", self.rank, 0, MAX_RANK)
         _whole("refine", self.refine, 0, 1000)
         _whole("calibration_steps", self.calibration_steps, 0, 1_000_000)
-        for name in ("smooth", "progress"):
+        for name in ("smooth", "progress", "fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         budget = self.error_budget

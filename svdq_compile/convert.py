@@ -4,7 +4,7 @@ import fnmatch
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,12 +16,13 @@ from torch import nn
 from . import decisions
 from .config import Config
 from .errors import UnsupportedDevice
+from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .parameter import freeze
 from .passes import linears
-from .quantizer import quantize_group
-from .summary import TALLY
+from .quantizer import Quantized, quantize_group
+from .summary import TALLY, can_show
 
 log = logging.getLogger("svdq_compile")
 
@@ -52,54 +53,83 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
     """Quantize every weight that is still undecided, or decide that it stays 16-bit.
 
     device  where the work is done and the packed tensors stay; by default each weight's own
+
+    Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
+    takes up what this one has left.
     """
-    with decisions.LOCK, torch.inference_mode(False), torch.no_grad():
-        todo = [task for task in tasks if any(decisions.is_undecided(w) for w in task.weights)]
-        for task in progress(todo, config.progress):
+    # On one line: an interruption before the next would leave it locked.
+    with decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
+    missing: Exception | None = None
+    for task in progress([task for task in tasks if _undecided(task)], config.progress):
+        try:
             _convert_group(task, config, device)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            missing = error.with_traceback(None)  # whose frames hold tensors
+        if not _undecided(task):
+            decisions.forget_statistics(task.weights)
+    if missing is not None:
+        raise missing
 
 
-def progress(tasks: list[Task], visible: bool) -> Iterable[Task]:
+def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:
+    """The weights that are, with their names."""
+    return [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
+
+
+def progress(tasks: list[Task], visible: bool) -> Iterator[Task]:
     """The tasks, with a bar on stderr that goes away when they are done."""
-    console = Console(file=sys.stderr)
     columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
+    is_shown = visible and can_show()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not is_shown) as bar:
         yield from bar.track(tasks)
 
 
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
-    members = [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
     precision = choose_precision(config, task.has_few_rows)
-    chosen = []
-    for weight, name in members:
+    for weight, name in _undecided(task):
         reason = _why_not(weight, name, precision, config)
-        if reason is None:
-            chosen.append((weight, name))
-        else:
+        if reason is not None:
             _leave(weight, reason)
-    if chosen:
-        at = device or chosen[0][0].device
-        if at.type not in ("cpu", "cuda"):
-            raise UnsupportedDevice(chosen[0][1], str(at))
+    chosen = _undecided(task)
+    if not chosen:
+        return
+    names = [name for _, name in chosen]
+    at = device or chosen[0][0].device
+    if at.type not in ("cpu", "cuda"):
+        raise UnsupportedDevice(names[0], str(at))
+    try:
         matrices = [weight.detach().to(at).flatten(1) for weight, _ in chosen]
-        names = [name for _, name in chosen]
-        try:
-            with torch.autocast(at.type, enabled=False):
-                quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
-        except torch.linalg.LinAlgError as error:
-            log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
-            for weight, _ in chosen:
-                _leave(weight, TOO_EXTREME)
-            chosen, quantized = [], []
+        with torch.autocast(at.type, enabled=False):
+            quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
-            if not result.error <= config.error_budget:  # nan is none
-                finite = math.isfinite(result.error)
-                reason = f"its error would be {result.error:.2f}, above error_budget" if finite else TOO_EXTREME
-                _leave(weight, reason)
-            else:
-                TALLY.quantized(precision, weight.nbytes, result.packed.nbytes())
-                freeze(weight, result.packed, name, result.error, config.weights)
-    decisions.forget_statistics(task.weights)
+            _take(weight, name, result, config)
+    except torch.linalg.LinAlgError as error:
+        log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
+        for weight, _ in _undecided(task):
+            _leave(weight, TOO_EXTREME)
+    except Exception as error:
+        go_on(error, f"quantizing {', '.join(names)}", "what is left of it stays 16-bit", config)
+        for weight, _ in _undecided(task):
+            _leave(weight, f"quantizing it failed: {type(error).__name__}")
+
+
+def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config) -> None:
+    """The 4-bit form, unless it is too far from the weight."""
+    if result.error <= config.error_budget:
+        nbytes = weight.nbytes
+        freeze(weight, result.packed, name, result.error, config.weights)
+        TALLY.quantized(result.packed.precision, nbytes, result.packed.nbytes())
+    elif math.isfinite(result.error):
+        _leave(weight, f"its error would be {result.error:.2f}, above error_budget")
+    else:
+        _leave(weight, TOO_EXTREME)
 
 
 def _leave(weight: nn.Parameter, reason: str) -> None:

@@ -91,11 +91,7 @@ def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
     """The statistics of the input that these weights share; empty ones if nothing was observed yet."""
-    with LOCK:
-        known = _STATISTICS.get(weights[0])
-        if known is None:
-            known = _STATISTICS[weights[0]] = InputStatistics()
-        return known
+    with LOCK: return _STATISTICS.setdefault(weights[0], InputStatistics())  # noqa: E701  # fmt: skip
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:

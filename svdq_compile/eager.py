@@ -99,5 +99,6 @@ def _check(call: LinearCall, packed: PackedLinear) -> None:
 def advise() -> None:
     """Say once that there is a faster way."""
     log.warning(
-        'svdquant: a quantized model runs without torch.compile; model.compile(backend="svdquant") makes it faster'
+        "svdquant: linears of a quantized model run outside compiled code, which is slower; if the model is not "
+        'compiled, call model.compile(backend="svdquant")'
     )

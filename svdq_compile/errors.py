@@ -35,7 +35,8 @@ class UnsupportedDevice(SvdqError):
     def __init__(self, layer: str, device: str) -> None:
         super().__init__(
             f"{layer} is on device {device!r}; svdquant runs on 'cpu' and 'cuda'. Move the model first, "
-            "or load a quantized file into it with svdq_compile.load."
+            "or load a quantized file into it with svdq_compile.load. Where offloading has taken the weights away, "
+            "quantize before it is enabled."
         )
 
 

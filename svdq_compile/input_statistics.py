@@ -43,8 +43,10 @@ class InputStatistics:
             if x.shape[0] == 0:
                 return
             span = x.abs().amax(0).float()
-        self.span = span if self.span is None else torch.maximum(self.span, span)
+        if self.span is not None:
+            span = torch.maximum(self.span, span)
         self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
+        self.span = span  # last: where there is a span there are rows, however far an observation came
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
             self._rows = [self.rows]
 

@@ -4,6 +4,7 @@ When every weight of a call has been observed often enough, the call quantizes t
 with that, Dynamo traces again at the next call, and the backend compiles the 4-bit code (compiled.py).
 """
 
+import logging
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,12 +13,15 @@ from torch import Tensor, fx, nn
 from . import decisions, eager
 from .config import Config
 from .convert import Task, convert
-from .lowering.torch_private import clone_dynamo_graph
+from .fallback import is_out_of_memory
+from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
 from .passes.linears import rows_read
 from .passes.weight_groups import WeightInputs
 from .roots import models_under_way
+
+log = logging.getLogger("svdq_compile")
 
 
 class ObservingGraph:
@@ -30,6 +34,7 @@ class ObservingGraph:
         self._inputs = inputs
         self._config = config
         pipeline.run(self._gm, observing(_observe, run_linear, inputs.known_by_node(self._gm)))
+        self._run = eagerly(self._gm)
 
     def tasks(self, args: tuple) -> list[Task]:
         """What this call's weights need: the groups with a weight that is still undecided."""
@@ -47,13 +52,26 @@ class ObservingGraph:
         tasks = self.tasks(args)
         steps = self._config.calibration_steps
         if steps == 0:
-            convert(tasks, self._config)
-            return self._gm(*args)
-        outputs = self._gm(*args)
+            self._convert(tasks)
+            return self._run(*args)
+        outputs = self._run(*args)
         for task in tasks:
             task.statistics.calls += 1
-        convert([task for task in tasks if task.statistics.calls >= steps], self._config)
+        self._convert([task for task in tasks if task.statistics.calls >= steps])
         return outputs
+
+    def _convert(self, tasks: list[Task]) -> None:
+        """What there is no memory for is tried again at the next call: this one has its result."""
+        try:
+            convert(tasks, self._config)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._config.fallback:
+                raise
+            log.warning(
+                "svdquant: not enough memory to quantize all layers. Those that are left run in 16-bit, and the next "
+                "call tries again; svdq_compile.quantize(model, device=...) needs less, from CPU weights: %s",
+                error,
+            )
 
 
 def _names(weights: tuple[nn.Parameter, ...], in_graph: tuple[str, ...]) -> tuple[str, ...]:

@@ -8,12 +8,17 @@ of five things:
     describe   shape, dtype, device and the like are what they were. detach() and .data give the weight itself, as those
                who load adapters take state dicts and .data of every layer to see shapes; a use of what they got comes
                here again
-    move       .to(device), .cuda(), .cpu() move the packed tensors
+    move       .to(device), .cuda(), .cpu() move the packed tensors; .to(dtype), .half(), .float() and the like change
+               the dtype that is told, and cast the 16-bit branch
     multiply   a linear, or a convolution over channels alone, gives its 4-bit result (eager.py), unless the values are
                there and were written to since
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
                when the originals are still there (weights="keep", "offload")
     refuse     raise WeightsReleased, which names the remedy
+
+Whatever changes a weight builds all that is new first and then switches in an order in which each step leaves a weight
+that computes right: an interruption (Ctrl-C) may come between any two. A QuantizedWeight always has its 4-bit form, and
+a plain Parameter always its memory; memory that nobody reads, or a 4-bit form on a plain Parameter, may be left behind.
 """
 
 from collections.abc import Callable
@@ -25,11 +30,20 @@ from torch import Tensor, nn
 from . import eager
 from .errors import ExportRefused, WeightsReleased
 from .lowering.packed import PackedLinear
-from .lowering.torch_private import data_property_calls, refuse_export, shell, traced_for_torch_itself
+from .lowering.torch_private import (
+    data_property_calls,
+    leave_to_python,
+    plainly,
+    refuse_export,
+    shell,
+    traced_for_torch_itself,
+)
+from .passes.linears import QUANTIZABLE_DTYPES
+from .passes.subgraphs import FIRST_OPERAND
 
 _DATA_GET, _DATA_SET = data_property_calls()
 
-# What tells about a tensor without reading its values.
+# What tells about a tensor without reading its values, or makes another of its shape.
 _DESCRIBE = frozenset(
     (
         "_has_compatible_shallow_copy_type",
@@ -40,6 +54,8 @@ _DESCRIBE = frozenset(
         "_typed_storage",
         "dim",
         "element_size",
+        "empty_like",
+        "full_like",
         "get_device",
         "is_complex",
         "is_conj",
@@ -50,29 +66,44 @@ _DESCRIBE = frozenset(
         "is_same_size",
         "is_signed",
         "nelement",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
         "ndimension",
         "numel",
+        "ones_like",
+        "rand_like",
+        "randn_like",
         "requires_grad_",
         "size",
         "storage_offset",
         "storage_type",
         "stride",
         "untyped_storage",
+        "zeros_like",
     )
 )
 # Properties that hand out the values.
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
-_MOVES = frozenset(("to", "cuda", "cpu"))
+_MOVES = frozenset(("to", "cuda", "cpu", "type", "bfloat16", "double", "float", "half"))
+# Attributes of a QuantizedWeight that a plain Parameter has not.
+_STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version")
 
 
 class QuantizedWeight(nn.Parameter):
-    """A Parameter that was quantized. Made by `freeze`, never by calling the class."""
+    """A Parameter that was quantized. Made by `freeze`; calling the class, as those do who make another weight of the
+    same class (accelerate), gives a quantized weight back, and makes a plain Parameter of other values.
+    """
 
     _svdq: PackedLinear
     _svdq_name: str
     _svdq_original: Tensor | None  # the CPU copy of weights="offload"
     _svdq_version: int | None  # of the kept values when they were packed, weights="keep"
     _svdq_error: float
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        return data if isinstance(data, QuantizedWeight) else nn.Parameter(data, requires_grad)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -90,21 +121,22 @@ class QuantizedWeight(nn.Parameter):
                 return eager.run(call, call.weight._svdq)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return _use(func, args, kwargs)
+        if func in FIRST_OPERAND:  # a graph inside a graph, run eagerly: its linears come here one by one
+            return args[0](*args[FIRST_OPERAND[func] :])
+        return plainly(_use, func, args, kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
-            packed = self._svdq
-            return (
-                f"QuantizedWeight({self._svdq_name!r}, shape={list(self.shape)}, precision={packed.precision!r}, "
-                f"rank={packed.rank}, device={str(packed.device)!r})"
-            )
+        packed = self._svdq
+        return (
+            f"QuantizedWeight({self._svdq_name!r}, shape={list(self.shape)}, precision={packed.precision!r}, "
+            f"rank={packed.rank}, device={str(packed.device)!r})"
+        )
 
     def __deepcopy__(self, memo: dict) -> "QuantizedWeight":
         """A second weight with the same packed tensors, which nothing ever writes to."""
         if id(self) not in memo:
-            with torch._C.DisableTorchFunctionSubclass():
-                twin = nn.Parameter(self.data.clone() if is_kept(self) else _shell_of(self), self.requires_grad)
+            values = originals(self).clone() if is_kept(self) else _shell_of(self)
+            twin = nn.Parameter(values, self.requires_grad)
             memo[id(self)] = become_quantized(
                 twin, self._svdq, self._svdq_name, self._svdq_error, self._svdq_original, is_kept(self)
             )
@@ -112,9 +144,11 @@ class QuantizedWeight(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if is_kept(self) or self._svdq_original is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                return nn.Parameter(originals(self), self.requires_grad).__reduce_ex__(protocol)
+            return nn.Parameter(originals(self).to(self.dtype), self.requires_grad).__reduce_ex__(protocol)
         raise WeightsReleased(self._svdq_name, "pickling (torch.save, multiprocessing)")
+
+
+leave_to_python(QuantizedWeight.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 def packed(weight: Tensor) -> PackedLinear:
@@ -131,8 +165,7 @@ def is_kept(weight: QuantizedWeight) -> bool:
 
 def is_stale(weight: QuantizedWeight) -> bool:
     """Whether kept values were written to since they were packed."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight._version != weight._svdq_version
+    return weight._version != weight._svdq_version
 
 
 def freeze(parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, weights: str) -> None:
@@ -143,9 +176,10 @@ def freeze(parameter: nn.Parameter, packed: PackedLinear, name: str, error: floa
     storage, keeps its values.
     """
     original = parameter.detach().cpu().clone() if weights == "offload" else None
-    if weights != "keep":
-        parameter.data = shell(parameter.shape, parameter.stride(), parameter.dtype, packed.device)
+    empty = None if weights == "keep" else shell(parameter.shape, parameter.stride(), parameter.dtype, packed.device)
     become_quantized(parameter, packed, name, error, original, weights == "keep")
+    if empty is not None:
+        _set_data(parameter, empty)
 
 
 def become_quantized(
@@ -156,13 +190,12 @@ def become_quantized(
     original: Tensor | None = None,
     keep: bool = False,
 ) -> QuantizedWeight:
-    """Change the class of a Parameter whose memory is already what it should be; `freeze` sees to that."""
+    """Change the class of a Parameter. Its memory, if it has any, is read by nobody from now on unless `keep`."""
     refuse_export(_check_export)
     version = parameter._version if keep else None
+    parameter.__dict__.update(zip(_STATE, (packed, name, error, original, version), strict=True))
     parameter.__class__ = QuantizedWeight
     assert isinstance(parameter, QuantizedWeight)
-    parameter._svdq, parameter._svdq_name, parameter._svdq_error = packed, name, error
-    parameter._svdq_original, parameter._svdq_version = original, version
     return parameter
 
 
@@ -175,8 +208,7 @@ def _check_export(model: nn.Module) -> None:
 def originals(weight: QuantizedWeight) -> Tensor:
     """The 16-bit values: the kept ones, or the CPU copy. Raises WeightsReleased where there are none."""
     if is_kept(weight):
-        with torch._C.DisableTorchFunctionSubclass():
-            return weight.data
+        return plainly(_DATA_GET, weight)
     if weight._svdq_original is None:
         raise WeightsReleased(weight._svdq_name, "restoring")
     return weight._svdq_original
@@ -185,17 +217,28 @@ def originals(weight: QuantizedWeight) -> Tensor:
 def thaw(weight: QuantizedWeight, values: Tensor | None = None) -> nn.Parameter:
     """Turn back into a plain Parameter, in place, on the device where the packed tensors are.
 
-    values  the 16-bit values to take; by default `originals`
+    values  the 16-bit values to take, or a weight whose `originals` to take; by default this one's
     """
+    if is_kept(weight) and (values is None or values is weight):
+        return _become_plain(weight, None)
     if values is None or isinstance(values, QuantizedWeight):
         values = originals(weight if values is None else values)
-    device, dtype = weight._svdq.device, weight.dtype
-    for name in ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version"):
-        delattr(weight, name)
-    weight.__class__ = nn.Parameter  # type: ignore[assignment]
     # A copy, or the Parameter would write into the offloaded original or into the caller's tensor.
-    weight.data = values.detach().to(device, dtype, copy=True)
+    return _become_plain(weight, values.detach().to(weight._svdq.device, weight.dtype, copy=True))
+
+
+def _become_plain(weight: QuantizedWeight, values: Tensor | None) -> nn.Parameter:
+    """Change the class back. values: to take, as they are, instead of the kept ones"""
+    if values is not None:
+        weight._svdq_version = None  # from here on nobody reads what was kept
+        _set_data(weight, values)
+    weight.__class__ = nn.Parameter  # type: ignore[assignment]
+    weight.__dict__ = {name: value for name, value in weight.__dict__.items() if name not in _STATE}
     return weight
+
+
+def _set_data(weight: Tensor, data: Tensor) -> None:
+    plainly(_DATA_SET, weight, data)
 
 
 def _shell_of(weight: Tensor, device: torch.device | None = None) -> Tensor:
@@ -203,38 +246,37 @@ def _shell_of(weight: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """One eager use of a quantized weight: describe, move, thaw or refuse."""
+    """One eager use of a quantized weight, called past __torch_function__: describe, move, multiply, thaw or refuse."""
     name = getattr(func, "__name__", str(func))
     first = args[0] if args else None
-    with torch._C.DisableTorchFunctionSubclass():
-        if name in _DESCRIBE or (name == "__get__" and not _reads_values(func)):
+    if name in _DESCRIBE or (name == "__get__" and not _reads_values(func)):
+        return func(*args, **kwargs)
+    if isinstance(first, QuantizedWeight):
+        if func == _DATA_SET and isinstance(args[1], QuantizedWeight):
+            return _take_over(first, args[1])
+        if name == "__set__" and func != _DATA_SET:  # requires_grad, grad
             return func(*args, **kwargs)
-        if isinstance(first, QuantizedWeight):
-            if func == _DATA_SET and isinstance(args[1], QuantizedWeight):
-                return _take_over(first, args[1])
-            if name == "__set__" and func != _DATA_SET:  # requires_grad, grad
-                return func(*args, **kwargs)
-            if not is_kept(first) and name in _MOVES:
-                return _moved(func, args, kwargs)
-            if name == "detach" or func == _DATA_GET:
-                # Of kept values an alias that shares their version, as that of .data would not.
-                return first.detach() if is_kept(first) else first
-            if func == _DATA_SET or name == "copy_":
-                return _overwrite(first, func, args, kwargs)
-        call = eager.linear_call(func, args, kwargs)
-        if call is not None and _multiplies(call):
-            eager.advise()
-            return eager.run(call, call.weight._svdq)  # type: ignore[attr-defined]
-        for weight in _quantized(args, kwargs):
-            if not is_kept(weight):
-                if weight._svdq_original is None:
-                    raise WeightsReleased(weight._svdq_name, _describe_use(func, name))
-                thaw(weight)
-            elif _can_write(name):
-                thaw(weight)
-        # A write through .data records no gradients, and .data was the weight itself.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _can_write(name)):
-            return func(*args, **kwargs)
+        if not is_kept(first) and name in _MOVES:
+            return _moved(func, args, kwargs)
+        if name == "detach" or func == _DATA_GET:
+            # Of kept values an alias that shares their version, as that of .data would not.
+            return first.detach() if is_kept(first) else first
+        if func == _DATA_SET or name == "copy_":
+            return _overwrite(first, func, args, kwargs)
+    call = eager.linear_call(func, args, kwargs)
+    if call is not None and _multiplies(call):
+        eager.advise()
+        return eager.run(call, call.weight._svdq)  # type: ignore[attr-defined]
+    for weight in _quantized(args, kwargs):
+        if not is_kept(weight):
+            if weight._svdq_original is None:
+                raise WeightsReleased(weight._svdq_name, _describe_use(func, name))
+            thaw(weight)
+        elif _can_write(name):
+            thaw(weight)
+    # A write through .data records no gradients, and .data was the weight itself.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not _can_write(name)):
+        return func(*args, **kwargs)
 
 
 def _multiplies(call: eager.LinearCall) -> bool:
@@ -267,33 +309,46 @@ def _quantized(args: tuple, kwargs: dict) -> list[QuantizedWeight]:
     return found
 
 
-def _moved(func: Callable, args: tuple, kwargs: dict) -> Tensor:
-    """.to(...), .cuda(), .cpu(): a new weight where the call asks for; the dtype must stay."""
+def _moved(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """.to(...), .cuda(), .half(), .type(...) and the like: a new weight where the call asks for another device, dtype
+    or order of dimensions. Of a dtype that no linear computes in (fp8, in which weights may be stored between calls)
+    the branch stays as it is.
+    """
     weight = args[0]
-    probe = func(torch.empty(0, dtype=weight.dtype, device=weight.device), *args[1:], **kwargs)
-    if probe.dtype != weight.dtype:
-        if weight._svdq_original is None:
-            raise WeightsReleased(weight._svdq_name, f"casting from {weight.dtype} to {probe.dtype}")
-        return func(thaw(weight), *args[1:], **kwargs)
-    if probe.device == weight.device:
-        return weight
-    if probe.device.type == "meta":
-        return torch.empty_like(weight, device="meta")
-    twin = nn.Parameter(_shell_of(weight, probe.device), weight.requires_grad)
-    return become_quantized(
-        twin, weight._svdq.to(probe.device), weight._svdq_name, weight._svdq_error, weight._svdq_original, False
+    probe = func(torch.empty((0,) * weight.dim(), dtype=weight.dtype, device=weight.device), *args[1:], **kwargs)
+    if not isinstance(probe, Tensor):  # the name of the type
+        return probe
+    if not probe.dtype.is_floating_point:
+        raise WeightsReleased(weight._svdq_name, f"casting from {weight.dtype} to {probe.dtype}")
+    order = kwargs.get("memory_format", torch.preserve_format)
+    like = torch.empty_like(
+        shell(weight.shape, weight.stride(), probe.dtype, torch.device("meta")), memory_format=order
     )
+    if probe.device.type == "meta":
+        return like
+    # Where a move was interrupted the packed tensors are somewhere else than the weight says.
+    here = weight.dtype, weight.stride(), weight.device, weight._svdq.device
+    if (like.dtype, like.stride(), probe.device, probe.device) == here:
+        return weight
+    packed = weight._svdq.to(probe.device, like.dtype if like.dtype in QUANTIZABLE_DTYPES else weight._svdq.up.dtype)
+    twin = nn.Parameter(_shell_of(like, probe.device), weight.requires_grad)
+    return become_quantized(twin, packed, weight._svdq_name, weight._svdq_error, weight._svdq_original)
 
 
 def _take_over(weight: QuantizedWeight, other: QuantizedWeight) -> None:
     """weight.data = other: what nn.Module.to does with the moved weight."""
-    Tensor.data.__set__(weight, _shell_of(other) if not is_kept(other) else Tensor.data.__get__(other))  # type: ignore[attr-defined]
-    weight._svdq, weight._svdq_error = other._svdq, other._svdq_error
-    weight._svdq_original, weight._svdq_version = other._svdq_original, other._svdq_version
+    state = {name: other.__dict__[name] for name in _STATE if name != "_svdq_name"}
+    if is_kept(other):
+        _set_data(weight, originals(other))
+        weight.__dict__.update(state, _svdq_version=weight._version)
+    else:
+        empty = _shell_of(other)
+        weight.__dict__.update(state)
+        _set_data(weight, empty)
 
 
 def _overwrite(weight: QuantizedWeight, func: Callable, args: tuple, kwargs: dict) -> Any:
-    """copy_, weight.data = values: every value is written, so give the memory back and drop the 4-bit form first."""
+    """copy_, weight.data = values: every value is written, so the 4-bit form goes."""
     source = args[1] if len(args) > 1 else kwargs.pop("src", None)
     if source is weight:  # load_state_dict(state_dict())
         return weight
@@ -303,5 +358,10 @@ def _overwrite(weight: QuantizedWeight, func: Callable, args: tuple, kwargs: dic
         raise ValueError(f"{weight._svdq_name}: cannot copy {got} into a weight of shape {expected}")
     if isinstance(source, QuantizedWeight):
         source = originals(source)
-    thaw(weight, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
-    return func(weight, source, *args[2:], **kwargs)
+    if func == _DATA_SET:
+        _become_plain(weight, source.detach())
+        return None
+    values = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight._svdq.device)
+    with torch.no_grad():
+        values.copy_(source, *args[2:], **kwargs)
+    return _become_plain(weight, values)

@@ -20,7 +20,7 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
 from .report import Report, report
 from .roots import find_weights
-from .summary import TALLY
+from .summary import TALLY, tell_to_compile
 
 
 def quantize(
@@ -61,6 +61,7 @@ def quantize(
     if target is not None:
         model.to(target)
     TALLY.tell(config.progress)
+    tell_to_compile(model, config.progress)
     return report(model)
 
 
@@ -173,15 +174,18 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
     for name, weight in named.items():
         if state_dict is not None and name in state_dict:
             given = state_dict[name]
-            values[name] = originals(given) if isinstance(given, QuantizedWeight) else given
-            if values[name].shape != weight.shape:  # type: ignore[union-attr]
+            values[name] = given
+            if isinstance(given, QuantizedWeight):
+                originals(given)  # raises where there are none
+            if given.shape != weight.shape:
                 raise ValueError(
                     f"{name}: state_dict has shape {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}"
                 )
         elif dequantize:
             values[name] = None
         else:
-            values[name] = originals(weight)
+            originals(weight)
+            values[name] = weight
     for name, weight in named.items():
         value = values[name]
         thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)

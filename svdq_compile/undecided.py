@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from . import decisions
-from .compiled import CompiledGraph
+from .compiled import EAGERLY, CompiledGraph
 from .config import Config
+from .fallback import go_on
 from .lowering.inductor import compile_with_inductor
-from .lowering.torch_private import clone_dynamo_graph
+from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import WeightInputs
@@ -42,7 +43,7 @@ class UndecidedGraph:
             return self._for_all_sizes(*args)
         key = tuple(args[i] for i in self._sizes)
         if key not in self._compiled:
-            self._compiled[key] = self._compile(list(args))
+            self._compiled[key] = self._compile_or_go_on(list(args))
         return self._compiled[key](*args)
 
     def _is_undecided(self, args: list | tuple) -> bool:
@@ -52,6 +53,13 @@ class UndecidedGraph:
         if self._observing is None:
             self._observing = ObservingGraph(self._gm, self._inputs, self._config)
         return self._observing(*args)
+
+    def _compile_or_go_on(self, args: list) -> Callable:
+        try:
+            return self._compile(args)
+        except Exception as error:
+            go_on(error, "compiling a graph", EAGERLY, self._config)
+            return eagerly(self._gm)
 
     def _compile(self, args: list) -> Callable:
         if any(isinstance(value, QuantizedWeight) for value in args):

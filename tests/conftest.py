@@ -78,8 +78,8 @@ def compiled(model: nn.Module, **options) -> nn.Module:
 
 
 def quiet(**options) -> dict:
-    """Options for a test: no progress on the terminal, one observed call, few refinement rounds."""
-    return {"progress": False, "calibration_steps": 1, "refine": 2} | options
+    """Options for a test: no progress on the terminal, one observed call, few refinement rounds, failures raised."""
+    return {"progress": False, "calibration_steps": 1, "refine": 2, "fallback": False} | options
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -52,9 +52,8 @@ REFUSED = {
     "foreach": lambda m, w: torch._foreach_add([w], 1),
     "out=": lambda m, w: torch.add(torch.ones(()), 1, out=w),
     "product": lambda m, w: torch.ones(1, 128) @ w.t(),
-    "half": lambda m, w: m.blocks[0].to_q.half(),
-    "to another dtype": lambda m, w: m.blocks[0].to_q.to(torch.bfloat16),
     "flatten parameters": lambda m, w: nn.utils.parameters_to_vector(m.parameters()),
+    "to whole numbers": lambda m, w: w.to(torch.int8),
     "share_memory": lambda m, w: m.share_memory(),
     "merge an adapter": lambda m, w: w.data.add_(torch.ones_like(w)),
 }

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -40,9 +40,16 @@ def failed_to_compile(error: Exception) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where choices and generated kernels are kept: SVDQ_CACHE, or svdq_compile in the user's cache folder."""
+    """Where choices and generated kernels are kept: SVDQ_CACHE, or svdq_compile in the user's cache folder. It may be
+    missing, or not to be written to. FileNotFoundError where the user has no home.
+    """
     own = os.environ.get("SVDQ_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "svdq_compile"
+    if own:
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svdq_compile"
+    except RuntimeError as error:  # there is no home
+        raise FileNotFoundError("no folder for caches: set SVDQ_CACHE") from error
 
 
 def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], run: Callable[[_C], object],
@@ -55,7 +62,7 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
     if index is None:
         key = f"{kernel} {shape} {list(candidates)}"  # a list that changed is a new question
         index = _known(device).get(key)
-        if index is None:
+        if type(index) is not int or not 0 <= index < len(candidates):  # nothing, or nothing of ours
             if not _may_measure():
                 return candidates[0]
             index = _measure(candidates, run)
@@ -103,18 +110,20 @@ def _file(device: torch.device) -> Path:
 
 
 @cache
-def _known(device: torch.device) -> dict[str, int]:
+def _known(device: torch.device) -> dict[str, Any]:
     try:
-        return json.loads(_file(device).read_text())
-    except (OSError, ValueError):  # none yet, or torn: measure again
+        known = json.loads(_file(device).read_bytes())
+    except (OSError, ValueError, RecursionError):  # none yet, or torn: measure again
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember(device: torch.device, key: str, index: int) -> None:
     """Into the file, whole or not at all; a cache that cannot be written costs a measurement next time."""
-    known, path = _known(device), _file(device)
+    known = _known(device)
     known[key] = index
     try:
+        path = _file(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(known, file, indent=1)

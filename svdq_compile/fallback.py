@@ -1,0 +1,53 @@
+"""What becomes of a failure that is no mistake of the user's: the model goes on without what failed, and the cause is
+told. What is quantized runs in 4 bits, eagerly where it cannot be compiled; the rest runs in 16-bit.
+"""
+
+import logging
+
+import torch
+
+from .config import Config
+from .errors import SvdqError, WeightsReleased
+from .lowering.torch_private import is_for_dynamo
+from .passes.verify import BrokenGraph
+
+log = logging.getLogger("svdq_compile")
+
+
+def go_on(error: Exception, what: str, then: str, config: Config) -> None:
+    """Called where an error was caught: warn that `what` failed and what happens `then`, or raise it.
+
+    Raised are mistakes of the user's, which have a class in errors.py; want of memory, since whatever comes instead
+    would want it too, and another call may find more; what Dynamo sends to itself; a graph that SVDQ_VERIFY found
+    broken; and everything with fallback=False.
+    """
+    cause = cause_of(error)
+    if isinstance(cause, WeightsReleased):
+        # The graph reads a weight otherwise than as a linear: perhaps only to move it. Run eagerly, that is done, or
+        # refused, when it comes to it.
+        log.info("%s, so %s", cause, then)
+        return
+    if isinstance(cause, SvdqError) or is_out_of_memory(cause):
+        raise cause
+    if not config.fallback or isinstance(cause, BrokenGraph) or is_for_dynamo(error):
+        raise error
+    log.warning(
+        "svdquant: %s failed, so %s (options={'fallback': False} raises instead): %s: %s",
+        what,
+        then,
+        type(cause).__name__,
+        cause,
+        exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
+    )
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong, out of what Dynamo and Inductor wrap around it."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was missing: a GPU's, Python's, or that of torch's CPU allocator, which has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
