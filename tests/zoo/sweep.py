@@ -3,8 +3,8 @@
     python -m tests.zoo.sweep --out bench/results/zoo.json                             # CPU, without Inductor
     python -m tests.zoo.sweep --device cuda --processes 15 --out bench/results/zoo-h200.json
 
-On a CPU: w4a8 in bfloat16 and int4 in float16, the rewritten graphs run as they are. On a GPU: w4a8 in bfloat16, through
-Inductor and the real kernels. The file is written after each model, so that it holds what is done if the run is cut.
+On a CPU: w4a8 in bfloat16 and two sizes, int4 in float16 and one; the rewritten graphs run as they are. On a GPU: w4a8
+in bfloat16, through Inductor and the real kernels. The file is written after each model: a run that is cut has its rows.
 """
 
 import argparse
@@ -97,17 +97,19 @@ def row(name: str, device: str) -> dict[str, Any]:
     import torch
 
     from . import ZOO
-    from .check import Outcome, Way
+    from .check import ONE_SIZE, TWO_SIZES, Outcome, Way
 
     torch.set_num_threads(1)
     start = time.monotonic()
     entry = ZOO[name]
     result: dict[str, Any] = {"name": name, "class": entry.title, "whole": "ok", "regional": "ok"}
-    formats = [("w4a8", torch.bfloat16)] + ([("int4", torch.float16)] if device == "cpu" else [])
+    formats = [("w4a8", torch.bfloat16, TWO_SIZES)]
+    if device == "cpu":
+        formats.append(("int4", torch.float16, ONE_SIZE))
     seen: dict[tuple[bool, str], Outcome] = {}
-    for precision, dtype in formats:
+    for precision, dtype, calls in formats:
         for regional in (False, True):
-            way = Way(regional, precision, dtype, device, inductor=device != "cpu")
+            way = Way(regional, precision, dtype, calls, device, inductor=device != "cpu")
             key = "regional" if regional else "whole"
             outcome, why = _attempt(name, way)
             if outcome is not None:
@@ -156,7 +158,9 @@ def _places(error: BaseException) -> Iterator[str]:
 def _difference(whole: frozenset[str], regional: frozenset[str]) -> str:
     only = [sorted(whole - regional), sorted(regional - whole)]
     parts = [
-        f"{len(names)} only {way} ({names[0]})" for way, names in zip(("whole", "by blocks"), only, strict=True) if names
+        f"{len(names)} only {way} ({names[0]})"
+        for way, names in zip(("whole", "by blocks"), only, strict=True)
+        if names
     ]
     return "other layers: " + ", ".join(parts)
 
