@@ -29,7 +29,7 @@ ZOO: dict[str, Entry] = {
 NOT_DENOISERS = {
     "ModelMixin": "the base class",
     "MultiAdapter": "a list of T2IAdapters",
-    "T2IAdapter": "convolutions alone, a few hundred MB in no model's way",
+    "T2IAdapter": "convolutions, run once for a picture",
     "MotionAdapter": "a holder of weights for UNetMotionModel, without a forward",
     "ControlNetXSAdapter": "a holder of weights for UNetControlNetXSModel, without a forward",
     "MultiControlNetModel": "a list of ControlNets, each compiled by itself",
@@ -37,6 +37,8 @@ NOT_DENOISERS = {
     "HunyuanDiT2DMultiControlNetModel": "a list of ControlNets, each compiled by itself",
     "QwenImageMultiControlNetModel": "a list of ControlNets, each compiled by itself",
     "SD3MultiControlNetModel": "a list of ControlNets, each compiled by itself",
+    "Kandinsky6SRLatentUpscalerBank": "convolutions, between two models, run once for a video",
+    "MiniMaxMusic3ConditionEncoder": "one convolution over three frames, run once for a piece",
 }
 
 

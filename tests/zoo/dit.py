@@ -106,6 +106,15 @@ def _uvit(draw: Draw) -> dict[str, Any]:
     }
 
 
+def _anima_text(draw: Draw) -> dict[str, Any]:
+    return {
+        "source_hidden_states": draw.prompt(),
+        "target_input_ids": draw.integers(64, draw.batch, draw.text),
+        "target_attention_mask": draw.mask().long(),
+        "source_attention_mask": draw.mask().long(),
+    }
+
+
 ENTRIES = (
     entry(
         "dit",
@@ -261,5 +270,17 @@ ENTRIES = (
         num_attention_heads=2,
         intermediate_size=2 * WIDTH,
         sample_size=ONE.rows,
+    ),
+    entry(
+        "anima_text",
+        "AnimaTextConditioner",
+        _anima_text,
+        source_dim=WIDTH,
+        target_dim=WIDTH,
+        model_dim=WIDTH,
+        num_layers=2,
+        num_attention_heads=2,
+        target_vocab_size=64,
+        min_sequence_length=ONE.text,
     ),
 )

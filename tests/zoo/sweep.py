@@ -3,8 +3,9 @@
     python -m tests.zoo.sweep --out bench/results/zoo.json                             # CPU, without Inductor
     python -m tests.zoo.sweep --device cuda --processes 15 --out bench/results/zoo-h200.json
 
-On a CPU: w4a8 in bfloat16 and two sizes, int4 in float16 and one; the rewritten graphs run as they are. On a GPU: w4a8
-in bfloat16, through Inductor and the real kernels. The file is written after each model: a run that is cut has its rows.
+On a CPU: w4a8 in bfloat16 and two sizes, int4 in float16 and one; the rewritten graphs run as they are, unless asked
+for --inductor. On a GPU: w4a8 in bfloat16, through Inductor and the real kernels. The file is written after each model,
+so a run that is cut has its rows.
 """
 
 import argparse
@@ -26,14 +27,14 @@ MARK = "ROW "
 def main() -> int:
     options = _options()
     if options.row is not None:
-        print(MARK + json.dumps(row(options.row, options.device)), flush=True)
+        print(MARK + json.dumps(row(options.row, options.device, options.inductor)), flush=True)
         return 0
     from . import ZOO
 
     names = options.only or list(ZOO)
     start, rows = time.monotonic(), {}
     with ThreadPoolExecutor(options.processes) as pool:
-        waiting = {pool.submit(_in_process, name, options, start): name for name in names}
+        waiting = {pool.submit(run_alone, name, options, start): name for name in names}
         for done in as_completed(waiting):
             name = waiting[done]
             rows[name] = done.result()
@@ -52,16 +53,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5000.0, help="for all of them; what is left then is not run")
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one model")
     parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--inductor", action="store_true", help="on a CPU too, where it takes minutes for a model")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _in_process(name: str, options: argparse.Namespace, start: float) -> dict[str, Any]:
+def run_alone(name: str, options: argparse.Namespace, start: float) -> dict[str, Any]:
     """The row of one model, whatever becomes of its process."""
     left = min(options.timeout, options.seconds - (time.monotonic() - start))
     if left <= 0:
         return failed(name, "not run: no time was left")
     command = [sys.executable, "-m", "tests.zoo.sweep", "--row", name, "--device", options.device]
+    command += ["--inductor"] * options.inductor
     # Each process has one core: no pool of compilers, no threads. Measuring tiles is not what is tested.
     alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "SVDQ_TUNE": "0", "SVDQ_VERIFY": "1"}
     try:
@@ -85,7 +88,7 @@ def is_right(row: dict[str, Any]) -> bool:
     return row["whole"] == row["regional"] == "ok"
 
 
-def row(name: str, device: str) -> dict[str, Any]:
+def row(name: str, device: str, inductor: bool) -> dict[str, Any]:
     """Run one model in every way.
 
     whole, regional  "ok", or what went wrong
@@ -109,7 +112,7 @@ def row(name: str, device: str) -> dict[str, Any]:
     seen: dict[tuple[bool, str], Outcome] = {}
     for precision, dtype, calls in formats:
         for regional in (False, True):
-            way = Way(regional, precision, dtype, calls, device, inductor=device != "cpu")
+            way = Way(regional, precision, dtype, calls, device, inductor or device != "cpu")
             key = "regional" if regional else "whole"
             outcome, why = _attempt(name, way)
             if outcome is not None:
