@@ -95,14 +95,14 @@ def test_blocks_are_found_in_lists_and_not_in_their_parts() -> None:
 
 
 def test_a_process_that_dies_is_a_row() -> None:
-    options = argparse.Namespace(device="no such device", inductor=False, timeout=100, seconds=100)
+    options = argparse.Namespace(device="no such device", inductor=False, sizes=1, timeout=100, seconds=100)
     row = run_alone("wan", options, time.monotonic())
     assert not is_right(row)
     assert "no such device" in row["whole"]
 
 
 def test_a_model_that_has_no_time_left_is_a_row() -> None:
-    options = argparse.Namespace(device="cpu", inductor=False, timeout=100, seconds=0)
+    options = argparse.Namespace(device="cpu", inductor=False, sizes=1, timeout=100, seconds=0)
     row = run_alone("wan", options, time.monotonic())
     assert row["whole"].startswith("not run")
 

@@ -27,19 +27,19 @@ MARK = "ROW "
 def main() -> int:
     options = _options()
     if options.row is not None:
-        print(MARK + json.dumps(row(options.row, options.device, options.inductor)), flush=True)
+        print(MARK + json.dumps(row(options.row, options)), flush=True)
         return 0
     from . import ZOO
 
-    names = options.only or list(ZOO)
-    start, rows = time.monotonic(), {}
+    names = _chosen(options)
+    start, rows = time.monotonic(), _rows_of(options.out)
     with ThreadPoolExecutor(options.processes) as pool:
         waiting = {pool.submit(run_alone, name, options, start): name for name in names}
-        for done in as_completed(waiting):
+        for count, done in enumerate(as_completed(waiting), start=1):
             name = waiting[done]
             rows[name] = done.result()
-            _write(options.out, [rows[name] for name in names if name in rows])
-            print(f"{len(rows)}/{len(names)} {time.monotonic() - start:.0f} s  {_line(name, rows[name])}", flush=True)
+            _write(options.out, [rows[name] for name in ZOO if name in rows])
+            print(f"{count}/{len(names)} {time.monotonic() - start:.0f} s  {_line(name, rows[name])}", flush=True)
     wrong = [name for name in names if not is_right(rows[name])]
     print(f"{len(names) - len(wrong)} of {len(names)} are right" + "".join(f"\n  {name}" for name in wrong))
     return 1 if wrong else 0
@@ -52,10 +52,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/zoo.json")
     parser.add_argument("--seconds", type=float, default=5000.0, help="for all of them; what is left then is not run")
     parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one model")
-    parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--only", nargs="*", help="names of models; rows of others stay in the file")
+    parser.add_argument("--part", default="1/1", help="2/3: the second of three parts of the models")
+    parser.add_argument("--sizes", type=int, default=2, choices=[1, 2])
     parser.add_argument("--inductor", action="store_true", help="on a CPU too, where it takes minutes for a model")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """Names to run, those with many convolutions first, which take the longest."""
+    from . import ZOO
+
+    part, parts = map(int, options.part.split("/"))
+    names = (options.only or list(ZOO))[part - 1 :: parts]
+    return sorted(names, key=lambda name: not ZOO[name].float32_on_cpu)
+
+
+def _rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows that a file has already, by name."""
+    return {row["name"]: row for row in json.loads(path.read_text())["classes"]} if path.exists() else {}
 
 
 def run_alone(name: str, options: argparse.Namespace, start: float) -> dict[str, Any]:
@@ -64,12 +80,12 @@ def run_alone(name: str, options: argparse.Namespace, start: float) -> dict[str,
     if left <= 0:
         return failed(name, "not run: no time was left")
     command = [sys.executable, "-m", "tests.zoo.sweep", "--row", name, "--device", options.device]
-    command += ["--inductor"] * options.inductor
+    command += ["--inductor"] * options.inductor + ["--sizes", str(options.sizes)]
     # Each process has one core: no pool of compilers, no threads. Measuring tiles is not what is tested.
     alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "SVDQ_TUNE": "0", "SVDQ_VERIFY": "1"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=left, check=False
+            command, cwd=ROOT, env=alone | os.environ, capture_output=True, text=True, timeout=left, check=False
         )
     except subprocess.TimeoutExpired:
         return failed(name, f"no answer in {left:.0f} s")
@@ -81,14 +97,14 @@ def failed(name: str, why: str) -> dict[str, Any]:
     """The row of a model whose process gave none."""
     from . import ZOO
 
-    return {"name": name, "class": ZOO[name].title, "whole": why, "regional": why}
+    return {"name": name, "class": ZOO[name].title, "whole": why, "regional": why, "note": ZOO[name].note}
 
 
 def is_right(row: dict[str, Any]) -> bool:
     return row["whole"] == row["regional"] == "ok"
 
 
-def row(name: str, device: str, inductor: bool) -> dict[str, Any]:
+def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one model in every way.
 
     whole, regional  "ok", or what went wrong
@@ -103,16 +119,17 @@ def row(name: str, device: str, inductor: bool) -> dict[str, Any]:
     from .check import ONE_SIZE, TWO_SIZES, Outcome, Way
 
     torch.set_num_threads(1)
+    inductor = options.inductor or options.device != "cpu"
     start = time.monotonic()
     entry = ZOO[name]
     result: dict[str, Any] = {"name": name, "class": entry.title, "whole": "ok", "regional": "ok"}
-    formats = [("w4a8", torch.bfloat16, TWO_SIZES)]
-    if device == "cpu":
+    formats = [("w4a8", torch.bfloat16, TWO_SIZES if options.sizes == 2 else ONE_SIZE)]
+    if options.device == "cpu":
         formats.append(("int4", torch.float16, ONE_SIZE))
     seen: dict[tuple[bool, str], Outcome] = {}
     for precision, dtype, calls in formats:
         for regional in (False, True):
-            way = Way(regional, precision, dtype, calls, device, inductor or device != "cpu")
+            way = Way(regional, precision, dtype, calls, options.device, inductor)
             key = "regional" if regional else "whole"
             outcome, why = _attempt(name, way)
             if outcome is not None:
