@@ -171,7 +171,8 @@ def _plain(draw: Draw) -> dict[str, Any]:
 ENTRIES = (
     Entry("plain_dit", "a plain DiT", PlainDiT, _plain),
     Entry("operators", "products by hand", Operators, lambda draw: {"x": draw(draw.batch, draw.tokens, _CHANNELS)}),
-    Entry("t5", "T5EncoderModel", _t5, _prompt_ids),
+    # T5 does not divide its attention's scores by anything: random weights make it pick single tokens.
+    Entry("t5", "T5EncoderModel", _t5, _prompt_ids, tolerance=1.6),
     Entry("clip", "CLIPTextModel", _clip, _prompt_ids),
     Entry("qwen_vl", "Qwen2_5_VLModel", _qwen_vl, _decoder_ids),
     Entry("gemma", "Gemma2Model", _gemma, _decoder_ids),

@@ -140,7 +140,7 @@ def check(name: str, way: Way) -> Outcome:
     worst = max(rows, key=lambda row: row.error)
     assert worst.error < WORST_LAYER[way.precision], f"{worst.name} is off by {worst.error:.3f}"
     error = max(_relative(output, expected[size]) for size, output in zip(way.calls[1:], outputs[1:], strict=True))
-    bound = entry.error or WORST_MODEL[way.precision]
+    bound = entry.tolerance * WORST_MODEL[way.precision]
     assert 0 < error < bound, f"the output is off by {error:.3f}, more than {bound}"
     _assert_few_graphs(name, way, model, graphs)
     _assert_released(model)
@@ -163,13 +163,14 @@ def _assert_few_graphs(name: str, way: Way, model: nn.Module, graphs: list[int])
     if all(count <= (kinds if call in (0, 1, 3) else 0) for call, count in enumerate(graphs)):
         return  # one for each kind of block: nothing needs fewer
     needed = _graphs(name, way)
-    needed[1] += needed[0]
     for call, (count, most) in enumerate(zip(graphs, needed, strict=True), start=1):
         assert count <= most, f"call {call} compiled {count} graphs, where Dynamo needs {most} ({graphs}, {needed})"
 
 
 def _graphs(name: str, way: Way) -> list[int]:
-    """How many graphs Dynamo makes of the model at each call, whatever the backend."""
+    """How many graphs Dynamo makes of the model at each call, whatever the backend, if its weights change their class
+    after the first as ours do.
+    """
     torch._dynamo.reset()
     model, inputs = _on_device(name, way)
     run = compile_model(model, way, "eager")
@@ -179,7 +180,19 @@ def _graphs(name: str, way: Way) -> list[int]:
             with _counted() as count:
                 run(**_fresh(inputs[size]))
             counts.append(count[0])
+            if len(counts) == 1:
+                for parameter in model.parameters():
+                    parameter.__class__ = _AnotherClass
     return counts
+
+
+class _AnotherClass(nn.Parameter):
+    """What Dynamo's guards take for another type of tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
 
 
 def _on_device(name: str, way: Way) -> tuple[nn.Module, list[dict[str, Any]]]:

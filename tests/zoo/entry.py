@@ -104,7 +104,7 @@ class Entry:
     build   makes the model; keyword arguments change its configuration
     inputs  the keyword arguments of a call
     batch   of the call that `make` prepares: 1 where guidance is distilled into the model, 2 where it doubles the batch
-    error   relative error of the output that 4 bits may cause, None: what most models stay below (`check.py`)
+    tolerance  times the error of the output that most models stay below (`check.py`)
     note    what is particular about it, for tables
     float32_on_cpu  whether a CPU has no 16-bit code for it, or takes ten times as long (convolutions)
     """
@@ -114,7 +114,7 @@ class Entry:
     build: Callable[..., nn.Module]
     inputs: Inputs
     batch: int = 2
-    error: float | None = None
+    tolerance: float = 1.0
     note: str = ""
     float32_on_cpu: bool = False
 
@@ -136,13 +136,13 @@ def entry(
     title: str,
     inputs: Inputs,
     batch: int = 2,
-    error: float | None = None,
+    tolerance: float = 1.0,
     note: str = "",
     float32_on_cpu: bool = False,
     **config: Any,
 ) -> Entry:
     """An entry for a class of diffusers, which is imported when it is built."""
-    return Entry(name, title, partial(_build, title, **config), inputs, batch, error, note, float32_on_cpu)
+    return Entry(name, title, partial(_build, title, **config), inputs, batch, tolerance, note, float32_on_cpu)
 
 
 def _build(title: str, **config: Any) -> nn.Module:

@@ -51,7 +51,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/zoo.json")
     parser.add_argument("--seconds", type=float, default=5000.0, help="for all of them; what is left then is not run")
-    parser.add_argument("--timeout", type=float, default=400.0, help="seconds for one model")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one model")
     parser.add_argument("--only", nargs="*", help="names of models; rows of others stay in the file")
     parser.add_argument("--part", default="1/1", help="2/3: the second of three parts of the models")
     parser.add_argument("--sizes", type=int, default=2, choices=[1, 2])
@@ -195,7 +195,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows so far, with where they come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(_environment() | {"classes": rows}, indent=1) + "\n")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    head = json.dumps(_environment(), indent=1).removesuffix("\n}")
+    partial.write_text(f'{head},\n "classes": [\n{lines}\n ]\n}}\n')
     partial.replace(path)
 
 
