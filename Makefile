@@ -39,7 +39,7 @@ wheel: $(READY)
 	$(BIN)/python tools/try_wheel.py
 
 zoo: $(READY)
-	$(BIN)/python -m tests.zoo.sweep
+	$(BIN)/python -m tests.zoo.sweep; status=$$?; $(BIN)/python -m tests.zoo.table && exit $$status
 
 $(READY): requirements-dev.txt pyproject.toml
 	@echo "setting up .venv (about two minutes, once)"

@@ -5,6 +5,7 @@
 
 import argparse
 import inspect
+import json
 import time
 
 import diffusers
@@ -14,7 +15,7 @@ from diffusers import ModelMixin
 
 from conftest import FLIPPED_CODES, quiet, relative_error
 from svdq_compile.parameter import QuantizedWeight
-from zoo import NOT_DENOISERS, ONE, ZOO, make
+from zoo import NOT_DENOISERS, ONE, ZOO, make, table
 from zoo.check import ONE_SIZE, Way, blocks, check
 from zoo.sweep import is_right, run_alone
 
@@ -113,3 +114,9 @@ def test_a_model_is_the_same_each_time_it_is_made(name: str) -> None:
     with torch.no_grad():
         assert torch.equal(a(**given)[0], b(**again)[0])
     assert ONE.batch == 1
+
+
+def test_the_page_of_models_is_what_was_found() -> None:
+    found = json.loads(table.RESULTS.read_text())
+    assert table.PAGE.read_text() == table.page(found)  # if not: python -m tests.zoo.table
+    assert {row["name"] for row in found["classes"]} <= set(ZOO)
