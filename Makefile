@@ -4,7 +4,7 @@
 #   make test    format, lint, types, the wheel, tests
 #   make wheel   build the wheel, and use it from an empty environment
 #   make compat  every supported torch and Triton: docs/compat.md (12 GB, hours)
-#   make zoo     the twelve diffusers models through Inductor as well (about 20 minutes on 2 cores)
+#   make zoo     every denoiser of diffusers, whole and by its blocks: bench/results/zoo.json, docs/models.md (an hour)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,7 +39,7 @@ wheel: $(READY)
 	$(BIN)/python tools/try_wheel.py
 
 zoo: $(READY)
-	SVDQ_ZOO_INDUCTOR=1 $(BIN)/python -m pytest -q -n 2 tests/test_zoo.py
+	$(BIN)/python -m tests.zoo.sweep; status=$$?; $(BIN)/python -m tests.zoo.table && exit $$status
 
 $(READY): requirements-dev.txt pyproject.toml
 	@echo "setting up .venv (about two minutes, once)"

@@ -1,9 +1,9 @@
-"""The command line: `svdq quantize`, `svdq inspect`, `svdq demo`."""
+"""The command line: `svdq quantize`, `svdq inspect`, `svdq doctor`, `svdq demo`."""
 
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,9 +18,10 @@ import svdq_compile as svdq
 
 from .checkpoint import Header, LayerEntry, read_header
 from .config import PRECISIONS, Config
+from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .kernels.formats import FORMATS
-from .model_files import Source, open_source
+from .model_files import Source, empty_model, open_source
 
 DEFAULT = Config()
 PRECISION_HELP = "; ".join(
@@ -237,6 +238,47 @@ def _mib(count: int) -> str:
 
 def _percent(error: float) -> str:
     return f"{100 * error:.2f} %"
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A diffusers pipeline or model folder (config.json is enough), or a class of diffusers.",
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="With a class: what its constructor takes. Without: its defaults."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
+    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Every linear, in a table.")] = False,
+) -> None:
+    """Say what would be quantized, what not and why, and how much memory it would take. No weight is read."""
+    chosen = Config(precision=precision, rank=rank, skip=tuple(skip or ()))
+    found = svdq.doctor(empty_model(model, config=config, component=component), chosen)
+    console = _console()
+    if layers:
+        console.print(_plans_table(found.plans))
+    console.print(found)
+
+
+def _plans_table(plans: Sequence[Plan]) -> Table:
+    table = Table("linear", *_right("shape", "MiB before", "MiB after"), "why 16-bit")
+    for plan in plans:
+        table.add_row(
+            plan.name, " x ".join(map(str, plan.shape)), _mib(plan.bytes_before), _mib(plan.bytes_after), plan.reason
+        )
+    return table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

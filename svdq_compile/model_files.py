@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .checkpoint import FORMAT
 from .errors import FileRefused, OptionError, SvdqError
 
-_DENOISERS = ("transformer", "unet")  # of a pipeline, the first it has is quantized
+DENOISERS = ("transformer", "unet")  # of a pipeline, the first it has is quantized
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -58,12 +58,57 @@ def open_source(
     return Source(_load_model(path) if path.is_dir() else _load_state_dict(path), None, "model")
 
 
-def _open_pipeline(path: Path, component: str | None, device: str | None, trust_code: bool) -> Source:
-    index = _read_json(path / "model_index.json")
-    component = component or next((name for name in _DENOISERS if name in index), _DENOISERS[0])
+def empty_model(source: str, *, config: Path | None = None, component: str | None = None) -> nn.Module:
+    """A model on the meta device, without weights, in the dtype it would be loaded in.
+
+    source     a pipeline folder, a model folder (its config.json is enough), or the name of a class of diffusers
+    config     of a class: a JSON file with what its constructor takes; by default the class's own values
+    component  of a pipeline folder: which model; by default the transformer, else the unet
+    """
+    path = Path(source)
+    if not path.exists():
+        if not source.isidentifier():
+            raise FileNotFoundError(f"{path}: there is no such folder (nothing is downloaded)")
+        return _on_meta(
+            source, _model_class(path, source), {} if config is None else _read_json(config), torch.bfloat16
+        )
+    if config is not None:
+        raise OptionError(f"--config goes with the name of a class, and {path} has its own")
+    if (path / "model_index.json").is_file():
+        path /= _component(path, _read_json(path / "model_index.json"), component)
+    elif component is not None:
+        raise OptionError(f"--component needs a pipeline folder, and {path} has no model_index.json")
+    if not (path / "config.json").is_file():
+        raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
+    content = _read_json(path / "config.json")
+    return _on_meta(str(path), _model_class(path, content.get("_class_name")), content, _dtype(path))
+
+
+def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config).eval()
+    except (TypeError, ValueError, KeyError) as error:
+        raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
+    kept = set(kind._keep_in_fp32_modules or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _component(path: Path, index: Mapping[str, Any], component: str | None) -> str:
+    """The folder of a pipeline's model."""
+    component = component or next((name for name in DENOISERS if name in index), DENOISERS[0])
     if not isinstance(index.get(component), list) or not (path / component).is_dir():
         models = ", ".join(sorted(f.parent.name for f in path.glob("*/config.json"))) or "none"
         raise FileRefused(path, f"this pipeline has no {component}; its models are: {models}")
+    return component
+
+
+def _open_pipeline(path: Path, component: str | None, device: str | None, trust_code: bool) -> Source:
+    index = _read_json(path / "model_index.json")
+    component = _component(path, index, component)
     place = f"pipe.{component}"
     if device is None:
         return Source(_load_model(path / component), None, place)

@@ -1,91 +1,82 @@
-"""Twelve diffusers models through the same one line, whole and by their repeated blocks.
+"""That the zoo is complete, and a dozen of its models through the same one line, whole and by their blocks.
 
-Inductor takes minutes for all of them on two cores, so here the rewritten graphs run as they are; `make zoo` runs the
-same tests with SVDQ_ZOO_INDUCTOR=1, through Inductor. One model goes through it here too.
+`make zoo` runs all of them, in two formats and two sizes (zoo/sweep.py).
 """
 
-import os
-from collections.abc import Callable
+import argparse
+import inspect
+import json
+import time
 
+import diffusers
 import pytest
 import torch
-from torch import fx
+from diffusers import ModelMixin
 
-import svdq_compile as svdq
 from conftest import FLIPPED_CODES, quiet, relative_error
-from svdq_compile import compiled as compiled_module
 from svdq_compile.parameter import QuantizedWeight
-from zoo import ZOO, make
+from zoo import NOT_DENOISERS, ONE, ZOO, make, table
+from zoo.check import ONE_SIZE, Way, blocks, check
+from zoo.sweep import is_right, run_alone
 
-# A layer's own relative output error on the rows it was calibrated on. Gaussian weights are the worst case: without
-# structure, rounding to 4 bits loses 10 %, and a branch of rank 16 of 128 takes a part of that away.
-WORST_LAYER = 0.09
-# Of the whole model: dozens of such layers in a row, half of the error of each passed on by the residual.
-WORST_MODEL = 0.25
-
-USE_INDUCTOR = bool(os.environ.get("SVDQ_ZOO_INDUCTOR"))
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_it_is(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable | None) -> Callable:
-        return gm.forward
-
-    monkeypatch.setattr(compiled_module, "compile_with_inductor", as_it_is)
-
-
-@pytest.fixture
-def without_inductor_unless_asked_for(request: pytest.FixtureRequest) -> None:
-    if not USE_INDUCTOR:
-        request.getfixturevalue("without_inductor")
+QUICK = (
+    "flux",
+    "flux2",
+    "sd3",
+    "sdxl",
+    "pixart",
+    "sana",
+    "qwen_image",
+    "wan",
+    "hunyuan_video",
+    "ltx_video",
+    "cogvideox",
+    "auraflow",
+)
 
 
-def check(model: torch.nn.Module, run: Callable, reference: torch.Tensor) -> None:
-    """The first call is exact, the second in 4-bit and near, and every layer's own error is bounded."""
-    assert relative_error(run(), reference) < 1e-6
-    output = run()
-    assert output.isfinite().all()
-    rows = [row for row in svdq.report(model) if row.error is not None]
-    assert len(rows) >= 8
-    worst = max(rows, key=lambda row: row.error)
-    assert worst.error < WORST_LAYER, worst
-    error = relative_error(output, reference)
-    print(f"{len(rows)} layers, worst {worst.error:.3f} ({worst.name}), model {error:.3f}")
-    assert 0 < error < WORST_MODEL
+def exported() -> dict[str, type]:
+    """The model classes that diffusers exports, but for autoencoders and vocoders: those run once for a picture."""
+    classes = {name: getattr(diffusers, name) for name in diffusers._import_structure["models"]}
+    return {
+        name: model_class
+        for name, model_class in classes.items()
+        if inspect.isclass(model_class)
+        and issubclass(model_class, ModelMixin)
+        and not model_class.__module__.startswith("diffusers.models.autoencoders")
+    }
 
 
-def check_whole(name: str) -> None:
-    model, inputs = make(name)
-    reference = model(**inputs)[0]
-    compiled = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet(rank=16, refine=1))
-    check(model, lambda: compiled(**inputs)[0], reference)
+def test_every_denoiser_has_an_entry() -> None:
+    classes, titles = set(exported()), {entry.title for entry in ZOO.values()}
+    assert len(classes) > 100  # the walk finds them
+    assert classes - titles - set(NOT_DENOISERS) == set()
+    assert set(NOT_DENOISERS) <= classes  # none that is gone
+    assert titles & set(NOT_DENOISERS) == set()
 
 
-def check_regional(name: str) -> None:
-    model, inputs = make(name)
-    reference = model(**inputs)[0]
-    model.compile_repeated_blocks(backend="svdquant", fullgraph=True, options=quiet(rank=16, refine=1))
-    check(model, lambda: model(**inputs)[0], reference)
+def way(regional: bool) -> Way:
+    return Way(regional, "w4a8", torch.float32, ONE_SIZE)
 
 
-@pytest.mark.usefixtures("without_inductor_unless_asked_for")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", QUICK)
 def test_whole(name: str) -> None:
-    check_whole(name)
+    outcome = check(name, way(regional=False))
+    assert len(outcome.layers) >= 8
+    assert outcome.graphs == 1  # without a break
 
 
-@pytest.mark.usefixtures("without_inductor_unless_asked_for")
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.regional])
+@pytest.mark.parametrize("name", [name for name in QUICK if ZOO[name].regional])
 def test_regional(name: str) -> None:
-    check_regional(name)
+    assert len(check(name, way(regional=True)).layers) >= 8
 
 
 def test_through_inductor() -> None:
-    check_regional("wan")
+    check("wan", Way(True, "w4a8", torch.float32, ONE_SIZE, inductor=True))
 
 
-@pytest.mark.usefixtures("without_inductor")
-def test_regional_quantizes_the_blocks_of_the_whole() -> None:
+def test_regional_quantizes_the_blocks_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdq_compile.compiled.compile_with_inductor", lambda gm, *_: gm.forward)
     whole, inputs = make("flux")
     regional, _ = make("flux")
     compiled = torch.compile(whole, backend="svdquant", fullgraph=True, options=quiet(rank=16, refine=1))
@@ -95,3 +86,37 @@ def test_regional_quantizes_the_blocks_of_the_whole() -> None:
     names = [{n for n, p in m.named_parameters() if isinstance(p, QuantizedWeight)} for m in (whole, regional)]
     assert names[0] == names[1]
     assert relative_error(a, b) < FLIPPED_CODES
+
+
+def test_blocks_are_found_in_lists_and_not_in_their_parts() -> None:
+    model, _ = make("plain_dit")
+    assert list(blocks(model)) == list(model.blocks)
+    model, _ = make("sd3")
+    assert list(blocks(model)) == list(model.transformer_blocks)
+
+
+def test_a_process_that_dies_is_a_row() -> None:
+    options = argparse.Namespace(device="no such device", inductor=False, sizes=1, timeout=100, seconds=100)
+    row = run_alone("wan", options, time.monotonic())
+    assert not is_right(row)
+    assert "no such device" in row["whole"]
+
+
+def test_a_model_that_has_no_time_left_is_a_row() -> None:
+    options = argparse.Namespace(device="cpu", inductor=False, sizes=1, timeout=100, seconds=0)
+    row = run_alone("wan", options, time.monotonic())
+    assert row["whole"].startswith("not run")
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "operators"])
+def test_a_model_is_the_same_each_time_it_is_made(name: str) -> None:
+    (a, given), (b, again) = make(name), make(name)
+    with torch.no_grad():
+        assert torch.equal(a(**given)[0], b(**again)[0])
+    assert ONE.batch == 1
+
+
+def test_the_page_of_models_is_what_was_found() -> None:
+    found = json.loads(table.RESULTS.read_text())
+    assert table.PAGE.read_text() == table.page(found)  # if not: python -m tests.zoo.table
+    assert {row["name"] for row in found["classes"]} <= set(ZOO)
