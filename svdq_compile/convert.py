@@ -94,7 +94,7 @@ def progress(tasks: list[Task], visible: bool) -> Iterator[Task]:
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
     precision = choose_precision(config, task.has_few_rows)
     for weight, name in _undecided(task):
-        reason = _why_not(weight, name, precision, config)
+        reason = why_not_as_asked(weight, name, precision, config)
         if reason is not None:
             _leave(weight, reason)
     chosen = _undecided(task)
@@ -150,7 +150,8 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
 
 
-def _why_not(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
+def why_not_as_asked(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
+    """Why a linear that could be quantized stays 16-bit by the options that were given."""
     if is_skipped(name, config.skip):
         return "option skip"
     n, k = weight.shape[0], weight[0].numel()

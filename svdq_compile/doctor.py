@@ -15,16 +15,14 @@ from rich.table import Column, Table
 from torch import nn
 
 from .config import Config
-from .convert import _why_not as why_not_as_asked
-from .convert import choose_precision
+from .convert import choose_precision, why_not_as_asked
 from .errors import SvdqError
 from .kernels.formats import FORMATS
-from .layers import layers
+from .layers import blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
 from .lowering.packed import PackedLinear, SharedInput
 from .model_files import DENOISERS
 from .parameter import QuantizedWeight
-from .passes.scope import elements
 
 
 @dataclass(frozen=True)
@@ -188,15 +186,14 @@ def _others(model: nn.Module, linears: set[int]) -> Counter[str]:
 
 
 def _blocks(model: nn.Module, quantized: list[str]) -> Iterator[Blocks]:
-    """The outermost list elements that hold linears to be quantized, by their list and class."""
-    held = Counter(outermost for name in quantized for outermost in elements(name)[:1])
+    """The repeated blocks that hold linears to be quantized, by their list and class."""
     kinds: dict[tuple[str, str], list[int]] = {}
-    for path, linears in held.items():
-        kind = type(model.get_submodule(path)).__name__
-        kinds.setdefault((path.rpartition(".")[0], kind), []).append(linears)
+    for path, block in blocks_of(model).items():
+        linears = sum(name.startswith(f"{path}.") for name in quantized)
+        if linears:
+            kinds.setdefault((path.rpartition(".")[0], type(block).__name__), []).append(linears)
     for (path, kind), linears_of in kinds.items():
-        if len(linears_of) > 1 or linears_of[0] > 1:
-            yield Blocks(path, kind, len(linears_of), sum(linears_of))
+        yield Blocks(path, kind, len(linears_of), sum(linears_of))
 
 
 def _way(model: nn.Module, blocks: tuple[Blocks, ...], plans: tuple[Plan, ...]) -> str:

@@ -37,7 +37,26 @@ def layers(model: nn.Module) -> Iterator[Layer]:
 
 def matrices(model: nn.Module) -> Iterator[Layer]:
     """Every matrix of a model that a linear may read, in order, each once."""
-    modules = {without_wrapper(_plain(name)): module for name, module in model.named_modules()}
+    modules = _modules(model)
+    found = _matrices(modules)
+    blocks = _blocks(modules, found)
+    for name, (weight, is_linear) in found.items():
+        yield Layer(name, weight, why_not(name, weight) or (OUTSIDE if is_beside(name, blocks) else None), is_linear)
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, by name."""
+    modules = _modules(model)
+    blocks = _blocks(modules, _matrices(modules))
+    return {name: module for name, module in modules.items() if name in blocks}
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {without_wrapper(_plain(name)): module for name, module in model.named_modules()}
+
+
+def _matrices(modules: dict[str, nn.Module]) -> dict[str, tuple[nn.Parameter, bool]]:
+    """By the names that layers have; and whether the module is a linear."""
     found: dict[str, tuple[nn.Parameter, bool]] = {}
     seen: set[int] = set()
     for path, module in modules.items():
@@ -46,11 +65,13 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
             if id(parameter) not in seen and (key == "weight" if is_linear else _may_be_read(module, parameter)):
                 seen.add(id(parameter))
                 found[path if key == "weight" else f"{path}.{key}".lstrip(".")] = parameter, is_linear
-    # Adapters are no part of the model: what is a block must not depend on them.
+    return found
+
+
+def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
+    """Adapters are no part of the model: what is a block must not depend on them."""
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
-    blocks = repeated_blocks(own, {name: w.numel() for name, (w, _) in found.items() if not is_adapter(name)})
-    for name, (weight, is_linear) in found.items():
-        yield Layer(name, weight, why_not(name, weight) or (OUTSIDE if is_beside(name, blocks) else None), is_linear)
+    return repeated_blocks(own, {name: w.numel() for name, (w, _) in found.items() if not is_adapter(name)})
 
 
 def _plain(name: str) -> str:
