@@ -136,13 +136,21 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str) -> str | None:
 
 def why_not(name: str, weight: torch.Tensor) -> str | None:
     """Why a linear of this name and weight stays as it is, wherever it stands; None if it may be quantized."""
+    return why_never(name, weight) or why_not_in(weight.dtype)
+
+
+def why_never(name: str, weight: torch.Tensor) -> str | None:
+    """`why_not`, whatever the weight's dtype, which hooks may change around a call (layerwise casting)."""
     if is_adapter(name):
         return "an adapter, which is small and may be swapped"
-    if weight.dtype not in QUANTIZABLE_DTYPES:
-        return f"its weight is {weight.dtype}"
     if min(weight.shape[:2]) < MIN_FEATURES:
         return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
     return None
+
+
+def why_not_in(dtype: torch.dtype) -> str | None:
+    """Why a weight of this dtype is not quantized, None if it may be."""
+    return None if dtype in QUANTIZABLE_DTYPES else f"its weight is {dtype}"
 
 
 def _reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:

@@ -86,7 +86,7 @@ def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:
 def progress(tasks: list[Task], visible: bool) -> Iterator[Task]:
     """The tasks, with a bar on stderr that goes away when they are done."""
     columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_shown = visible and can_show()
+    is_shown = visible and can_show() and sys.stderr.isatty()  # of a pipe whose reader has gone rich makes an exit
     with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not is_shown) as bar:
         yield from bar.track(tasks)
 

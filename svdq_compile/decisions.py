@@ -35,7 +35,7 @@ class Place:
 
     model   the root of the tree
     name    of its layer in there, None if it is no matrix
-    reason  why it must stay 16-bit there, None if it may be quantized
+    reason  why it must stay 16-bit there (Layer.never), None if it may be quantized
     """
 
     model: "ref[nn.Module]"
@@ -50,7 +50,7 @@ def place(model: nn.Module) -> None:
         for parameter in model.parameters():
             _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
         for layer in matrices(model):
-            _PLACES[layer.weight] = Place(root, layer.name, layer.reason)
+            _PLACES[layer.weight] = Place(root, layer.name, layer.never)
 
 
 def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:

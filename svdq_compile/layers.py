@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .blocks import is_beside, repeated_blocks
-from .passes.linears import MIN_FEATURES, is_over_channels, why_not
+from .passes.linears import MIN_FEATURES, is_over_channels, why_never, why_not_in
 from .passes.peft_names import is_adapter, without_wrapper
 from .passes.scope import OUTSIDE
 
@@ -20,14 +20,19 @@ class Layer:
 
     name       of its module, as it is without adapters and torch.compile around it; of the Parameter itself where the
                module is no linear and does not call it `weight`
-    reason     why it must stay 16-bit, None if it may be quantized
+    never      why it must stay 16-bit whatever its dtype, which hooks may change around a call
     is_linear  whether its module is a linear or a 1x1 convolution; of others only running tells what they do
     """
 
     name: str
     weight: nn.Parameter
-    reason: str | None
+    never: str | None
     is_linear: bool
+
+    @property
+    def reason(self) -> str | None:
+        """Why it stays 16-bit as it is now, None if it may be quantized."""
+        return self.never or why_not_in(self.weight.dtype)
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
@@ -41,7 +46,8 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
     found = _matrices(modules)
     blocks = _blocks(modules, found)
     for name, (weight, is_linear) in found.items():
-        yield Layer(name, weight, why_not(name, weight) or (OUTSIDE if is_beside(name, blocks) else None), is_linear)
+        never = why_never(name, weight) or (OUTSIDE if is_beside(name, blocks) else None)
+        yield Layer(name, weight, never, is_linear)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:

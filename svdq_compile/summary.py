@@ -5,6 +5,7 @@
 import logging
 import sys
 from collections import Counter
+from contextlib import suppress
 
 from torch import nn
 
@@ -78,7 +79,8 @@ def say(line: str, visible: bool) -> None:
     """Log a line, and show it on stderr if `visible`."""
     log.info(line)
     if visible and can_show():
-        print(line, file=sys.stderr)
+        with suppress(OSError):  # its reader has gone
+            print(line, file=sys.stderr, flush=True)
 
 
 def can_show() -> bool:

@@ -32,7 +32,7 @@ class UndecidedGraph:
         self._weights = [i for group in inputs.groups for i in group.indices]
         # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
-        self._observing: ObservingGraph | None = None
+        self._observing: Callable | None = None
         self._compiled: dict[tuple, Callable] = {}
         self._for_all_sizes = None if self._is_undecided(example_inputs) else self._compile(example_inputs)
 
@@ -43,7 +43,7 @@ class UndecidedGraph:
             return self._for_all_sizes(*args)
         key = tuple(args[i] for i in self._sizes)
         if key not in self._compiled:
-            self._compiled[key] = self._compile_or_go_on(list(args))
+            self._compiled[key] = self._or_go_on(lambda: self._compile(list(args)))
         return self._compiled[key](*args)
 
     def _is_undecided(self, args: list | tuple) -> bool:
@@ -51,12 +51,13 @@ class UndecidedGraph:
 
     def _observe(self, args: tuple) -> Any:
         if self._observing is None:
-            self._observing = ObservingGraph(self._gm, self._inputs, self._config)
+            self._observing = self._or_go_on(lambda: ObservingGraph(self._gm, self._inputs, self._config))
         return self._observing(*args)
 
-    def _compile_or_go_on(self, args: list) -> Callable:
+    def _or_go_on(self, make: Callable[[], Callable]) -> Callable:
+        """What `make` gives, or the graph run eagerly."""
         try:
-            return self._compile(args)
+            return make()
         except Exception as error:
             go_on(error, "compiling a graph", EAGERLY, self._config)
             return eagerly(self._gm)

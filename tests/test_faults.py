@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import svdq_compile as svdq
 from conftest import Net, inputs, logged, net, quiet, relative_error
-from svdq_compile import backend, compiled, convert, errors, passes
+from svdq_compile import backend, compiled, convert, errors, passes, undecided
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering import generate
@@ -61,8 +61,8 @@ def install(phase: str, error: Exception, patch: pytest.MonkeyPatch) -> None:
 # Where it fails: the namespace, the name, what takes its place, and at which call.
 PHASES: dict[str, tuple[Any, str, type[Once], int]] = {
     "watching an input": (InputStatistics, "observe", Once, 3),
-    "analysing a graph": (backend, "weight_inputs", Once, 1),
-    "analysing the 4-bit graph": (backend, "weight_inputs", Once, 2),
+    "analysing a graph": (backend, "find_weights", Once, 1),
+    "analysing the 4-bit graph": (backend, "find_weights", Once, 2),
     "the observing pass": (passes, "observe_linears", Once, 1),
     "quantizing the first layers": (convert, "quantize_group", Once, 1),
     "quantizing later layers": (convert, "quantize_group", Once, 5),
@@ -95,7 +95,7 @@ def check(model: Net, run: Callable[..., Tensor]) -> None:
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, INDUCTOR, run_eagerly)
-    monkeypatch.setattr(backend, INDUCTOR, run_eagerly)
+    monkeypatch.setattr(undecided, INDUCTOR, run_eagerly)
 
 
 def compile_it(model: nn.Module, **options: Any) -> Callable[..., Tensor]:

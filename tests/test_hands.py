@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
-from svdq_compile import backend, compiled
+from svdq_compile import compiled, undecided
 from svdq_compile.errors import NothingToQuantize, UnsupportedDevice
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.summary import TALLY
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our operators run one by one in what Inductor, which takes seconds, would compile."""
     monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(backend, "compile_with_inductor", run_eagerly)
+    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
 
 
 def quantized(dtype: torch.dtype = torch.float32, **options: Any) -> Net:
