@@ -13,8 +13,9 @@ quantizes, loads or saves a model needs neither.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -185,6 +186,12 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = before
+
+
+def while_nothing_is_traced() -> AbstractContextManager:
+    """A lock: as long as it is held no other thread traces or makes guards, so what they look at may change."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return nullcontext() if dynamo is None else dynamo.compile_lock
 
 
 # Dynamo's limits on how many graphs one function may have. Each set of active adapters is a graph of its own, and so is

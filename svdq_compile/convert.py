@@ -19,6 +19,7 @@ from .errors import UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
+from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
 from .passes import linears
 from .quantizer import Quantized, quantize_group
@@ -58,7 +59,7 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
     takes up what this one has left.
     """
     # On one line: an interruption before the next would leave it locked.
-    with decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
+    with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
 
 
 @torch.inference_mode(False)

@@ -160,7 +160,7 @@ def test_who_is_a_sibling() -> None:
 def test_moving_takes_a_linear_out_of_the_row() -> None:
     first, second = packs(128, 128, kernel_order=True)
     side_by_side([first, second])
-    moved = first.to(torch.device("meta"))
+    moved = first.to(torch.device("meta"), first.up.dtype)
     assert moved.siblings is None
     assert all(t.is_contiguous() for t in moved.own_tensors().values())
     assert first.siblings is second.siblings is not None
