@@ -165,9 +165,18 @@ def make(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = entry.build(**config).eval().requires_grad_(False)
+        _own_memory(model)
         _draw_weights(model)
     _cast(model, dtype)
     return model, [entry.inputs(Draw(size, dtype)) for size in sizes]
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Buffers that are views become copies: cast, one would keep a base of another dtype, which Dynamo cannot take."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer._base is not None:
+                module._buffers[name] = buffer.clone()
 
 
 def _draw_weights(model: nn.Module) -> None:
