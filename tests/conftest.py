@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # Small work, many threads: with more than one, starting them costs more than they give.
 torch.set_num_threads(1)
 
+# Inductor's pool of compile processes is forked beside running threads and may hang; each worker compiles by itself.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("SVDQ_VERIFY", "1")  # the passes check every graph (passes/verify.py)
 
 WIDTH, TOKENS, CHANNELS = 128, 24, 16
