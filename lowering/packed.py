@@ -1,7 +1,7 @@
 """A quantized linear as tensors: what replaces a 16-bit weight."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -12,6 +12,8 @@ from torch import Tensor
 from ..kernels.formats import FORMATS, layout
 from . import launch
 from .torch_private import without_fake_tensors
+
+MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as the weight
 
 _LOCK = threading.Lock()
 
@@ -79,6 +81,7 @@ class PackedLinear:
     up          [N, r]  model dtype
     offset      [N]     fp32 or None: what the input's shift adds to each output; the GEMM subtracts it
     siblings    where the tensors are parts of larger ones (`side_by_side`), and which part
+    expanded    no linear reads it: it is expanded before each use (`expand`), and its shape is `as_matrix`'s
     """
 
     shared: SharedInput
@@ -88,6 +91,7 @@ class PackedLinear:
     offset: Tensor | None = None
     siblings: Siblings | None = None
     place: int = 0
+    expanded: bool = False
     # What compiled graphs look up once for the block this linear comes first in; it goes when the weights go.
     resolved: "WeakKeyDictionary[Any, Any]" = field(default_factory=WeakKeyDictionary, repr=False)
 
@@ -174,6 +178,27 @@ class PackedLinear:
             self.siblings and self.siblings.count,
             *((t.dtype, tuple(t.shape), t.device) for t in tensors),
         )
+
+
+def features(shape: Sequence[int]) -> tuple[int, int]:
+    """How many channels a weight of this shape has on its two sides: of a matrix, of each of several, of a kernel."""
+    several = len(shape) > 2 and shape[-1] >= MIN_FEATURES
+    return (shape[-2], shape[-1]) if several else (shape[0], shape[1])
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The [N, K] as which a weight is packed: several matrices one under the other, a kernel of each output in a row."""
+    return weight.flatten(0, -2) if weight.dim() > 2 and weight.shape[-1] >= MIN_FEATURES else weight.flatten(1)
+
+
+def expand(
+    precision: str, shape: tuple[int, ...], dtype: torch.dtype, smooth: Tensor, up: Tensor, down: Tensor, *weight: Tensor
+) -> Tensor:
+    """A weight of this shape out of its packed tensors, `weight` those of the format, in any order."""
+    k = smooth.shape[0]
+    codes = FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k]
+    matrix = (codes / smooth).to(dtype)
+    return (torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix).reshape(shape)
 
 
 def form(packs: list[PackedLinear]) -> tuple:

@@ -11,6 +11,7 @@ from functools import partial
 from torch import fx
 
 from .drop_replaced_weights import drop_replaced_weights
+from .expand_weights import expand_weights
 from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
 from .fuse_heads import fuse_heads
@@ -30,10 +31,11 @@ def observing(observe: Callable[..., None], run: Callable, names: Mapping[fx.Nod
     return [partial(observe_linears, observe=observe, run=run, names=names)]
 
 
-def quantizing(packs: Packs) -> list[Pass]:
-    """The passes of the second phase, when the weights in `packs` are quantized."""
+def quantizing(packs: Packs, expanded: Collection[fx.Node]) -> list[Pass]:
+    """The passes of the second phase, when the weights in `packs` are quantized; `expanded` as for `expand_weights`."""
     return [
         partial(quantize_linears, packs=packs),
+        partial(expand_weights, packs=packs, weights=expanded),
         share_quantized_inputs,  # after: it merges what the first one made for each linear
         fold_adapters,  # after: the adapters of linears that share an input go into one product
         partial(drop_replaced_weights, weights=list(packs)),  # last: only now is a weight without readers unused

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..lowering.packed import MIN_FEATURES, features
 from ..lowering.torch_private import LINEAR_TARGETS as LINEAR
 from .activations import input_shift
 from .peft_names import is_adapter
@@ -26,7 +27,6 @@ from .subgraphs import bodies
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
-MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as the weight
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_ROWS = 16  # up to here a linear waits for its weight's bytes; kernels' gemv takes as many
 
@@ -129,7 +129,7 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str) -> str | None:
     if is_spatial_conv(node):
         return "a convolution larger than 1x1"
     reason = why_not(name, value)
-    if reason is None and any(not _reads_as_weight(user, weight) for user in weight.users):
+    if reason is None and any(not reads_as_weight(user, weight) for user in weight.users):
         return "something other than a linear reads its weight"
     return reason
 
@@ -143,8 +143,9 @@ def why_never(name: str, weight: torch.Tensor) -> str | None:
     """`why_not`, whatever the weight's dtype, which hooks may change around a call (layerwise casting)."""
     if is_adapter(name):
         return "an adapter, which is small and may be swapped"
-    if min(weight.shape[:2]) < MIN_FEATURES:
-        return f"it is small ({weight.shape[0]} x {weight.shape[1]})"
+    n, k = features(weight.shape)
+    if min(n, k) < MIN_FEATURES:
+        return f"it is small ({n} x {k})"
     return None
 
 
@@ -153,7 +154,8 @@ def why_not_in(dtype: torch.dtype) -> str | None:
     return None if dtype in QUANTIZABLE_DTYPES else f"its weight is {dtype}"
 
 
-def _reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:
+def reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:
+    """Whether it is a linear, or a convolution over channels alone, of this weight."""
     is_linear = user.target in LINEAR or (user.target in POINTWISE_CONV and not is_spatial_conv(user))
     return is_linear and argument(user, 1, "weight") is weight and user.args[0] is not weight
 

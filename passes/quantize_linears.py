@@ -50,7 +50,7 @@ class PackedInput:
 
 def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
     """Rewrite the linears whose weight placeholder is in `packs`. Returns how many were replaced."""
-    inputs = _PackedInputs(gm.graph, packs)
+    inputs = PackedInputs(gm.graph, packs)
     count = 0
     for site in find_linears(gm).sites:
         if site.weight in packs:
@@ -62,7 +62,7 @@ def quantize_linears(gm: fx.GraphModule, packs: Packs) -> int:
     return count
 
 
-class _PackedInputs:
+class PackedInputs:
     """The graph inputs for packed tensors, each made when first asked for; linears that share a tensor share its
     input.
     """
@@ -99,7 +99,7 @@ class _PackedInputs:
         return node
 
 
-def _replace(graph: fx.Graph, site: LinearSite, inputs: _PackedInputs) -> None:
+def _replace(graph: fx.Graph, site: LinearSite, inputs: PackedInputs) -> None:
     packed = inputs.packs[site.weight]
     fmt = FORMATS[packed.precision]
     own = partial(inputs.own, site.weight, before=site.node)
@@ -157,7 +157,7 @@ def _is_quantized(gm: fx.GraphModule, call: Invocation) -> bool:
 
 
 def _quantize_subgraph(
-    gm: fx.GraphModule, call: Invocation, inputs: _PackedInputs, bodies: dict[tuple, tuple[str, int]]
+    gm: fx.GraphModule, call: Invocation, inputs: PackedInputs, bodies: dict[tuple, tuple[str, int]]
 ) -> int:
     """Rewrite the body that one call runs, or reuse it as an earlier call with packs of the same form had it
     rewritten.

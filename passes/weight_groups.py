@@ -4,12 +4,13 @@ together.
 This is the view from outside: by the number of the input, subgraphs and their calls included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import fx
 
+from .expanded import find_expanded
 from .linears import find_linears, group_by_input
 from .pipeline import log
 from .subgraphs import invocations, other_bodies, placeholders
@@ -22,17 +23,20 @@ class WeightGroup:
     indices   of their weights among the graph's inputs
     names     of the layers
     few_rows, shift   as in LinearSite
+    expanded  no linear, but a weight that is expanded before use (expanded.py)
     """
 
     indices: tuple[int, ...]
     names: tuple[str, ...]
     few_rows: bool
     shift: float
+    expanded: bool = False
 
 
 @dataclass(frozen=True)
 class WeightInputs:
-    """All weights of linears in a graph: the groups that may be quantized, and (index, name, reason) of the others.
+    """All weights of linears and other products in a graph: the groups that may be quantized, and (index, name, reason)
+    of the others.
 
     outside   inputs that stand beside the repeated blocks, as far as the graph can tell
     known     names of layers in the model, by input, that the graph was looked through with
@@ -43,19 +47,35 @@ class WeightInputs:
     outside: set[int]
     known: Mapping[int, str]
 
+    @property
+    def expanded(self) -> list[int]:
+        """The inputs that are expanded before use."""
+        return [index for group in self.groups if group.expanded for index in group.indices]
+
     def known_by_node(self, gm: fx.GraphModule) -> dict[fx.Node, str]:
         """`known`, by the inputs of the graph or of a copy."""
         return {node: self.known[i] for i, node in enumerate(placeholders(gm.graph)) if i in self.known}
 
 
-def weight_inputs(gm: fx.GraphModule, known: Mapping[int, str] = MappingProxyType({})) -> WeightInputs:
+def weight_inputs(
+    gm: fx.GraphModule, known: Mapping[int, str] = MappingProxyType({}), parameters: Collection[int] = ()
+) -> WeightInputs:
     """Analyse a graph as Dynamo made it.
 
-    known  names of layers in the model, by the number of their weight's input, where more is known than the graph tells
+    known       names of layers in the model, by the number of their weight's input, where more is known than the graph
+                tells
+    parameters  the inputs that are Parameters, of which those that no linear reads may be weights too
     """
     found = WeightInputs([], [], set(), known)
-    index = {node: i for i, node in enumerate(placeholders(gm.graph))}
+    nodes = placeholders(gm.graph)
+    index = {node: i for i, node in enumerate(nodes)}
     _collect(gm, index, found.known_by_node(gm), found)
+    expanded = find_expanded(gm, [nodes[i] for i in parameters])
+    chosen = {index[weight] for weight in expanded}
+    found.rejected[:] = [rejected for rejected in found.rejected if rejected[0] not in chosen]
+    for weight, name in expanded.items():
+        own = (index[weight],), (known.get(index[weight], name),)
+        found.groups.append(WeightGroup(*own, few_rows=False, shift=0.0, expanded=True))
     return found
 
 

@@ -62,6 +62,7 @@ class LayerEntry:
     error: float
     bytes_before: int
     bytes_after: int
+    expanded: bool = False  # as in PackedLinear
 
     def own_names(self) -> dict[str, str]:
         """Field -> tensor name, of the tensors that no other layer uses."""
@@ -158,6 +159,7 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
         rank_start=packed.rank_start,
         shared=shared,
         shift=packed.shared.shift,
+        expanded=packed.expanded,
         has_offset=packed.offset is not None,
         error=weight._svdq_error,
         bytes_before=weight.numel() * weight.element_size(),
@@ -253,7 +255,14 @@ def load(
                 shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
             plain = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
             weight = in_device_order(entry.precision, plain)
-            packed = PackedLinear(shared[entry.shared], weight, tensors["up"], entry.rank_start, tensors.get("offset"))
+            packed = PackedLinear(
+                shared[entry.shared],
+                weight,
+                tensors["up"],
+                entry.rank_start,
+                tensors.get("offset"),
+                expanded=entry.expanded,
+            )
             _put_quantized(model, entry, packed)
         for name in header.checksums.keys() - _quantized_names(header):
             _put_plain(model, name, file.get_tensor(name).to(target))

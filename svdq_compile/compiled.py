@@ -117,7 +117,7 @@ class CompiledGraph:
         return key if key in self._variants else (*key, *(args[i] for i in self._sizes))
 
     def _compile(self, args: list, packs: list[PackedLinear]) -> "Variant":
-        return Variant(self._gm, args, dict(zip(self._weights, packs, strict=True)), self._config)
+        return Variant(self._gm, args, dict(zip(self._weights, packs, strict=True)), self._inputs.expanded, self._config)
 
     def _observe_again(self, args: tuple) -> Any:
         """Some weight has new 16-bit values: run as the first phase does, which quantizes it in its time."""
@@ -132,11 +132,14 @@ class CompiledGraph:
 class Variant:
     """The graph rewritten and compiled for one form of its packed weights."""
 
-    def __init__(self, gm: fx.GraphModule, args: list, packs: dict[int, PackedLinear], config: Config) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, args: list, packs: dict[int, PackedLinear], expanded: list[int], config: Config
+    ) -> None:
         gm = clone_dynamo_graph(gm)
         originals = placeholders(gm.graph)
         number = {node: i for i, node in enumerate(originals)}
-        pipeline.run(gm, quantizing({originals[i]: packed for i, packed in packs.items()}))
+        by_node = {originals[i]: packed for i, packed in packs.items()}
+        pipeline.run(gm, quantizing(by_node, [originals[i] for i in expanded]))
         # (position among the new inputs, number of the old input) and the same with where a packed tensor comes from.
         self.plain: list[tuple[int, int]] = []
         self.packed: list[tuple[int, PackedInput]] = []

@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -19,6 +19,7 @@ from .errors import UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
+from .lowering.packed import as_matrix
 from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
 from .passes import linears
@@ -35,6 +36,7 @@ class Task:
     """Weights that share an input, and what is known of it.
 
     few_rows, shift   as in LinearSite, of a graph that reads it
+    expanded          as in WeightGroup
     """
 
     weights: tuple[nn.Parameter, ...]
@@ -42,6 +44,7 @@ class Task:
     few_rows: bool
     shift: float
     statistics: InputStatistics
+    expanded: bool = False
 
     @property
     def has_few_rows(self) -> bool:
@@ -93,7 +96,7 @@ def progress(tasks: list[Task], visible: bool) -> Iterator[Task]:
 
 
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
-    precision = choose_precision(config, task.has_few_rows)
+    precision = choose_precision(config, task.has_few_rows or task.expanded)
     for weight, name in _undecided(task):
         reason = why_not_as_asked(weight, name, precision, config)
         if reason is not None:
@@ -106,11 +109,11 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
     if at.type not in ("cpu", "cuda"):
         raise UnsupportedDevice(names[0], str(at))
     try:
-        matrices = [weight.detach().to(at).flatten(1) for weight, _ in chosen]
+        matrices = [as_matrix(weight.detach().to(at)) for weight, _ in chosen]
         with torch.autocast(at.type, enabled=False):
             quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
-            _take(weight, name, result, config)
+            _take(weight, name, replace(result, packed=replace(result.packed, expanded=task.expanded)), config)
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         for weight, _ in _undecided(task):
@@ -138,9 +141,11 @@ def _leave(weight: nn.Parameter, reason: str) -> None:
     TALLY.left(reason, weight.nbytes)
 
 
-def choose_precision(config: Config, few_rows: bool) -> str:
-    """The format of one linear. Rounding the input of a linear with few rows would cost accuracy and gain no time."""
-    if few_rows:
+def choose_precision(config: Config, weight_only: bool) -> str:
+    """The format of one linear. Where it has few rows rounding its input would cost accuracy and gain no time; where the
+    weight is expanded there is no linear whose input could be rounded.
+    """
+    if weight_only:
         return FEW_ROWS
     return AUTO if config.precision == "auto" else config.precision
 
@@ -155,7 +160,7 @@ def why_not_as_asked(weight: nn.Parameter, name: str, precision: str, config: Co
     """Why a linear that could be quantized stays 16-bit by the options that were given."""
     if is_skipped(name, config.skip):
         return "option skip"
-    n, k = weight.shape[0], weight[0].numel()
+    n, k = as_matrix(weight).shape
     if FORMATS[precision].codes is not None and config.rank * (n + k) > n * k / 2:
         return f"a branch of rank {config.rank} would be half as large as its {n} x {k} weight, or larger"
     return None

@@ -18,9 +18,9 @@ from .config import Config
 from .convert import choose_precision, why_not_as_asked
 from .errors import SvdqError
 from .kernels.formats import FORMATS
-from .layers import blocks_of, layers
+from .layers import Layer, blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
-from .lowering.packed import PackedLinear, SharedInput
+from .lowering.packed import PackedLinear, SharedInput, as_matrix
 from .model_files import DENOISERS
 from .parameter import QuantizedWeight
 
@@ -132,9 +132,9 @@ def doctor(model: Any, config: Config | None = None, *, example_inputs: Mapping[
     """
     config = config or Config()
     model = _denoiser(model)
-    precision = choose_precision(config, few_rows=False)
+    precision = choose_precision(config, weight_only=False)
     found = list(layers(model))
-    plans = tuple(_plan(layer.name, layer.weight, layer.reason, precision, config) for layer in found)
+    plans = tuple(_plan(layer, choose_precision(config, layer.expanded), config) for layer in found)
     blocks = tuple(_blocks(model, [plan.name for plan in plans if not plan.reason]))
     others = _others(model, {id(layer.weight) for layer in found})
     breaks = None if example_inputs is None else tuple(graph_breaks(model, example_inputs))
@@ -154,18 +154,19 @@ def _denoiser(model: Any) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _plan(name: str, weight: nn.Parameter, reason: str | None, precision: str, config: Config) -> Plan:
+def _plan(layer: Layer, precision: str, config: Config) -> Plan:
+    name, weight = layer.name, layer.weight
     before = weight.numel() * weight.element_size()
     if isinstance(weight, QuantizedWeight):
         return Plan(name, tuple(weight.shape), before, weight._svdq.nbytes(), "")
-    reason = reason or why_not_as_asked(weight, name, precision, config) or ""
+    reason = layer.reason or why_not_as_asked(weight, name, precision, config) or ""
     after = before if reason else _packed_bytes(weight, precision, config.rank)
     return Plan(name, tuple(weight.shape), before, after, reason)
 
 
 def _packed_bytes(weight: nn.Parameter, precision: str, rank: int) -> int:
     """What a weight takes once it is packed: the format packs it on the meta device."""
-    n, k = weight.shape[0], weight[0].numel()
+    n, k = as_matrix(weight).shape
     meta: dict[str, Any] = {"device": "meta"}
     codes = FORMATS[precision].quantize_weight(torch.empty(n, k, **meta), None)
     up, down = torch.empty(n, rank, dtype=weight.dtype, **meta), torch.empty(rank, k, dtype=weight.dtype, **meta)

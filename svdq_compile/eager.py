@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import GradientsNeeded
 from .lowering import ops
-from .lowering.packed import PackedLinear
+from .lowering.packed import PackedLinear, expand
 from .passes.linears import LINEAR, POINTWISE_CONV, is_over_channels
 
 log = logging.getLogger("svdq_compile")
@@ -93,6 +93,13 @@ def _check(call: LinearCall, packed: PackedLinear) -> None:
         operands = [t for t in (x, weight, bias) if t is not None]
         told = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in operands)
         raise RuntimeError(f"{call.func.__name__}: the shapes, dtypes or devices of its operands do not fit: {told}")
+
+
+def expanded(weight: Tensor, packed: PackedLinear) -> Tensor:
+    """A weight that no 4-bit product takes, in 16-bit: gone when its reader is done."""
+    shared = packed.shared
+    tensors = shared.smooth, packed.up, packed.down, *packed.weight
+    return expand(packed.precision, tuple(weight.shape), weight.dtype, *tensors)
 
 
 @cache

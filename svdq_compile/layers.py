@@ -9,25 +9,30 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .blocks import is_beside, repeated_blocks
-from .passes.linears import MIN_FEATURES, is_over_channels, why_never, why_not_in
+from .lowering.packed import MIN_FEATURES, features
+from .parameter import QuantizedWeight
+from .passes.linears import is_over_channels, why_never, why_not_in
 from .passes.peft_names import is_adapter, without_wrapper
 from .passes.scope import OUTSIDE
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A matrix that a linear may read.
+    """A weight that a linear or another product may read.
 
     name       of its module, as it is without adapters and torch.compile around it; of the Parameter itself where the
                module is no linear and does not call it `weight`
     never      why it must stay 16-bit whatever its dtype, which hooks may change around a call
-    is_linear  whether its module is a linear or a 1x1 convolution; of others only running tells what they do
+    is_linear  whether its module is a linear or a 1x1 convolution
+    expanded   whether its module is a larger convolution, whose weight is expanded before use (passes/expanded.py); of
+               other modules only running tells what they do
     """
 
     name: str
     weight: nn.Parameter
     never: str | None
     is_linear: bool
+    expanded: bool
 
     @property
     def reason(self) -> str | None:
@@ -36,18 +41,24 @@ class Layer:
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
-    """Every linear of a model, in order; a weight that several layers are tied to comes once."""
-    return (layer for layer in matrices(model) if layer.is_linear)
+    """Every linear and convolution of a model, in order, and what else is quantized; a weight that several layers are
+    tied to comes once.
+    """
+    return (
+        layer
+        for layer in matrices(model)
+        if layer.is_linear or layer.expanded or isinstance(layer.weight, QuantizedWeight)
+    )
 
 
 def matrices(model: nn.Module) -> Iterator[Layer]:
-    """Every matrix of a model that a linear may read, in order, each once."""
+    """Every weight of a model that a product may read, in order, each once."""
     modules = _modules(model)
     found = _matrices(modules)
     blocks = _blocks(modules, found)
     for name, (weight, is_linear) in found.items():
         never = why_never(name, weight) or (OUTSIDE if is_beside(name, blocks) else None)
-        yield Layer(name, weight, never, is_linear)
+        yield Layer(name, weight, never, is_linear, expanded=_is_convolution(modules.get(name)) and not is_linear)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -66,7 +77,7 @@ def _matrices(modules: dict[str, nn.Module]) -> dict[str, tuple[nn.Parameter, bo
     found: dict[str, tuple[nn.Parameter, bool]] = {}
     seen: set[int] = set()
     for path, module in modules.items():
-        is_linear = _is_linear(module)
+        is_linear = _is_linear(module) and "weight" in module._parameters  # not one that is computed at each call
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen and (key == "weight" if is_linear else _may_be_read(module, parameter)):
                 seen.add(id(parameter))
@@ -77,7 +88,8 @@ def _matrices(modules: dict[str, nn.Module]) -> dict[str, tuple[nn.Parameter, bo
 def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
     """Adapters are no part of the model: what is a block must not depend on them."""
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
-    return repeated_blocks(own, {name: w.numel() for name, (w, _) in found.items() if not is_adapter(name)})
+    flat = {name: w for name, (w, _) in found.items() if all(size == 1 for size in w.shape[2:])}
+    return repeated_blocks(own, {name: w.numel() for name, w in flat.items() if not is_adapter(name)})
 
 
 def _plain(name: str) -> str:
@@ -91,9 +103,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not nn.parameter.is_lazy(module.weight)
 
 
+def _is_convolution(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def _may_be_read(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a linear may read a Parameter of a module that is none: a matrix that is not a short table."""
-    if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding):
+    """Whether a product may read a Parameter of a module that is no linear: a matrix that is not a short table, several
+    matrices, or a convolution's kernels.
+    """
+    if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding) or parameter.dim() < 2:
         return False
-    is_matrix = parameter.dim() >= 2 and all(size == 1 for size in parameter.shape[2:])
-    return is_matrix and min(parameter.shape[:2]) >= MIN_FEATURES
+    return min(features(parameter.shape)) >= MIN_FEATURES

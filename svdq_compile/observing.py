@@ -43,7 +43,14 @@ class ObservingGraph:
             decisions.place_weights(args, models_under_way())  # another model than the one that the graph was made for
         decisions.settle(self._inputs, args)
         return [
-            Task(weights, _names(weights, group.names), group.few_rows, group.shift, decisions.statistics_of(weights))
+            Task(
+                weights,
+                _names(weights, group.names),
+                group.few_rows,
+                group.shift,
+                decisions.statistics_of(weights),
+                group.expanded,
+            )
             for weights, group in groups
             if any(decisions.is_undecided(w) for w in weights)
         ]

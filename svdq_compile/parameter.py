@@ -11,7 +11,7 @@ of five things:
     move       .to(device), .cuda(), .cpu() move the packed tensors; .to(dtype), .half(), .float() and the like change
                the dtype that is told, and cast the 16-bit branch
     multiply   a linear, or a convolution over channels alone, gives its 4-bit result (eager.py), unless the values are
-               there and were written to since
+               there and were written to since; a weight that no linear reads is expanded for what multiplies it
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
                when the originals are still there (weights="keep", "offload")
     refuse     raise WeightsReleased, which names the remedy
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import eager
 from .errors import ExportRefused, WeightsReleased
@@ -38,6 +39,7 @@ from .lowering.torch_private import (
     shell,
     traced_for_torch_itself,
 )
+from .passes.expanded import PRODUCTS, STEPS
 from .passes.linears import QUANTIZABLE_DTYPES
 from .passes.subgraphs import FIRST_OPERAND
 
@@ -119,6 +121,8 @@ class QuantizedWeight(nn.Parameter):
                 and traced_for_torch_itself()
             ):
                 return eager.run(call, call.weight._svdq)
+            if traced_for_torch_itself() and _may_expand(func):
+                args, kwargs = _expanded(args), _expanded(kwargs)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in FIRST_OPERAND:  # a graph inside a graph, run eagerly: its linears come here one by one
@@ -267,6 +271,8 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
     if call is not None and _multiplies(call):
         eager.advise()
         return eager.run(call, call.weight._svdq)  # type: ignore[attr-defined]
+    if _may_expand(func):
+        args, kwargs = _expanded(args), _expanded(kwargs)
     for weight in _quantized(args, kwargs):
         if not is_kept(weight):
             if weight._svdq_original is None:
@@ -285,6 +291,23 @@ def _multiplies(call: eager.LinearCall) -> bool:
     if not isinstance(weight, QuantizedWeight) or isinstance(call.input, QuantizedWeight):
         return False
     return not (is_kept(weight) and is_stale(weight))
+
+
+def _may_expand(func: Callable) -> bool:
+    """Whether it is a product, or a step on a weight's way to one."""
+    owner = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property, as .T
+    name = owner if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", "")
+    return name in PRODUCTS or name in STEPS
+
+
+def _expanded(operands: Any) -> Any:
+    """The operands of a call, with what must be expanded in 16-bit."""
+
+    def expand(value: Any) -> Any:
+        is_expanded = isinstance(value, QuantizedWeight) and value._svdq.expanded and not is_kept(value)
+        return eager.expanded(value, value._svdq) if is_expanded else value
+
+    return tree_map(expand, operands)
 
 
 def _reads_values(func: Callable) -> bool:

@@ -158,7 +158,8 @@ def _by_weights_alone(model: nn.Module, seen: list[Task]) -> list[Task]:
         if layer.reason is not None:
             decisions.leave_alone(layer.weight, layer.reason)
         else:
-            tasks.append(Task((layer.weight,), (layer.name,), few_rows=False, shift=0.0, statistics=InputStatistics()))
+            own = (layer.weight,), (layer.name,)
+            tasks.append(Task(*own, False, 0.0, InputStatistics(), expanded=layer.expanded))
     return tasks
 
 

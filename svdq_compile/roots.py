@@ -16,12 +16,12 @@ from .passes.weight_groups import WeightInputs, weight_inputs
 
 
 def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module]) -> WeightInputs:
-    """The weights of linears in a graph that Dynamo has made. Those that must stay 16-bit in their model, one of these,
+    """The weights of linears and other products in a graph that Dynamo has made. Those that must stay 16-bit in their model, one of these,
     are left alone from now on.
     """
     decisions.place_weights(example_inputs, models)
     names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}
-    inputs = weight_inputs(gm, {i: name for i, name in names.items() if name is not None})
+    inputs = weight_inputs(gm, {i: name for i, name in names.items() if name is not None}, names)
     decisions.settle(inputs, example_inputs)
     return inputs
 
