@@ -192,7 +192,13 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def expand(
-    precision: str, shape: tuple[int, ...], dtype: torch.dtype, smooth: Tensor, up: Tensor, down: Tensor, *weight: Tensor
+    precision: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    smooth: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *weight: Tensor,
 ) -> Tensor:
     """A weight of this shape out of its packed tensors, `weight` those of the format, in any order."""
     k = smooth.shape[0]

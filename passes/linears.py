@@ -3,9 +3,10 @@
 At this level one `F.linear` node is one layer, its weight is a graph input with the model's own Parameter behind it,
 and `nn_module_stack` says where it stands in the model. A 1x1 convolution is a linear over its channels.
 
-Left alone, each with a reason: a weight that is not a graph input, that something else than a linear reads, that is too
-small, of a dtype that has no 4-bit form, or an adapter of PEFT. Where a linear stands in its model is not for a graph
-to say, which may hold a part of it only; what this one would say is told beside (`scope.outside_blocks`).
+Left alone, each with a reason: a weight that is not a graph input, that something else than a linear reads (but see
+expanded.py), that is too small, of a dtype that has no 4-bit form, or an adapter of PEFT. Where a linear stands in its
+model is not for a graph to say, which may hold a part of it only; what this one would say is told beside
+(`scope.outside_blocks`).
 """
 
 import math

@@ -117,7 +117,9 @@ class CompiledGraph:
         return key if key in self._variants else (*key, *(args[i] for i in self._sizes))
 
     def _compile(self, args: list, packs: list[PackedLinear]) -> "Variant":
-        return Variant(self._gm, args, dict(zip(self._weights, packs, strict=True)), self._inputs.expanded, self._config)
+        return Variant(
+            self._gm, args, dict(zip(self._weights, packs, strict=True)), self._inputs.expanded, self._config
+        )
 
     def _observe_again(self, args: tuple) -> Any:
         """Some weight has new 16-bit values: run as the first phase does, which quantizes it in its time."""

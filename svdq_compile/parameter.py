@@ -121,8 +121,8 @@ class QuantizedWeight(nn.Parameter):
                 and traced_for_torch_itself()
             ):
                 return eager.run(call, call.weight._svdq)
-            if traced_for_torch_itself() and _may_expand(func):
-                args, kwargs = _expanded(args), _expanded(kwargs)
+            if traced_for_torch_itself():
+                args, kwargs = _in_16_bit(func, (args, kwargs))
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in FIRST_OPERAND:  # a graph inside a graph, run eagerly: its linears come here one by one
@@ -271,8 +271,7 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
     if call is not None and _multiplies(call):
         eager.advise()
         return eager.run(call, call.weight._svdq)  # type: ignore[attr-defined]
-    if _may_expand(func):
-        args, kwargs = _expanded(args), _expanded(kwargs)
+    args, kwargs = _in_16_bit(func, (args, kwargs))
     for weight in _quantized(args, kwargs):
         if not is_kept(weight):
             if weight._svdq_original is None:
@@ -293,19 +292,19 @@ def _multiplies(call: eager.LinearCall) -> bool:
     return not (is_kept(weight) and is_stale(weight))
 
 
-def _may_expand(func: Callable) -> bool:
-    """Whether it is a product, or a step on a weight's way to one."""
+def _in_16_bit(func: Callable, operands: Any) -> Any:
+    """The operands of a call, with weights expanded: for a product any, for a step on the way to one those that no linear
+    reads.
+    """
     owner = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property, as .T
     name = owner if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", "")
-    return name in PRODUCTS or name in STEPS
-
-
-def _expanded(operands: Any) -> Any:
-    """The operands of a call, with what must be expanded in 16-bit."""
+    if name not in PRODUCTS and name not in STEPS:
+        return operands
 
     def expand(value: Any) -> Any:
-        is_expanded = isinstance(value, QuantizedWeight) and value._svdq.expanded and not is_kept(value)
-        return eager.expanded(value, value._svdq) if is_expanded else value
+        if not isinstance(value, QuantizedWeight) or is_kept(value):
+            return value
+        return eager.expanded(value, value._svdq) if name in PRODUCTS or value._svdq.expanded else value
 
     return tree_map(expand, operands)
 

@@ -73,7 +73,7 @@ def _why_nothing(model: nn.Module) -> str:
     reasons = Counter(row.reason for row in report(model))
     text = f"{type(model).__name__} has no linear layer that can be quantized"
     if not reasons:
-        return f"{text}: it has no nn.Linear and no 1x1 convolution"
+        return f"{text}: it has no nn.Linear and no convolution"
     most = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common(3))
     return f"{text}. It has {reasons.total()} linears; {most}. svdq_compile.report(model) says why for each."
 

@@ -14,7 +14,7 @@ from conftest import quiet, relative_error
 from svdq_compile.kernels.formats import layout
 from svdq_compile.lowering.packed import as_matrix, expand
 from svdq_compile.parameter import QuantizedWeight
-from tests.zoo.check import without_inductor
+from zoo.check import without_inductor
 
 WIDTH, TOKENS = 128, 24
 ROUNDED = 0.12  # 16 steps over the range of 64 Gaussian numbers lose 9.4 %
@@ -74,14 +74,15 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "baddbmm": lambda: One(lambda x, w: torch.baddbmm(x.new_ones(1), x, w), 2, WIDTH, 192),
     "bmm of experts": lambda: One(lambda x, w: torch.bmm(x.flatten(0, 1).expand(3, -1, -1), w), 3, WIDTH, 192),
     "a loop over experts": Experts,
-    "linear by a slice": lambda: One(lambda x, w: torch.cat((F.linear(x, w[:64]), F.linear(x, w[64:])), -1), 192, WIDTH),
+    "linear by a slice": lambda: One(
+        lambda x, w: torch.cat((F.linear(x, w[:64]), F.linear(x, w[64:])), -1), 192, WIDTH
+    ),
     "linear by chunks": lambda: One(lambda x, w: sum(F.linear(x, part) for part in w.chunk(3)), 3 * WIDTH, WIDTH),
     "linear and matmul": lambda: One(lambda x, w: F.linear(F.linear(x, w), w.t()), 192, WIDTH),
     "a cast": lambda: One(lambda x, w: F.linear(x.double(), w.to(torch.float64)), 192, WIDTH),
     "bilinear": lambda: nn.Sequential(nn.Identity(), Bilinear()),
     "attention": lambda: Attention(),
     "weight norm": lambda: weight_norm(nn.Linear(WIDTH, 192)),
-    "weight norm as it was": lambda: torch.nn.utils.weight_norm(nn.Linear(WIDTH, 192)),
     "3x3 convolution": lambda: Spatial(nn.Conv2d, kernel_size=3, padding=1),
     "2x2 convolution in steps": lambda: Spatial(nn.Conv2d, kernel_size=2, stride=2),
     "1x1 convolution in steps": lambda: Spatial(nn.Conv2d, kernel_size=1, stride=2),
