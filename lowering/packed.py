@@ -187,7 +187,7 @@ def features(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """The [N, K] as which a weight is packed: several matrices one under the other, a kernel of each output in a row."""
+    """The [N, K] as which a weight is packed: several matrices under one another, the kernels of an output in a row."""
     return weight.flatten(0, -2) if weight.dim() > 2 and weight.shape[-1] >= MIN_FEATURES else weight.flatten(1)
 
 

@@ -142,8 +142,8 @@ def _leave(weight: nn.Parameter, reason: str) -> None:
 
 
 def choose_precision(config: Config, weight_only: bool) -> str:
-    """The format of one linear. Where it has few rows rounding its input would cost accuracy and gain no time; where the
-    weight is expanded there is no linear whose input could be rounded.
+    """The format of one weight. For a linear with few rows, rounding its input would cost accuracy and gain no time;
+    where the weight is expanded there is no linear whose input could be rounded.
     """
     if weight_only:
         return FEW_ROWS

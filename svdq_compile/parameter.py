@@ -293,8 +293,8 @@ def _multiplies(call: eager.LinearCall) -> bool:
 
 
 def _in_16_bit(func: Callable, operands: Any) -> Any:
-    """The operands of a call, with weights expanded: for a product any, for a step on the way to one those that no linear
-    reads.
+    """The operands of a call, with weights expanded: for a product all, for a step on the way to one those that no
+    linear reads.
     """
     owner = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property, as .T
     name = owner if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", "")

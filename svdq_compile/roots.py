@@ -16,8 +16,8 @@ from .passes.weight_groups import WeightInputs, weight_inputs
 
 
 def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module]) -> WeightInputs:
-    """The weights of linears and other products in a graph that Dynamo has made. Those that must stay 16-bit in their model, one of these,
-    are left alone from now on.
+    """The weights of linears and other products in a graph that Dynamo has made. Those that must stay 16-bit in their
+    model, one of these, are left alone from now on.
     """
     decisions.place_weights(example_inputs, models)
     names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}

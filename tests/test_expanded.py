@@ -11,14 +11,13 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import svdq_compile as svdq
 from conftest import quiet, relative_error
-from svdq_compile.kernels.formats import layout
+from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.lowering.packed import as_matrix, expand
 from svdq_compile.parameter import QuantizedWeight
 from zoo.check import without_inductor
 
 WIDTH, TOKENS = 128, 24
 ROUNDED = 0.12  # 16 steps over the range of 64 Gaussian numbers lose 9.4 %
-X = torch.Generator().manual_seed(3)
 
 
 def weight(*shape: int) -> nn.Parameter:
@@ -156,3 +155,85 @@ def check(kind: str, tmp_path: Path) -> None:
         assert error < ROUNDED
         with torch._C.DisableTorchFunctionSubclass():
             assert parameter.untyped_storage().nbytes() == 0
+
+
+STAY: dict[str, Callable[[], nn.Module]] = {
+    "a table of positions": lambda: One(lambda x, w: F.layer_norm(x + w[:TOKENS], (WIDTH,)), 4 * TOKENS, WIDTH),
+    "positions, and then a product": lambda: One(lambda x, w: (x + w[:TOKENS]) @ x.transpose(1, 2), 96, WIDTH),
+    "looked up": lambda: One(lambda x, w: x + F.embedding(torch.arange(TOKENS), w), 256, WIDTH),
+    "looked up and multiplied": lambda: One(
+        lambda x, w: (x + F.embedding(torch.arange(TOKENS), w)) @ w.t(), 256, WIDTH
+    ),
+    "learned queries": lambda: One(lambda x, w: F.scaled_dot_product_attention(w.expand(2, -1, -1), x, x), 96, WIDTH),
+    "scales of activations": lambda: One(lambda x, w: (x * w[:TOKENS]) @ x.transpose(1, 2), 96, WIDTH),
+    "a picture to be convolved": lambda: One(lambda x, w: F.conv1d(w, x.new_ones(8, WIDTH, 3)), 2, WIDTH, 96),
+    "small experts": lambda: One(lambda x, w: x[..., :32] @ w[0], 64, 32, WIDTH),
+    "a convolution of each channel": lambda: One(
+        lambda x, w: F.conv1d(x.transpose(1, 2), w, groups=WIDTH), WIDTH, 1, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STAY)
+def test_what_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), STAY[kind]()).eval().requires_grad_(False)
+    exact = model(x())
+    run = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet())
+    with torch.no_grad(), without_inductor():
+        run(x())
+        assert relative_error(run(x()), exact) < 0.2
+    quantized = [name for name, p in model.named_parameters() if isinstance(p, QuantizedWeight)]
+    assert quantized == ["0.weight"]
+
+
+@pytest.mark.parametrize("precision", [f.name for f in FORMATS.values() if f.planar])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_order_of_kernels_is_expanded_alike(precision: str, rank: int) -> None:
+    """On a GPU codes lie in another order; torch.compile traces through what turns it."""
+    n, k = 96, 200
+    plain = FORMATS[precision].quantize_weight(torch.randn(n, k))
+    branch = torch.rand(k) + 0.5, torch.randn(n, rank), torch.randn(rank, k)
+    expected = expand(precision, (4, 24, k), torch.float32, *branch, *plain)
+    turned = torch.compile(expand, backend="aot_eager", fullgraph=True)
+    actual = turned(precision, (4, 24, k), torch.float32, *branch, *layout.to_kernel(precision, plain))
+    assert torch.equal(actual, expected)
+
+
+def test_convolutions_by_weights_alone() -> None:
+    """What kind of module it is tells enough; the same weights as on the fly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3), nn.SiLU(), nn.Conv2d(WIDTH, 3, 3)).eval().requires_grad_(False)
+    picture = torch.randn(1, WIDTH, 8, 8)
+    exact = model(picture)
+    report = svdq.quantize(model, svdq.Config(**quiet()))
+    assert [(row.name, row.precision) for row in report] == [("0", "w4a16")], "the last is too narrow"
+    assert expanded(model) == ["0.weight"]
+    assert 1e-3 < relative_error(model(picture), exact) < 2 * ROUNDED
+
+
+def test_another_backend_gets_the_values() -> None:
+    model = made("a loop over experts")
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    with torch.no_grad(), without_inductor():
+        for _ in range(2):
+            result = run(x())
+        torch._dynamo.reset()
+        assert relative_error(torch.compile(model, backend="aot_eager")(x()), result) < 1e-5
+
+
+def test_reading_is_still_refused() -> None:
+    """What is quantized as a linear is not read; nor are experts written to or taken for their values."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Experts()).eval().requires_grad_(False)
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    with torch.no_grad(), without_inductor():
+        for _ in range(2):
+            run(x())
+    for read in (
+        lambda: model[0].weight.t(),
+        lambda: model[1].w + 1,
+        lambda: model[1].w.numpy(),
+        lambda: model[1].w.mul_(2),
+    ):
+        with pytest.raises(svdq.SvdqError, match="16-bit"):
+            read()
