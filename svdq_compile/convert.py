@@ -1,10 +1,11 @@
 """Turn weights of a model into quantized form, in place, group by group."""
 
+import difflib
 import fnmatch
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,10 +16,11 @@ from torch import nn
 
 from . import decisions
 from .config import Config
-from .errors import UnsupportedDevice
+from .errors import OptionError, UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
+from .layers import matrices
 from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
 from .passes import linears
@@ -149,6 +151,19 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     """Whether the option `skip` names a layer, or a module that it stands in."""
     names = [*accumulate(name.split("."), "{}.{}".format), f".{name}"]
     return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
+
+
+def check_skip(models: Sequence[nn.Module], config: Config) -> None:
+    """Raise OptionError for a pattern of the option `skip` that names no layer of any of these models."""
+    names = [matrix.name for model in models for matrix in matrices(model)] if config.skip else []
+    for pattern in config.skip:
+        if not any(is_skipped(name, [pattern]) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            hint = f"the nearest is {near[0]!r}; " if near else ""
+            kinds = ", ".join(type(model).__name__ for model in models)
+            raise OptionError(
+                f"option skip: {pattern!r} names no layer of {kinds}; {hint}svdq_compile.report(model) has the names"
+            )
 
 
 def why_not_as_asked(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:

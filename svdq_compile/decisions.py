@@ -22,6 +22,8 @@ from .parameter import QuantizedWeight
 from .passes.scope import OUTSIDE
 from .passes.weight_groups import WeightInputs
 
+RESTORED = "restored to 16-bit"
+
 LOCK = threading.RLock()  # held while weights change their form
 
 _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
@@ -108,6 +110,13 @@ def leave_alone(weight: nn.Parameter, reason: str) -> None:
 def reason_of(weight: nn.Parameter) -> str | None:
     """Why a weight stays 16-bit; None if that was not decided."""
     return _REASONS.get(weight)
+
+
+def ask_again(weights: Iterable[nn.Parameter]) -> None:
+    """Let those that `restore` has turned back be quantized again."""
+    for weight in weights:
+        if _REASONS.get(weight) == RESTORED:
+            forget_reason(weight)
 
 
 def forget_reason(weight: nn.Parameter) -> None:

@@ -15,13 +15,12 @@ from rich.table import Column, Table
 from torch import nn
 
 from .config import Config
-from .convert import choose_precision, why_not_as_asked
-from .errors import SvdqError
+from .convert import check_skip, choose_precision, why_not_as_asked
+from .given import denoisers, model_in
 from .kernels.formats import FORMATS
 from .layers import blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
 from .lowering.packed import PackedLinear, SharedInput
-from .model_files import DENOISERS
 from .parameter import QuantizedWeight
 
 
@@ -121,17 +120,25 @@ class Diagnosis:
         return facts
 
 
-def doctor(model: Any, config: Config | None = None, *, example_inputs: Mapping[str, Any] | None = None) -> Diagnosis:
+def doctor(
+    model: Any,
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Diagnosis:
     """Say what would become of a model, or of a pipeline's denoiser, on any device, the meta device included.
 
+    config, options  a Config or a dict of options, and options by name
     example_inputs  keyword arguments of the model's forward: the model is traced with them, to say where Dynamo cuts
                     it. Dynamo forgets then what it has compiled in this process.
 
     A linear that reads few rows (one a sample) will be in w4a16, which only running tells: it is counted in the chosen
-    precision. Raises SvdqError for what is no model.
+    precision. Raises NotAModel, OptionError.
     """
-    config = config or Config()
+    config = Config.of(config, options)
     model = _denoiser(model)
+    check_skip([model], config)
     precision = choose_precision(config, few_rows=False)
     found = list(layers(model))
     plans = tuple(_plan(layer.name, layer.weight, layer.reason, precision, config) for layer in found)
@@ -142,16 +149,8 @@ def doctor(model: Any, config: Config | None = None, *, example_inputs: Mapping[
 
 
 def _denoiser(model: Any) -> nn.Module:
-    """The model itself without torch.compile's wrapper, or the denoiser of a pipeline."""
-    found = [getattr(model, name, None) for name in DENOISERS]
-    if not isinstance(model, nn.Module):
-        model = next((part for part in found if isinstance(part, nn.Module)), model)
-    if not isinstance(model, nn.Module):
-        raise SvdqError(
-            f"{type(model).__name__} is neither a model nor a pipeline with a {' or '.join(DENOISERS)}: "
-            "give the nn.Module itself, as in svdq_compile.doctor(pipe.prior)"
-        )
-    return getattr(model, "_orig_mod", model)
+    """The model itself without torch.compile's wrapper, or the first denoiser of a pipeline."""
+    return model_in(next(iter(denoisers(model, "doctor").values())), "doctor")
 
 
 def _plan(name: str, weight: nn.Parameter, reason: str | None, precision: str, config: Config) -> Plan:
