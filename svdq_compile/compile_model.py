@@ -57,7 +57,7 @@ def _check(name: str, model: nn.Module) -> None:
 
 def _compile(name: str, model: nn.Module, config: Config) -> str:
     """Compile one model, and say how."""
-    decisions.ask_again(model.parameters())
+    decisions.ask_again(model)
     for module in model.modules():
         module._compiled_call_impl = None
     options, place = config.to_dict(), name or type(model).__name__
