@@ -8,7 +8,7 @@ from torch import nn
 
 from . import decisions
 from .config import Config
-from .convert import check_skip
+from .convert import warn_of_skip
 from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
 from .layers import matrices
@@ -39,7 +39,7 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
     found = denoisers(model, "compile")
     for name, part in found.items():
         _check(name, part)
-    check_skip(list(found.values()), chosen)
+    warn_of_skip(list(found.values()), chosen)
     told = [_compile(name, part, chosen) for name, part in found.items()]
     say(f"svdquant: {', '.join(told)}; {_what_comes(list(found.values()), chosen)}", chosen.progress)
     return model

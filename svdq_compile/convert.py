@@ -16,7 +16,7 @@ from torch import nn
 
 from . import decisions
 from .config import Config
-from .errors import OptionError, UnsupportedDevice
+from .errors import UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
@@ -112,7 +112,7 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         with torch.autocast(at.type, enabled=False):
             quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
-            _take(weight, name, result, config)
+            _take(weight, name, result, config, calibrated=task.statistics.span is not None)
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         for weight, _ in _undecided(task):
@@ -123,11 +123,11 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
             _leave(weight, f"quantizing it failed: {type(error).__name__}")
 
 
-def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config) -> None:
+def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config, calibrated: bool) -> None:
     """The 4-bit form, unless it is too far from the weight."""
     if result.error <= config.error_budget:
         nbytes = weight.nbytes
-        freeze(weight, result.packed, name, result.error, config.weights)
+        freeze(weight, result.packed, name, result.error, config.weights, calibrated)
         TALLY.quantized(result.packed.precision, nbytes, result.packed.nbytes())
     elif math.isfinite(result.error):
         _leave(weight, f"its error would be {result.error:.2f}, above error_budget")
@@ -153,16 +153,17 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
 
 
-def check_skip(models: Sequence[nn.Module], config: Config) -> None:
-    """Raise OptionError for a pattern of the option `skip` that names no layer of any of these models."""
+def warn_of_skip(models: Sequence[nn.Module], config: Config) -> None:
+    """Say which patterns of the option `skip` name no layer of any of these models."""
     names = [matrix.name for model in models for matrix in matrices(model)] if config.skip else []
     for pattern in config.skip:
         if not any(is_skipped(name, [pattern]) for name in names):
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
-            hint = f"the nearest is {near[0]!r}; " if near else ""
-            kinds = ", ".join(type(model).__name__ for model in models)
-            raise OptionError(
-                f"option skip: {pattern!r} names no layer of {kinds}; {hint}svdq_compile.report(model) has the names"
+            log.warning(
+                "svdquant: option skip: %r names no layer of %s; %s",
+                pattern,
+                ", ".join(type(model).__name__ for model in models),
+                f"the nearest is {near[0]!r}" if near else "svdq_compile.report(model) has the names",
             )
 
 

@@ -29,6 +29,7 @@ LOCK = threading.RLock()  # held while weights change their form
 
 _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
+_SHARED = WeakIdKeyDictionary()  # weight that reads the input of another one -> the other one's InputStatistics
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
 _COMPILED_BEFORE = WeakIdKeyDictionary()  # weight that was turned back -> what torch.compile had made until then
 
@@ -95,13 +96,22 @@ def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
     """The statistics of the input that these weights share; empty ones if nothing was observed yet."""
-    with LOCK: return _STATISTICS.setdefault(weights[0], InputStatistics())  # noqa: E701  # fmt: skip
+    with LOCK: found = _STATISTICS.setdefault(weights[0], InputStatistics())  # noqa: E701  # fmt: skip
+    for weight in weights[1:]:
+        _SHARED[weight] = found
+    return found
+
+
+def seen_by(weight: nn.Parameter) -> InputStatistics | None:
+    """What was observed of a weight's input; None if nothing was."""
+    return _STATISTICS.get(weight) or _SHARED.get(weight)
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:
     """Free what was observed, once it has served."""
     for weight in weights:
         _STATISTICS.pop(weight, None)
+        _SHARED.pop(weight, None)
 
 
 def leave_alone(weight: nn.Parameter, reason: str) -> None:

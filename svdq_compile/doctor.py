@@ -3,7 +3,6 @@
 Nothing is computed and no weight is read, so a model on the meta device will do (`model_files.empty_model`).
 """
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from rich.table import Column, Table
 from torch import nn
 
 from .config import Config
-from .convert import check_skip, choose_precision, why_not_as_asked
+from .convert import choose_precision, warn_of_skip, why_not_as_asked
 from .given import denoisers, model_in
 from .kernels.formats import FORMATS
 from .layers import blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
 from .lowering.packed import PackedLinear, SharedInput
 from .parameter import QuantizedWeight
+from .tables import as_text
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class Diagnosis:
         yield Group(self._memory(), self._facts())
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=140).print(self)
-        return text.getvalue()
+        return as_text(self, [self.way, *self.reasons])
 
     def _memory(self) -> Table:
         right = [
@@ -138,7 +136,7 @@ def doctor(
     """
     config = Config.of(config, options)
     model = _denoiser(model)
-    check_skip([model], config)
+    warn_of_skip([model], config)
     precision = choose_precision(config, few_rows=False)
     found = list(layers(model))
     plans = tuple(_plan(layer.name, layer.weight, layer.reason, precision, config) for layer in found)

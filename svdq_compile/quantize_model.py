@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from . import decisions
 from .config import Config
-from .convert import Task, check_skip, convert
+from .convert import Task, convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
 from .given import device_in, model_in
 from .input_statistics import InputStatistics
@@ -50,7 +50,7 @@ def quantize(
     _check(model, calibrate, example_inputs)
     chosen = Config.of(config, options)
     target = None if device is None else device_in(device)
-    check_skip([model], chosen)
+    warn_of_skip([model], chosen)
     decisions.ask_again(model)
     decisions.place(model)
     if calibrate is not None:

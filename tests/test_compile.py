@@ -9,7 +9,7 @@ from test_faults import run_eagerly
 from torch import nn
 
 import svdq_compile as svdq
-from conftest import inputs, net, quiet, relative_error
+from conftest import inputs, logged, net, quiet, relative_error
 from svdq_compile import compiled, undecided
 from svdq_compile.errors import AlreadyWrapped, NotAModel, NothingToQuantize, OptionError
 from svdq_compile.parameter import QuantizedWeight
@@ -135,11 +135,6 @@ WRONG: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
         AlreadyWrapped,
         r"`pipe\.unet = pipe\.unet\._orig_mod`",
     ),
-    "a layer that is not there": (
-        lambda m: svdq.compile(m, skip=["block.0.to_q"]),
-        OptionError,
-        r"'block.0.to_q' names no layer of Net; the nearest is 'blocks\.0\.to_q'",
-    ),
     "nothing to quantize": (
         lambda m: svdq.compile(Pipeline(transformer=m, unet=nn.ReLU())),
         NothingToQuantize,
@@ -156,3 +151,13 @@ def test_wrong_calls_change_nothing(name: str) -> None:
         call(model)
     assert not compiled_modules(model)
     assert count(model) == 0
+
+
+def test_a_layer_to_skip_that_is_not_there() -> None:
+    model = net()
+    with logged("svdq_compile") as records:
+        svdq.compile(model, skip=["block.0.to_q", "*.to_k", "blocks.1"], progress=False)
+    warnings = [record.getMessage() for record in records if record.levelname == "WARNING"]
+    assert warnings == [
+        "svdquant: option skip: 'block.0.to_q' names no layer of Net; the nearest is 'blocks.0.to_q'",
+    ]
