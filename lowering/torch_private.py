@@ -12,6 +12,7 @@ torch._dynamo and torch.export are imported inside functions: that takes as long
 quantizes, loads or saves a model needs neither.
 """
 
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -186,6 +187,24 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = before
+
+
+def compilations() -> "WeakSet[Any]":
+    """Everything that torch.compile has made and somebody still holds; what it makes later is not among them."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    kind = () if dynamo is None else dynamo._TorchDynamoContext
+    return WeakSet(found for found in gc.get_objects() if issubclass(type(found), kind))  # no __class__ is looked up
+
+
+def compilations_under_way() -> Iterator[Any]:
+    """Called within compiled code, or by a backend: those of `compilations` that run and whose backend is ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            this = frame.f_locals.get("self")
+            if id(_innermost(getattr(this, "callback", None))) in _our_backends:
+                yield this
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def while_nothing_is_traced() -> AbstractContextManager:

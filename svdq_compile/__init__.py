@@ -1,11 +1,13 @@
 """SVDQuant for any diffusion model, as a torch.compile backend.
 
-    pipe.transformer = torch.compile(pipe.transformer, backend="svdquant")
+    pipe.transformer.compile(backend="svdquant")  # in place, past which diffusers finds its adapters
+    svdq_compile.compile(pipe)  # the same for a whole pipeline, by blocks where the model has them
 
-The names below are for quantizing ahead of time, for files, and for looking at what was done.
+The other names below are for quantizing ahead of time, for files, and for looking at what was done.
 """
 
 from .checkpoint import load, save
+from .compile_model import compile
 from .config import Config
 from .doctor import Diagnosis, doctor
 from .errors import SvdqError
@@ -18,6 +20,7 @@ __all__ = [
     "Config",
     "Diagnosis",
     "SvdqError",
+    "compile",
     "doctor",
     "load",
     "packed",

@@ -4,7 +4,8 @@
                 <first weight>.smooth, .down             what linears with one input share, under the first one's name
                 everything else                          under the model's own names, buffers included
     metadata    format, format_version, and as JSON: model_class, config, layers (one entry a quantized weight), others
-                (why each remaining linear is 16-bit), tied (alias -> name), checksums (CRC-32 of each tensor)
+                (why each remaining linear is 16-bit), tied (alias -> name), calibrated (weight -> whether its inputs
+                were observed; older files have none), checksums (CRC-32 of each tensor)
 
 Nothing is pickled. A file is checked whole before the model is touched.
 """
@@ -12,6 +13,7 @@ Nothing is pickled. A file is checked whole before the model is touched.
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -88,8 +90,22 @@ class Header:
     layers: list[LayerEntry]
     others: dict[str, str]
     tied: dict[str, str]
+    calibrated: dict[str, bool | None]
     checksums: dict[str, int]
     nbytes: int
+
+    @property
+    def calibration(self) -> str:
+        """What the layers were quantized by."""
+        kinds = Counter(self.calibrated.get(entry.weight) for entry in self.layers)
+        told = {
+            True: "calibrated, on inputs that were observed",
+            False: "by the weights alone",
+            None: "unknown: an older version wrote the file",
+        }
+        if len(kinds) == 1:
+            return told[next(iter(kinds))]
+        return "; ".join(f"{kinds[kind]} layers {text}" for kind, text in told.items() if kind in kinds)
 
 
 def save(model: nn.Module, path: str | os.PathLike, *, config: Config | None = None, progress: bool = True) -> None:
@@ -112,6 +128,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     entries: list[LayerEntry] = []
+    calibrated: dict[str, bool | None] = {}
     owner: dict[int, str] = {}  # of a shared input
     for name, parameter in without_adapters(model.named_parameters(remove_duplicate=False)):
         if id(parameter) in names:
@@ -127,6 +144,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
             tensors |= {f"{name}.smooth": packed.shared.smooth, f"{name}.down": packed.shared.down}
         tensors |= {f"{name}.{field}": tensor for field, tensor in packed.plain_tensors().items()}
         entries.append(_entry(name, parameter, owner[id(packed.shared)]))
+        calibrated[name] = parameter._svdq_calibrated
     if not entries:
         raise NothingToQuantize(
             f"no weight of this {type(model).__name__} is quantized: "
@@ -143,6 +161,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         "layers": json.dumps([asdict(entry) for entry in entries]),
         "others": json.dumps({name: reason for name, reason in others.items() if reason}),
         "tied": json.dumps(tied),
+        "calibrated": json.dumps(calibrated),
     }
     return tensors, metadata
 
@@ -209,6 +228,7 @@ def read_header(path: str | os.PathLike) -> Header:
             layers=entries,
             others=json.loads(metadata["others"]),
             tied=json.loads(metadata["tied"]),
+            calibrated=dict(json.loads(metadata.get("calibrated", "{}"))),
             checksums=json.loads(metadata["checksums"]),
             nbytes=Path(path).stat().st_size,
         )
@@ -263,7 +283,7 @@ def load(
                 tensors.get("offset"),
                 expanded=entry.expanded,
             )
-            _put_quantized(model, entry, packed)
+            _put_quantized(model, entry, packed, header.calibrated.get(entry.weight))
         for name in header.checksums.keys() - _quantized_names(header):
             _put_plain(model, name, file.get_tensor(name).to(target))
     for name, buffer in list(without_adapters(model.named_buffers())):
@@ -316,12 +336,12 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
         raise FileRefused(path, f"the model has no tensor {name} ({hint})")
 
 
-def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear) -> None:
+def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear, calibrated: bool | None) -> None:
     module, _, leaf = entry.weight.rpartition(".")
     old = _owner(model, module).get_parameter(leaf)
     empty = shell(old.shape, old.stride(), getattr(torch, entry.dtype), packed.device)
     parameter = nn.Parameter(empty, old.requires_grad)
-    _assign(model, entry.weight, become_quantized(parameter, packed, entry.name, entry.error))
+    _assign(model, entry.weight, become_quantized(parameter, packed, entry.name, entry.error, calibrated))
 
 
 def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -16,18 +16,19 @@ from typer.core import TyperGroup
 
 import svdq_compile as svdq
 
+from . import tables
 from .checkpoint import Header, LayerEntry, read_header
 from .config import PRECISIONS, Config
 from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .kernels.formats import FORMATS
 from .model_files import Source, empty_model, open_source
+from .tables import names
 
 DEFAULT = Config()
 PRECISION_HELP = "; ".join(
     ("auto: what the device runs fastest", *(f"{f.name}: {f.summary}" for f in FORMATS.values()))
 )
-PIPED_WIDTH = 140  # of tables that no terminal shows
 
 
 class _Commands(TyperGroup):
@@ -63,7 +64,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 def _width(stream: Any) -> int | None:
-    return None if stream.isatty() else PIPED_WIDTH
+    return None if stream.isatty() else tables.WIDTH
 
 
 def _show_version(wanted: bool) -> None:
@@ -184,6 +185,7 @@ def inspect(
     facts.add_row("file", f"{file} ({_mib(header.nbytes)} MiB)")
     facts.add_row("format version", str(header.version))
     facts.add_row("model class", header.model_class)
+    facts.add_row("quantized", header.calibration)
     facts.add_row("config", ", ".join(f"{name}={value}" for name, value in header.config.items()))
     for reason, count in Counter(header.others.values()).most_common():
         facts.add_row("16-bit linears", f"{count}: {reason}")
@@ -214,7 +216,8 @@ def _sums(entries: list[LayerEntry]) -> tuple[str, ...]:
 
 
 def _quantized_table(header: Header) -> Table:
-    table = Table("quantized layer", "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
+    layer = names("quantized layer", [entry.name for entry in header.layers])
+    table = Table(layer, "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
     for entry in header.layers:
         shape, sizes = " x ".join(map(str, entry.shape)), (_mib(entry.bytes_before), _mib(entry.bytes_after))
         table.add_row(entry.name, entry.precision, shape, str(entry.rank), *sizes, _percent(entry.error))
@@ -222,7 +225,7 @@ def _quantized_table(header: Header) -> Table:
 
 
 def _others_table(header: Header) -> Table:
-    table = Table("16-bit layer", "why")
+    table = Table(names("16-bit layer", header.others), "why")
     for name, reason in header.others.items():
         table.add_row(name, reason)
     return table
@@ -273,7 +276,9 @@ def doctor(
 
 
 def _plans_table(plans: Sequence[Plan]) -> Table:
-    table = Table("linear", *_right("shape", "MiB before", "MiB after"), "why 16-bit")
+    table = Table(
+        names("linear", [plan.name for plan in plans]), *_right("shape", "MiB before", "MiB after"), "why 16-bit"
+    )
     for plan in plans:
         table.add_row(
             plan.name, " x ".join(map(str, plan.shape)), _mib(plan.bytes_before), _mib(plan.bytes_after), plan.reason

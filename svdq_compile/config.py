@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import OptionError
@@ -14,6 +14,9 @@ WEIGHTS = ("release", "offload", "keep")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FUSIONS = tuple(FUSING)
 MAX_RANK = 256
+PAPER = {"w4a4": "int4"}  # what the paper calls a precision
+ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
+TORCH_ARGUMENTS = ("backend", "dynamic", "fullgraph")  # of torch.compile, no options
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Config:
     precision          a name in kernels.formats.FORMATS, as "w4a8" (4-bit weights, int8 activations) or "int4" (W4A4),
                        or "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
                        norms) is always w4a16: it waits for weight bytes, so rounding its input would gain nothing.
+                       The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding
     refine             rounds of refitting the branch to what rounding the rest has lost
@@ -58,7 +62,16 @@ class Config:
     progress: bool = True
     fallback: bool = True
 
+    def __new__(cls, *args: Any, **options: Any) -> "Config":
+        """Raises OptionError for an option that there is not, naming the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}: {_instead_of(str(name), known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", PAPER.get(str(self.precision).lower(), self.precision))
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("mode", self.mode, MODES)
@@ -70,9 +83,15 @@ class Config:
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         budget = self.error_budget
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-            raise OptionError(f"option error_budget={budget!r}: must be a number above 0 and at most 1")
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in _iterable(self.skip)):
-            raise OptionError(f"option skip={self.skip!r}: must be a list of layer-name patterns")
+            raise OptionError(
+                f"option error_budget={budget!r}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"
+            )
+        if isinstance(self.skip, str):
+            raise OptionError(f"option skip={self.skip!r}: must be a list, as in skip=[{self.skip!r}]")
+        if not all(isinstance(pattern, str) for pattern in _iterable(self.skip)):
+            raise OptionError(
+                f"option skip={self.skip!r:.60}: must be a list of layer-name patterns, as in skip=['*.proj_out']"
+            )
         object.__setattr__(self, "skip", tuple(self.skip))
         if not isinstance(self.fuse, bool):
             if isinstance(self.fuse, str):
@@ -87,31 +106,47 @@ class Config:
         return self.fuse if isinstance(self.fuse, tuple) else FUSIONS if self.fuse else ()
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> "Config":
-        """From the `options=` and `mode=` of torch.compile. An unknown option is an error naming the nearest one."""
-        options = dict(options or {})
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
-                raise OptionError(f"unknown option {name!r}: {hint}")
-        if mode is not None:
-            if options.get("mode", mode) != mode:
-                raise OptionError(f"mode={mode!r} contradicts options['mode']={options['mode']!r}: give one of them")
-            options["mode"] = mode
-        return cls(**options)
+    def of(cls, config: "Config | Mapping[str, Any] | None", options: Mapping[str, Any] | None = None) -> "Config":
+        """From what a function was given: a Config or a dict, and options by name, which count more."""
+        options = options or {}
+        if config is None:
+            return cls(**options)
+        if isinstance(config, Config):
+            return cls(**{**config.to_dict(), **options})
+        if not isinstance(config, Mapping):
+            raise OptionError(
+                f"{config!r:.60} are no options: give them by name, as in precision='int4', rank=64; or a dict of them"
+            )
+        return cls(**{str(name): value for name, value in {**config, **options}.items()})
+
+    @classmethod
+    def from_options(cls, options: "Mapping[str, Any] | Config | None", mode: str | None = None) -> "Config":
+        """From the `options=` and `mode=` of torch.compile."""
+        config = cls.of(options)
+        if mode is None:
+            return config
+        if config.mode not in (None, mode):
+            raise OptionError(f"mode={mode!r} contradicts options['mode']={config.mode!r}: give one of them")
+        return replace(config, mode=mode)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a file stores them."""
         return asdict(self)
 
 
+def _instead_of(name: str, known: list[str]) -> str:
+    if name in TORCH_ARGUMENTS:
+        return f"it is an argument of torch.compile, as in model.compile(backend='svdquant', {name}=...)"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
+
+
 def _one_of(name: str, value: object, known: tuple) -> None:
     if value not in known:
-        near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+        near = difflib.get_close_matches(str(value).lower(), [str(k) for k in known], n=1)
+        near = [ELSEWHERE[str(value)]] if str(value) in ELSEWHERE else near
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise OptionError(f"option {name}={value!r}: {hint}it can be {', '.join(map(repr, known))}")
+        raise OptionError(f"option {name}={value!r:.60}: {hint}it can be {', '.join(map(repr, known))}")
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

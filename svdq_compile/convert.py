@@ -1,10 +1,11 @@
 """Turn weights of a model into quantized form, in place, group by group."""
 
+import difflib
 import fnmatch
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -19,6 +20,7 @@ from .errors import UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
+from .layers import matrices
 from .lowering.packed import as_matrix
 from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
@@ -113,7 +115,8 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         with torch.autocast(at.type, enabled=False):
             quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
-            _take(weight, name, replace(result, packed=replace(result.packed, expanded=task.expanded)), config)
+            result = replace(result, packed=replace(result.packed, expanded=task.expanded))
+            _take(weight, name, result, config, calibrated=task.statistics.span is not None)
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         for weight, _ in _undecided(task):
@@ -124,11 +127,11 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
             _leave(weight, f"quantizing it failed: {type(error).__name__}")
 
 
-def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config) -> None:
+def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config, calibrated: bool) -> None:
     """The 4-bit form, unless it is too far from the weight."""
     if result.error <= config.error_budget:
         nbytes = weight.nbytes
-        freeze(weight, result.packed, name, result.error, config.weights)
+        freeze(weight, result.packed, name, result.error, config.weights, calibrated)
         TALLY.quantized(result.packed.precision, nbytes, result.packed.nbytes())
     elif math.isfinite(result.error):
         _leave(weight, f"its error would be {result.error:.2f}, above error_budget")
@@ -154,6 +157,20 @@ def is_skipped(name: str, patterns: Iterable[str]) -> bool:
     """Whether the option `skip` names a layer, or a module that it stands in."""
     names = [*accumulate(name.split("."), "{}.{}".format), f".{name}"]
     return any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns for n in names)
+
+
+def warn_of_skip(models: Sequence[nn.Module], config: Config) -> None:
+    """Say which patterns of the option `skip` name no layer of any of these models."""
+    names = [matrix.name for model in models for matrix in matrices(model)] if config.skip else []
+    for pattern in config.skip:
+        if not any(is_skipped(name, [pattern]) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            log.warning(
+                "svdquant: option skip: %r names no layer of %s; %s",
+                pattern,
+                ", ".join(type(model).__name__ for model in models),
+                f"the nearest is {near[0]!r}" if near else "svdq_compile.report(model) has the names",
+            )
 
 
 def why_not_as_asked(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:

@@ -18,15 +18,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .input_statistics import InputStatistics
 from .layers import matrices
+from .lowering.torch_private import compilations, compilations_under_way
 from .parameter import QuantizedWeight
 from .passes.scope import OUTSIDE
 from .passes.weight_groups import WeightInputs
+
+RESTORED = "restored to 16-bit"  # until somebody asks for 4 bits again
 
 LOCK = threading.RLock()  # held while weights change their form
 
 _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
+_SHARED = WeakIdKeyDictionary()  # weight that reads the input of another one -> the other one's InputStatistics
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
+_COMPILED_BEFORE = WeakIdKeyDictionary()  # weight that was turned back -> what torch.compile had made until then
 
 
 @dataclass(frozen=True)
@@ -91,13 +96,22 @@ def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
     """The statistics of the input that these weights share; empty ones if nothing was observed yet."""
-    with LOCK: return _STATISTICS.setdefault(weights[0], InputStatistics())  # noqa: E701  # fmt: skip
+    with LOCK: found = _STATISTICS.setdefault(weights[0], InputStatistics())  # noqa: E701  # fmt: skip
+    for weight in weights[1:]:
+        _SHARED[weight] = found
+    return found
+
+
+def seen_by(weight: nn.Parameter) -> InputStatistics | None:
+    """What was observed of a weight's input; None if nothing was."""
+    return _STATISTICS.get(weight) or _SHARED.get(weight)
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:
     """Free what was observed, once it has served."""
     for weight in weights:
         _STATISTICS.pop(weight, None)
+        _SHARED.pop(weight, None)
 
 
 def leave_alone(weight: nn.Parameter, reason: str) -> None:
@@ -110,9 +124,46 @@ def reason_of(weight: nn.Parameter) -> str | None:
     return _REASONS.get(weight)
 
 
+def turn_back(weights: Iterable[nn.Parameter]) -> None:
+    """Decide that what is now 16-bit stays so, until somebody asks for 4 bits again: by `ask_again`, or by compiling
+    the model anew, which shows when compiled code is called (`note_compiled_anew`).
+    """
+    before = compilations()
+    for weight in weights:
+        if is_undecided(weight):
+            forget_statistics((weight,))
+            leave_alone(weight, RESTORED)
+            _COMPILED_BEFORE[weight] = before
+
+
+def note_compiled_anew(weights: Iterable[object]) -> None:
+    """Called in compiled code, or where it is made: let weights be quantized that were turned back before this code's
+    torch.compile was called.
+    """
+    if not _COMPILED_BEFORE:
+        return
+    turned = [w for w in weights if isinstance(w, nn.Parameter) and w in _COMPILED_BEFORE]
+    running = list(compilations_under_way()) if turned else []
+    for weight in turned:
+        if any(this not in _COMPILED_BEFORE[weight] for this in running):
+            forget_reason(weight)
+
+
+def ask_again(model: nn.Module) -> None:
+    """Let be quantized what was turned back. Of a model nothing of which is quantized all is decided anew: it may have
+    been left alone by other options.
+    """
+    weights = list(model.parameters())
+    is_plain = not any(isinstance(weight, QuantizedWeight) for weight in weights)
+    for weight in weights:
+        if is_plain or weight in _COMPILED_BEFORE:
+            forget_reason(weight)
+
+
 def forget_reason(weight: nn.Parameter) -> None:
     """Let a weight be considered again, and looked for."""
     _REASONS.pop(weight, None)
+    _COMPILED_BEFORE.pop(weight, None)
     _PLACES.pop(weight, None)
 
 

@@ -3,7 +3,6 @@
 Nothing is computed and no weight is read, so a model on the meta device will do (`model_files.empty_model`).
 """
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from rich.table import Column, Table
 from torch import nn
 
 from .config import Config
-from .convert import choose_precision, why_not_as_asked
-from .errors import SvdqError
+from .convert import choose_precision, warn_of_skip, why_not_as_asked
+from .given import denoisers, model_in
 from .kernels.formats import FORMATS
 from .layers import Layer, blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
 from .lowering.packed import PackedLinear, SharedInput, as_matrix
-from .model_files import DENOISERS
 from .parameter import QuantizedWeight
+from .tables import as_text
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,7 @@ class Diagnosis:
         yield Group(self._memory(), self._facts())
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=140).print(self)
-        return text.getvalue()
+        return as_text(self, [self.way, *self.reasons])
 
     def _memory(self) -> Table:
         right = [
@@ -121,17 +118,25 @@ class Diagnosis:
         return facts
 
 
-def doctor(model: Any, config: Config | None = None, *, example_inputs: Mapping[str, Any] | None = None) -> Diagnosis:
+def doctor(
+    model: Any,
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Diagnosis:
     """Say what would become of a model, or of a pipeline's denoiser, on any device, the meta device included.
 
+    config, options  a Config or a dict of options, and options by name
     example_inputs  keyword arguments of the model's forward: the model is traced with them, to say where Dynamo cuts
                     it. Dynamo forgets then what it has compiled in this process.
 
     A linear that reads few rows (one a sample) will be in w4a16, which only running tells: it is counted in the chosen
-    precision. Raises SvdqError for what is no model.
+    precision. Raises NotAModel, OptionError.
     """
-    config = config or Config()
+    config = Config.of(config, options)
     model = _denoiser(model)
+    warn_of_skip([model], config)
     precision = choose_precision(config, weight_only=False)
     found = list(layers(model))
     plans = tuple(_plan(layer, choose_precision(config, layer.expanded), config) for layer in found)
@@ -142,16 +147,8 @@ def doctor(model: Any, config: Config | None = None, *, example_inputs: Mapping[
 
 
 def _denoiser(model: Any) -> nn.Module:
-    """The model itself without torch.compile's wrapper, or the denoiser of a pipeline."""
-    found = [getattr(model, name, None) for name in DENOISERS]
-    if not isinstance(model, nn.Module):
-        model = next((part for part in found if isinstance(part, nn.Module)), model)
-    if not isinstance(model, nn.Module):
-        raise SvdqError(
-            f"{type(model).__name__} is neither a model nor a pipeline with a {' or '.join(DENOISERS)}: "
-            "give the nn.Module itself, as in svdq_compile.doctor(pipe.prior)"
-        )
-    return getattr(model, "_orig_mod", model)
+    """The model itself without torch.compile's wrapper, or the first denoiser of a pipeline."""
+    return model_in(next(iter(denoisers(model, "doctor").values())), "doctor")
 
 
 def _plan(layer: Layer, precision: str, config: Config) -> Plan:

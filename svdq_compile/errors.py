@@ -9,6 +9,20 @@ class OptionError(SvdqError, ValueError):
     """An option is unknown, of the wrong type, or out of range."""
 
 
+class NotAModel(SvdqError, TypeError):
+    """Something else was given where a model is wanted."""
+
+
+class AlreadyWrapped(SvdqError):
+    """A model in the wrapper of torch.compile was given where it is to be compiled in place."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(
+            f"{place} is in the wrapper of torch.compile already: "
+            f"take it off with `{place} = {place}._orig_mod`, then compile it in place"
+        )
+
+
 class GradientsNeeded(SvdqError):
     """The model is run with gradients; 4-bit weights are for inference."""
 

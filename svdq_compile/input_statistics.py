@@ -19,13 +19,13 @@ class InputStatistics:
 
     span    [K] fp32     the largest magnitude seen in each channel
     rows    [S, K]       rows sampled evenly from the calls, in the input's dtype
-    calls   how many calls were observed whole; the owner counts
+    calls   how many calls were observed whole, and wanted: how many shall be; the owner counts
     most_rows            the largest number that was read at once (passes/linears.rows_read); None: nothing was read
     """
 
     def __init__(self) -> None:
         self.span: Tensor | None = None
-        self.calls = 0
+        self.calls = self.wanted = 0
         self.most_rows: float | None = None
         self._rows: list[Tensor] = []
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .checkpoint import FORMAT
 from .errors import FileRefused, OptionError, SvdqError
+from .given import DENOISERS
 
-DENOISERS = ("transformer", "unet")  # of a pipeline, the first it has is quantized
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 

@@ -64,6 +64,7 @@ class ObservingGraph:
         outputs = self._run(*args)
         for task in tasks:
             task.statistics.calls += 1
+            task.statistics.wanted = steps
         self._convert([task for task in tasks if task.statistics.calls >= steps])
         return outputs
 

@@ -90,7 +90,7 @@ _DESCRIBE = frozenset(
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 _MOVES = frozenset(("to", "cuda", "cpu", "type", "bfloat16", "double", "float", "half"))
 # Attributes of a QuantizedWeight that a plain Parameter has not.
-_STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version")
+_STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version", "_svdq_calibrated")
 
 
 class QuantizedWeight(nn.Parameter):
@@ -103,6 +103,7 @@ class QuantizedWeight(nn.Parameter):
     _svdq_original: Tensor | None  # the CPU copy of weights="offload"
     _svdq_version: int | None  # of the kept values when they were packed, weights="keep"
     _svdq_error: float
+    _svdq_calibrated: bool | None  # whether its inputs were observed; None: an older file does not say
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
         return data if isinstance(data, QuantizedWeight) else nn.Parameter(data, requires_grad)
@@ -142,7 +143,13 @@ class QuantizedWeight(nn.Parameter):
             values = originals(self).clone() if is_kept(self) else _shell_of(self)
             twin = nn.Parameter(values, self.requires_grad)
             memo[id(self)] = become_quantized(
-                twin, self._svdq, self._svdq_name, self._svdq_error, self._svdq_original, is_kept(self)
+                twin,
+                self._svdq,
+                self._svdq_name,
+                self._svdq_error,
+                self._svdq_calibrated,
+                self._svdq_original,
+                is_kept(self),
             )
         return memo[id(self)]
 
@@ -172,16 +179,19 @@ def is_stale(weight: QuantizedWeight) -> bool:
     return weight._version != weight._svdq_version
 
 
-def freeze(parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, weights: str) -> None:
+def freeze(
+    parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, weights: str, calibrated: bool
+) -> None:
     """Turn a plain Parameter into a QuantizedWeight, in place.
 
+    error, calibrated  how far it is from the original, and whether that was seen on observed inputs
     weights  "release": give the memory back. "offload": the same, after a copy to the CPU. "keep": leave the values.
     The memory goes back when nothing else refers to it: a state dict taken earlier, or another Parameter with the same
     storage, keeps its values.
     """
     original = parameter.detach().cpu().clone() if weights == "offload" else None
     empty = None if weights == "keep" else shell(parameter.shape, parameter.stride(), parameter.dtype, packed.device)
-    become_quantized(parameter, packed, name, error, original, weights == "keep")
+    become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep")
     if empty is not None:
         _set_data(parameter, empty)
 
@@ -191,13 +201,14 @@ def become_quantized(
     packed: PackedLinear,
     name: str,
     error: float,
+    calibrated: bool | None,
     original: Tensor | None = None,
     keep: bool = False,
 ) -> QuantizedWeight:
     """Change the class of a Parameter. Its memory, if it has any, is read by nobody from now on unless `keep`."""
     refuse_export(_check_export)
     version = parameter._version if keep else None
-    parameter.__dict__.update(zip(_STATE, (packed, name, error, original, version), strict=True))
+    parameter.__dict__.update(zip(_STATE, (packed, name, error, original, version, calibrated), strict=True))
     parameter.__class__ = QuantizedWeight
     assert isinstance(parameter, QuantizedWeight)
     return parameter
@@ -354,7 +365,8 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Any:
         return weight
     packed = weight._svdq.to(probe.device, like.dtype if like.dtype in QUANTIZABLE_DTYPES else weight._svdq.up.dtype)
     twin = nn.Parameter(_shell_of(like, probe.device), weight.requires_grad)
-    return become_quantized(twin, packed, weight._svdq_name, weight._svdq_error, weight._svdq_original)
+    state = weight._svdq_name, weight._svdq_error, weight._svdq_calibrated, weight._svdq_original
+    return become_quantized(twin, packed, *state)
 
 
 def _take_over(weight: QuantizedWeight, other: QuantizedWeight) -> None:

@@ -1,6 +1,7 @@
 """Quantize a model before it is compiled or run: `quantize` and `restore`."""
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from . import decisions
 from .config import Config
-from .convert import Task, convert
-from .errors import NothingToQuantize
+from .convert import Task, convert, warn_of_skip
+from .errors import NothingToQuantize, OptionError
+from .given import device_in, model_in
 from .input_statistics import InputStatistics
 from .layers import layers
 from .lowering.torch_private import compiled_in_place, convert_by_our_settings
@@ -20,19 +22,21 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
 from .report import Report, report
 from .roots import find_weights
-from .summary import TALLY, tell_to_compile
+from .summary import TALLY, say, tell_to_compile
 
 
 def quantize(
     model: nn.Module,
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | None = None,
     *,
     calibrate: Callable[[nn.Module], Any] | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
+    **options: Any,
 ) -> Report:
     """Quantize a model in place, layer by layer.
 
+    config, options  a Config or a dict of options, and options by name, which count more
     calibrate       runs the model on what it is for, as in `lambda model: pipe("a dog")`; it runs in 16-bit while the
                     inputs of its layers are observed. The best picture.
     example_inputs  keyword arguments of the model's forward, for their shapes only: the model is traced on the meta
@@ -41,12 +45,13 @@ def quantize(
     device          where the work is done and the model ends up. From CPU weights to a GPU this way, the GPU never
                     holds more 16-bit weights than one group of layers.
 
-    Returns the report. Raises NothingToQuantize, NonFiniteWeight, UnsupportedDevice.
+    Returns the report. Raises NotAModel, OptionError, NothingToQuantize, NonFiniteWeight, UnsupportedDevice.
     """
-    config = config or Config()
-    target = None if device is None else torch.empty(0, device=device).device
-    if calibrate is not None and example_inputs is not None:
-        raise ValueError("give calibrate or example_inputs, not both: calibrating shows the shapes too")
+    _check(model, calibrate, example_inputs)
+    chosen = Config.of(config, options)
+    target = None if device is None else device_in(device)
+    warn_of_skip([model], chosen)
+    decisions.ask_again(model)
     decisions.place(model)
     if calibrate is not None:
         tasks = _observed(model, calibrate)
@@ -57,12 +62,53 @@ def quantize(
     tasks += _by_weights_alone(model, tasks)
     if not any(isinstance(p, QuantizedWeight) for p in model.parameters()) and not _eligible(tasks):
         raise NothingToQuantize(_why_nothing(model))
-    convert(tasks, config, target)
+    convert(tasks, chosen, target)
     if target is not None:
         model.to(target)
-    TALLY.tell(config.progress)
-    tell_to_compile(model, config.progress)
+    TALLY.tell(chosen.progress)
+    tell_to_compile(model, chosen.progress)
     return report(model)
+
+
+def _check(model: Any, calibrate: Any, example_inputs: Any) -> None:
+    """What was given beside the options. Raises NotAModel, OptionError."""
+    inner = model_in(model, "quantize")
+    if calibrate is not None and example_inputs is not None:
+        raise OptionError("give calibrate or example_inputs, not both: calibrating shows the shapes too")
+    if calibrate is not None and not _can_be_called(calibrate, model):
+        raise OptionError(
+            f"calibrate={calibrate!r:.60} is no function of the model: "
+            "give one that runs it, as in calibrate=lambda model: pipe('a dog')"
+        )
+    if example_inputs is None:
+        return
+    if not isinstance(example_inputs, Mapping):
+        raise OptionError(
+            f"example_inputs is a {type(example_inputs).__name__}: give a dict of the arguments of "
+            f"{type(inner).__name__}.forward{_parameters(inner)}"
+        )
+    if not _can_be_called(inner.forward, **example_inputs):
+        raise OptionError(
+            f"example_inputs has {', '.join(map(str, example_inputs)) or 'nothing'}, which does not fit "
+            f"{type(inner).__name__}.forward{_parameters(inner)}"
+        )
+
+
+def _can_be_called(function: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether these arguments fit, as far as Python can tell without calling."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except ValueError:  # a function that does not tell
+        return True
+    except TypeError:
+        return False
+    return True
+
+
+def _parameters(model: nn.Module) -> str:
+    """The names of what forward takes, those in brackets that may be left out."""
+    found = [p for name, p in inspect.signature(model.forward).parameters.items() if name != "self"]
+    return f"({', '.join(p.name if p.default is p.empty else f'[{p.name}]' for p in found)})"
 
 
 def _eligible(tasks: list[Task]) -> list[nn.Parameter]:
@@ -163,25 +209,40 @@ def _by_weights_alone(model: nn.Module, seen: list[Task]) -> list[Task]:
     return tasks
 
 
-def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *, dequantize: bool = False) -> int:
+def restore(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    dequantize: bool = False,
+    progress: bool = True,
+) -> int:
     """Turn every quantized weight back into a plain 16-bit one, in place. Returns how many.
 
     The values are the originals with weights="keep" or "offload". With "release" they are gone: they come from
     `state_dict` (by the model's names), or with `dequantize=True` from the 4-bit form, which is close to the originals
-    but not equal. Raises WeightsReleased, before anything is changed, if some weight has none of these.
+    but not equal. The model stays in 16-bit, compiled or not, until `quantize` or `compile` is called, or torch.compile
+    anew. progress: say so in a line.
+
+    Raises NotAModel, OptionError for what is no state dict or does not fit, and WeightsReleased if some weight has none
+    of these: before anything is changed.
     """
+    model_in(model, "restore")
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise OptionError(
+            f"state_dict={state_dict!r:.60} is no state dict: give the tensors by name, as "
+            "safetensors.torch.load_file(path) or another_model.state_dict() has them"
+        )
     named = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
     values: dict[str, Tensor | None] = {}
     for name, weight in named.items():
         if state_dict is not None and name in state_dict:
-            given = state_dict[name]
-            values[name] = given
+            values[name] = given = state_dict[name]
+            if not isinstance(given, Tensor):
+                raise OptionError(f"{name}: state_dict has {given!r:.60}, not a tensor")
             if isinstance(given, QuantizedWeight):
                 originals(given)  # raises where there are none
             if given.shape != weight.shape:
-                raise ValueError(
-                    f"{name}: state_dict has shape {tuple(state_dict[name].shape)}, not {tuple(weight.shape)}"
-                )
+                raise OptionError(f"{name}: state_dict has shape {tuple(given.shape)}, not {tuple(weight.shape)}")
         elif dequantize:
             values[name] = None
         else:
@@ -190,6 +251,11 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, *,
     for name, weight in named.items():
         value = values[name]
         thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)
-    for parameter in model.parameters():
-        decisions.forget_reason(parameter)
+    decisions.turn_back(model.parameters())
+    if named:
+        say(
+            f"svdquant: {len(named)} linears are 16-bit again and stay so; svdq_compile.quantize(model) or compiling "
+            "the model anew quantizes them",
+            progress,
+        )
     return len(named)

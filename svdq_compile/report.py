@@ -1,6 +1,5 @@
 """What became of each linear of a model, as a table."""
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,8 +8,10 @@ from rich.table import Table
 from torch import nn
 
 from . import decisions
-from .layers import layers
+from .given import model_in
+from .layers import Layer, layers
 from .parameter import QuantizedWeight
+from .tables import as_text, names
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,16 @@ class Report:
     def bytes_after(self) -> int:
         return sum(row.bytes_after for row in self.rows)
 
+    @property
+    def names(self) -> list[str]:
+        return [row.name for row in self.rows]
+
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("layer", "precision", "rank", "MiB before", "MiB after", "error", "why 16-bit")
+        layer = names("layer", self.names)
+        table = Table(layer, "precision", "rank", "MiB before", "MiB after", "error", "why 16-bit")
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -67,9 +73,7 @@ class Report:
         yield table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=140).print(self)
-        return text.getvalue()
+        return as_text(self, self.names)
 
 
 def _mib(count: int) -> str:
@@ -77,15 +81,34 @@ def _mib(count: int) -> str:
 
 
 def report(model: nn.Module) -> Report:
-    """The report of a model, or of one that torch.compile wraps."""
-    model = getattr(model, "_orig_mod", model)
-    return Report(tuple(_row(layer.name, layer.weight, layer.reason) for layer in layers(model)))
+    """The report of a model, or of one that torch.compile wraps. Raises NotAModel."""
+    inner = model_in(model, "report")
+    compiled = _compiled_weights(model)
+    return Report(tuple(_row(layer, compiled) for layer in layers(inner)))
 
 
-def _row(name: str, weight: nn.Parameter, reason: str | None) -> LayerReport:
+def _row(layer: Layer, compiled: set[int]) -> LayerReport:
+    weight = layer.weight
     before = weight.numel() * weight.element_size()
     if isinstance(weight, QuantizedWeight):
         packed = weight._svdq
-        return LayerReport(name, packed.precision, packed.rank, before, packed.nbytes(), weight._svdq_error, "")
+        return LayerReport(layer.name, packed.precision, packed.rank, before, packed.nbytes(), weight._svdq_error, "")
     dtype = str(weight.dtype).removeprefix("torch.")
-    return LayerReport(name, dtype, 0, before, before, None, decisions.reason_of(weight) or reason or "not reached yet")
+    reason = decisions.reason_of(weight) or layer.reason or _why_not_yet(weight, compiled)
+    return LayerReport(layer.name, dtype, 0, before, before, None, reason)
+
+
+def _compiled_weights(model: nn.Module) -> set[int]:
+    """The ids of the Parameters in modules that were compiled, in place or by a wrapper."""
+    modules = [m for m in model.modules() if m._compiled_call_impl is not None or hasattr(m, "_orig_mod")]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
+def _why_not_yet(weight: nn.Parameter, compiled: set[int]) -> str:
+    """Of a weight that nothing is decided of."""
+    seen = decisions.seen_by(weight)
+    if seen is not None and seen.calls:
+        return f"observed in {seen.calls} of {seen.wanted} calls"
+    if compiled and id(weight) not in compiled:
+        return "not compiled: it stands outside the modules that were"
+    return "not reached yet"

@@ -37,6 +37,7 @@ class UndecidedGraph:
         self._for_all_sizes = None if self._is_undecided(example_inputs) else self._compile(example_inputs)
 
     def __call__(self, *args: Any) -> Any:
+        decisions.note_compiled_anew(args)
         if self._is_undecided(args):
             return self._observe(args)
         if self._for_all_sizes is not None:

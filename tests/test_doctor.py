@@ -59,7 +59,7 @@ def test_a_pipeline_is_its_denoiser() -> None:
     model = net()
     for pipe in (Pipeline(transformer=model), Pipeline(unet=model), Pipeline(unet=nn.Linear(8, 8), transformer=model)):
         assert svdq.doctor(pipe).model_class == "Net"
-    with pytest.raises(SvdqError, match=r"neither a model nor a pipeline.*pipe\.prior"):
+    with pytest.raises(SvdqError, match=r"Pipeline is a pipeline, not a model.*doctor\(pipe\.prior\)"):
         svdq.doctor(Pipeline(prior=model))
 
 

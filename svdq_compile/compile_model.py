@@ -1,0 +1,87 @@
+"""One call for any model or pipeline: `compile`."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import decisions
+from .config import Config
+from .convert import warn_of_skip
+from .errors import AlreadyWrapped, NothingToQuantize
+from .given import denoisers
+from .layers import matrices
+from .parameter import QuantizedWeight
+from .summary import say
+
+T = TypeVar("T")
+
+
+def compile(model: T, config: Config | Mapping[str, Any] | None = None, **options: Any) -> T:
+    """Compile a model, or the denoisers of a diffusers pipeline (transformer, transformer_2, unet), in place; returns
+    what it was given.
+
+        svdq.compile(pipe)
+        svdq.compile(pipe, precision="int4", skip=["*.proj_out"])
+        svdq.compile(pipe.text_encoder, calibration_steps=0)
+
+    Where the class of a model names its repeated blocks (diffusers' `_repeated_blocks`) each of them is compiled, which
+    takes the compiler a fraction of the time; else the model whole. What was compiled before is compiled anew. The
+    first calls run in 16-bit and watch, unless the model is quantized already; a model that `restore` has turned back
+    to 16-bit is quantized again.
+
+    config, options  a Config or a dict of options, and options by name, which count more. Raises OptionError for an
+    unknown or impossible option, NotAModel, NothingToQuantize, and AlreadyWrapped for what torch.compile(model) gives:
+    before anything is changed.
+    """
+    chosen = Config.of(config, options)
+    found = denoisers(model, "compile")
+    for name, part in found.items():
+        _check(name, part)
+    warn_of_skip(list(found.values()), chosen)
+    told = [_compile(name, part, chosen) for name, part in found.items()]
+    say(f"svdquant: {', '.join(told)}; {_what_comes(list(found.values()), chosen)}", chosen.progress)
+    return model
+
+
+def _check(name: str, model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise AlreadyWrapped(f"pipe.{name}" if name else "model")
+    if not any(isinstance(matrix.weight, QuantizedWeight) or matrix.never is None for matrix in matrices(model)):
+        raise NothingToQuantize(
+            f"{type(model).__name__} has no linear layer that can be quantized: svdq_compile.report(model) says why "
+            "for each; torch.compile(model) compiles it in 16-bit"
+        )
+
+
+def _compile(name: str, model: nn.Module, config: Config) -> str:
+    """Compile one model, and say how."""
+    decisions.ask_again(model)
+    for module in model.modules():
+        module._compiled_call_impl = None
+    options, place = config.to_dict(), name or type(model).__name__
+    blocks = _repeated_blocks(model)
+    if not blocks:
+        model.compile(backend="svdquant", options=options)
+        return f"{place} compiled as a whole"
+    for block in blocks:
+        block.compile(backend="svdquant", fullgraph=True, options=options)
+    kinds = Counter(type(block).__name__ for block in blocks)
+    return f"{place} compiled by its blocks ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Those that the model's class names, as diffusers' compile_repeated_blocks takes them."""
+    kinds = getattr(type(model), "_repeated_blocks", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def _what_comes(models: list[nn.Module], config: Config) -> str:
+    is_quantized = all(any(isinstance(p, QuantizedWeight) for p in model.parameters()) for model in models)
+    if is_quantized:
+        return "quantized already, the first call compiles"
+    if config.calibration_steps == 0:
+        return "the first call quantizes by the weights alone and compiles"
+    calls = f"{config.calibration_steps} calls" if config.calibration_steps > 1 else "call"
+    return f"the first {calls}: 16-bit, watching what the layers read; the next compiles"
