@@ -1,7 +1,8 @@
 """Run passes over a graph: count, time, check and dump, so that no pass has to.
 
 TORCH_LOGS="+svdq_compile"     one line a pass, at debug level
-SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python
+SVDQ_DUMP=folder               the graph before the first pass and after each that changed it, as readable Python;
+                               a note where Inductor had the code in its caches, so that no pass ran
 TORCH_TRACE=folder             the same graphs among torch's own artifacts (tlparse shows them)
 SVDQ_VERIFY=1                  what must hold of every graph is checked after each pass (verify.py), as in all tests
 """
@@ -20,6 +21,11 @@ from .verify import BrokenGraph, Promise
 
 log = logging.getLogger("svdq_compile.passes")
 _numbers = itertools.count()
+
+FROM_CACHE = (
+    "Inductor had the code of this graph in its caches, so no fusing pass ran and there is nothing to show of them. To "
+    "see them, start again with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1."
+)
 
 Pass = Callable[[fx.GraphModule], int]
 
@@ -60,13 +66,20 @@ def name_of(rewrite: Callable) -> str:
 def dump(gm: fx.GraphModule, label: str) -> None:
     """Write a graph where SVDQ_DUMP and TORCH_TRACE ask for it, named by a running number and `label`."""
 
-    def text() -> str:
-        return gm.print_readable(print_output=False, include_stride=True, include_device=True)
+    _write(label, "py", lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True))
 
+
+def dump_from_cache() -> None:
+    """Say in place of the graphs that the fusing passes would have made why there are none."""
+    log.info(FROM_CACHE)
+    _write("from_cache", "txt", lambda: f"{FROM_CACHE}\n")
+
+
+def _write(label: str, suffix: str, text: Callable[[], str]) -> None:
     number = next(_numbers)
     trace_artifact(f"svdq_{number:03d}_{label}", text)
     folder = os.environ.get("SVDQ_DUMP")
     if folder:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / f"{number:03d}.{label}.py").write_text(text())
+        (target / f"{number:03d}.{label}.{suffix}").write_text(text())

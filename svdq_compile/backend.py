@@ -19,8 +19,9 @@ from .errors import GradientsNeeded
 from .fallback import go_on
 from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly
 from .parameter import QuantizedWeight
-from .roots import find_weights, models_of
-from .summary import TALLY
+from .roots import find_weights, model_of, models_of
+from .stages import compiling
+from .summary import tell_if_done
 from .undecided import UndecidedGraph
 
 
@@ -48,13 +49,13 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
     inputs = find_weights(gm, example_inputs, models_of(gm))
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     is_decided = not any(decisions.is_undecided(w) for w in weights)
-    if is_decided:
-        TALLY.tell(config.progress)
-    elif config.calibration_steps:
-        TALLY.watching(config.calibration_steps, config.progress)
-    if is_decided and any(isinstance(value, QuantizedWeight) for value in example_inputs):
-        return CompiledGraph(gm, example_inputs, inputs, config)
-    return UndecidedGraph(gm, example_inputs, inputs, config)
+    if not is_decided:
+        return UndecidedGraph(gm, example_inputs, inputs, config)
+    model = model_of(example_inputs, models_of(gm))
+    tell_if_done(model, config.progress)
+    kind = CompiledGraph if any(isinstance(value, QuantizedWeight) for value in example_inputs) else UndecidedGraph
+    with compiling(model, config.progress):
+        return kind(gm, example_inputs, inputs, config)
 
 
 def _refuse_gradients(gm: fx.GraphModule) -> None:

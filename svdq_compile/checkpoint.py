@@ -14,14 +14,13 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,7 +35,8 @@ from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
 from .passes.peft_names import is_adapter, without_adapters, wrapped_layer
-from .summary import tell_to_compile
+from .progress import steps
+from .summary import tell_to_compile, title
 
 FORMAT = "svdq-compile"
 VERSION = 1
@@ -116,7 +116,7 @@ def save(model: nn.Module, path: str | os.PathLike, *, config: Config | None = N
     model = getattr(model, "_orig_mod", model)
     tensors, metadata = _contents(model, config)
     with _replacing(Path(path)) as temporary:
-        host = {n: t.detach().cpu().contiguous() for n, t in _shown(tensors.items(), "saving", progress)}
+        host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
         host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
         metadata["checksums"] = json.dumps({n: _checksum(t) for n, t in host.items()})
@@ -184,10 +184,6 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=packed.nbytes(),
     )
-
-
-def _shown(items: Iterable, text: str, progress: bool) -> Iterable:
-    return track(list(items), text, transient=True, disable=not progress)
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -264,11 +260,11 @@ def load(
     _check_fit(model, header, path)
     target = torch.empty(0, device=device).device if device is not None else _device_of(model)
     with _opened(path) as file:
-        for name in _shown(header.checksums, "checking", progress):
+        for name in steps(header.checksums, f"checking {path}", progress):
             if _checksum(file.get_tensor(name)) != header.checksums[name]:
                 raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
         shared: dict[str, SharedInput] = {}
-        for entry in _shown(header.layers, "loading", progress):
+        for entry in steps(header.layers, f"loading {path}", progress):
             tensors = {field: file.get_tensor(name).to(target) for field, name in entry.own_names().items()}
             if entry.shared not in shared:
                 smooth, down = (file.get_tensor(name).to(target) for name in entry.shared_names())
@@ -294,6 +290,7 @@ def load(
     for layer in layers(model):
         if layer.name in header.others:
             decisions.leave_alone(layer.weight, header.others[layer.name])
+    decisions.place(model)
     tell_to_compile(model, progress)
     return model
 

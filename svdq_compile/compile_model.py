@@ -13,7 +13,7 @@ from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
 from .layers import matrices
 from .parameter import QuantizedWeight
-from .summary import say
+from .progress import say
 
 T = TypeVar("T")
 

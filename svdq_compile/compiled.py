@@ -27,6 +27,9 @@ from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
 from .passes.writes import may_write
+from .roots import model_of, models_under_way
+from .stages import compiling
+from .summary import tell_if_done
 
 log = logging.getLogger("svdq_compile")
 
@@ -69,11 +72,18 @@ class CompiledGraph:
         return resolved(args)
 
     def _first_call(self, args: tuple, packs: list[PackedLinear]) -> Any:
-        """Find the variant for these packs, compiled now if there is none. Goes on eagerly where that fails, or the
-        first launch of its kernels.
-        """
+        """Of these packs: there may be a variant for them, or it has to be compiled."""
         self._lay_out(packs)
         key = self._key(args, packs)
+        model = model_of(args, models_under_way())
+        tell_if_done(model, self._config.progress)
+        variant = self._variants.get(key)
+        is_ready = key in self._variants and (variant is None or variant.has_run)
+        with compiling(model, self._config.progress and not is_ready):
+            return self._call_variant(key, args, packs)
+
+    def _call_variant(self, key: tuple, args: tuple, packs: list[PackedLinear]) -> Any:
+        """Goes on eagerly where compiling fails, or the first launch of the kernels."""
         try:
             variant = self._variants[key] if key in self._variants else self._compile(list(args), packs)
         except Exception as error:
@@ -131,6 +141,16 @@ class CompiledGraph:
         return self._observing(*args)
 
 
+class Fusing(partial):
+    """`fuse`, which knows whether it ran: it does not where Inductor has the code in its caches."""
+
+    has_run = False
+
+    def __call__(self, gm: fx.GraphModule) -> None:
+        self.has_run = True
+        super().__call__(gm)
+
+
 class Variant:
     """The graph rewritten and compiled for one form of its packed weights."""
 
@@ -159,7 +179,10 @@ class Variant:
         for position, index in self.plain:
             inputs[position] = args[index]
         self.has_run = False
-        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, partial(fuse, fusions=config.fusions))
+        fusing = Fusing(fuse, fusions=config.fusions)
+        self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fusing)
+        if not fusing.has_run:
+            pipeline.dump_from_cache()
 
     def template(self, packs: dict[int, PackedLinear]) -> list:
         """The inputs with the packed tensors filled in and gaps for the others."""

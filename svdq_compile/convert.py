@@ -4,14 +4,11 @@ import difflib
 import fnmatch
 import logging
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from . import decisions
@@ -26,7 +23,8 @@ from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
 from .passes import linears
 from .quantizer import Quantized, quantize_group
-from .summary import TALLY, can_show
+from .stages import quantizing
+from .summary import decided
 
 log = logging.getLogger("svdq_compile")
 
@@ -71,15 +69,18 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 @torch.no_grad()
 def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
     missing: Exception | None = None
-    for task in progress([task for task in tasks if _undecided(task)], config.progress):
-        try:
-            _convert_group(task, config, device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            missing = error.with_traceback(None)  # whose frames hold tensors
-        if not _undecided(task):
-            decisions.forget_statistics(task.weights)
+    weights = [weight for task in tasks for weight, _ in _undecided(task)]
+    with quantizing(weights, config.calibration_steps == 0, config.progress):
+        for task in tasks:
+            try:
+                _convert_group(task, config, device)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                missing = error.with_traceback(None)  # whose frames hold tensors
+            if not _undecided(task):
+                decisions.forget_statistics(task.weights)
+    decided(decisions.model_of(weights))
     if missing is not None:
         raise missing
 
@@ -89,20 +90,12 @@ def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:
     return [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
 
 
-def progress(tasks: list[Task], visible: bool) -> Iterator[Task]:
-    """The tasks, with a bar on stderr that goes away when they are done."""
-    columns = (TextColumn("quantizing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    is_shown = visible and can_show() and sys.stderr.isatty()  # of a pipe whose reader has gone rich makes an exit
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not is_shown) as bar:
-        yield from bar.track(tasks)
-
-
 def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
     precision = choose_precision(config, task.has_few_rows or task.expanded)
     for weight, name in _undecided(task):
         reason = why_not_as_asked(weight, name, precision, config)
         if reason is not None:
-            _leave(weight, reason)
+            decisions.leave_alone(weight, reason)
     chosen = _undecided(task)
     if not chosen:
         return
@@ -120,28 +113,21 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         for weight, _ in _undecided(task):
-            _leave(weight, TOO_EXTREME)
+            decisions.leave_alone(weight, TOO_EXTREME)
     except Exception as error:
         go_on(error, f"quantizing {', '.join(names)}", "what is left of it stays 16-bit", config)
         for weight, _ in _undecided(task):
-            _leave(weight, f"quantizing it failed: {type(error).__name__}")
+            decisions.leave_alone(weight, f"quantizing it failed: {type(error).__name__}")
 
 
 def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config, calibrated: bool) -> None:
     """The 4-bit form, unless it is too far from the weight."""
     if result.error <= config.error_budget:
-        nbytes = weight.nbytes
         freeze(weight, result.packed, name, result.error, config.weights, calibrated)
-        TALLY.quantized(result.packed.precision, nbytes, result.packed.nbytes())
     elif math.isfinite(result.error):
-        _leave(weight, f"its error would be {result.error:.2f}, above error_budget")
+        decisions.leave_alone(weight, f"its error would be {result.error:.2f}, above error_budget")
     else:
-        _leave(weight, TOO_EXTREME)
-
-
-def _leave(weight: nn.Parameter, reason: str) -> None:
-    decisions.leave_alone(weight, reason)
-    TALLY.left(reason, weight.nbytes)
+        decisions.leave_alone(weight, TOO_EXTREME)
 
 
 def choose_precision(config: Config, weight_only: bool) -> str:

@@ -79,6 +79,12 @@ def name_of(weight: nn.Parameter) -> str | None:
     return _PLACES[weight].name if is_placed(weight) else None
 
 
+def model_of(values: Iterable[object]) -> nn.Module | None:
+    """The model that the first of these weights stands in, as far as it is known."""
+    models = (_PLACES[value].model() for value in values if isinstance(value, nn.Parameter) and is_placed(value))
+    return next((model for model in models if model is not None), None)
+
+
 def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
     """Leave alone those of a graph's weights that must stay 16-bit, where they stand or as the graph uses them."""
     for index, _, use in inputs.rejected:
@@ -105,6 +111,16 @@ def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
 def seen_by(weight: nn.Parameter) -> InputStatistics | None:
     """What was observed of a weight's input; None if nothing was."""
     return _STATISTICS.get(weight) or _SHARED.get(weight)
+
+
+def is_observed(weight: nn.Parameter) -> bool:
+    """Whether there are statistics of the input of a weight, by its own name: of those that share it, the first's."""
+    return weight in _STATISTICS
+
+
+def may_be_quantized(weight: nn.Parameter) -> bool:
+    """Whether nothing speaks against it where a weight stands."""
+    return is_placed(weight) and _PLACES[weight].name is not None and _PLACES[weight].reason is None
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:

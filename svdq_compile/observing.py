@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import decisions, eager
+from . import decisions, eager, stages
 from .config import Config
 from .convert import Task, convert
 from .fallback import is_out_of_memory
@@ -61,7 +61,9 @@ class ObservingGraph:
         if steps == 0:
             self._convert(tasks)
             return self._run(*args)
-        outputs = self._run(*args)
+        call = max((task.statistics.calls for task in tasks), default=0) + 1
+        with stages.observing(decisions.model_of(args), call, steps, self._config.progress and bool(tasks)):
+            outputs = self._run(*args)
         for task in tasks:
             task.statistics.calls += 1
             task.statistics.wanted = steps

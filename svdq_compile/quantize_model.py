@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import decisions
+from . import decisions, stages
 from .config import Config
 from .convert import Task, convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
@@ -20,9 +20,10 @@ from .layers import layers
 from .lowering.torch_private import compiled_in_place, convert_by_our_settings
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
+from .progress import say
 from .report import Report, report
 from .roots import find_weights
-from .summary import TALLY, say, tell_to_compile
+from .summary import tell_again, tell_to_compile
 
 
 def quantize(
@@ -53,8 +54,9 @@ def quantize(
     warn_of_skip([model], chosen)
     decisions.ask_again(model)
     decisions.place(model)
+    stages.begin_anew(model)
     if calibrate is not None:
-        tasks = _observed(model, calibrate)
+        tasks = _observed(model, calibrate, chosen.progress)
     elif example_inputs is not None:
         tasks = _traced(model, example_inputs)
     else:
@@ -65,7 +67,7 @@ def quantize(
     convert(tasks, chosen, target)
     if target is not None:
         model.to(target)
-    TALLY.tell(chosen.progress)
+    tell_again(model, chosen.progress)
     tell_to_compile(model, chosen.progress)
     return report(model)
 
@@ -129,17 +131,19 @@ class _Watch:
     """A model whose graphs run for `_observed`.
 
     weights   ids of its Parameters; whose graph it is that runs is told by them
+    visible   whether it is told how far it has come
     has_run   whether any graph did
     tasks     what was found, by the id of the first weight
     """
 
     weights: set[int]
+    visible: bool
     has_run: bool = False
     tasks: dict[int, Task] = field(default_factory=dict)
 
 
 _WATCHES: list[_Watch] = []  # one for each `_observed` that is under way
-_ENDLESS = Config(calibration_steps=1_000_000)  # none of its graphs is ever done with observing
+_ENDLESS = Config(calibration_steps=1_000_000, progress=False)  # none of its graphs is ever done with observing
 
 
 def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
@@ -149,18 +153,21 @@ def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
     graph = ObservingGraph(gm, find_weights(gm, example_inputs, ()), _ENDLESS)
 
     def run(*args: Any) -> Any:
-        held = {id(value) for value in args}
+        held, visible = {id(value) for value in args}, False
         for watch in [watch for watch in _WATCHES if not held.isdisjoint(watch.weights)]:
             watch.has_run = True
             watch.tasks.update((id(task.weights[0]), task) for task in graph.tasks(args))
-        return graph(*args)
+            visible |= watch.visible
+        calls = [task.statistics.calls for task in graph.tasks(args)]
+        with stages.observing(decisions.model_of(args), max(calls, default=0) + 1, None, visible and bool(calls)):
+            return graph(*args)
 
     return run
 
 
-def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any]) -> list[Task]:
+def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any], visible: bool) -> list[Task]:
     """Run `calibrate` with every graph of the model observing."""
-    watch = _Watch({id(parameter) for parameter in model.parameters()})
+    watch = _Watch({id(parameter) for parameter in model.parameters()}, visible)
     _WATCHES.append(watch)
     try:
         with compiled_in_place(model, convert_by_our_settings(_watching)), torch.no_grad():
@@ -180,7 +187,7 @@ def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
     twin = copy.deepcopy(model, memo)
     decisions.place(twin)
     moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in example_inputs.items()}
-    tasks = _observed(twin, lambda model: model(**moved))
+    tasks = _observed(twin, lambda model: model(**moved), visible=False)
     for parameter, original in twins:
         reason = decisions.reason_of(parameter)
         if reason is not None and decisions.is_undecided(original):

@@ -5,8 +5,9 @@ on Python's stack, since hooks and torch.compile leave the frames of the modules
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 from torch import fx, nn
 
@@ -37,6 +38,17 @@ def models_under_way() -> Iterator[nn.Module]:
     """Called by a graph: the modules that it may be a part of in this call, the likeliest first."""
     yield from _calling(_frames())
     yield from _at_hand(_frames())
+
+
+def model_of(args: Sequence[Any], models: Iterable[nn.Module]) -> nn.Module | None:
+    """The model that a graph with these inputs is a part of: where its weights were found, or the first of the models
+    that holds one.
+    """
+    model = decisions.model_of(args)
+    if model is None:
+        held = {id(value) for value in args if isinstance(value, nn.Parameter)}
+        model = next((m for m in models if not held or any(id(p) in held for p in m.parameters())), None)
+    return model
 
 
 def _calling(frames: list[FrameType]) -> Iterator[nn.Module]:

@@ -1,97 +1,111 @@
-"""What a user is told while a model is quantized, a line each: that it is watched, what was quantized (when the first
-4-bit code is compiled), and that it wants to be compiled.
+"""What a user is told of a model, a line each: what was quantized (when the first 4-bit code is compiled) or why
+nothing was, and that it wants to be compiled.
 """
 
-import logging
-import sys
-from collections import Counter
-from contextlib import suppress
+import re
+from collections import defaultdict
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-log = logging.getLogger("svdq_compile")
+from . import decisions
+from .kernels.formats import FORMATS
+from .layers import layers
+from .parameter import QuantizedWeight
+from .passes.peft_names import is_adapter
+from .progress import say
+from .report import LayerReport, report
+
+_TITLES = WeakIdKeyDictionary()  # model -> its title
+_TOLD = WeakIdKeyDictionary()  # model -> the last line of it
+_CURRENT = WeakIdKeyDictionary()  # models of which nothing was decided since their last line
+_LARGE = 2**26  # bytes: what stays 16-bit and takes more is told with its size
 
 
-class Tally:
-    """Counts since the last line. Blocks that are compiled one by one are quantized one by one, but told together."""
+def title(model: nn.Module | None) -> str:
+    """Its class, and a number where others of the class were told of."""
+    if model is None:
+        return "a function"
+    if model not in _TITLES:
+        name, taken = type(model).__name__, set(_TITLES.values())
+        numbered = (f"{name} #{i}" for i in range(2, len(taken) + 3))
+        _TITLES[model] = name if name not in taken else next(t for t in numbered if t not in taken)
+    return _TITLES[model]
 
-    def __init__(self) -> None:
-        self._is_watching = False
-        self._clear()
 
-    def _clear(self) -> None:
-        self._precisions: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
-        self._before = self._after = 0
+def summary(model: nn.Module) -> str:
+    """The sentence, read off the model as it is."""
+    rows = [row for row in report(model) if not is_adapter(row.name)]
+    quantized = [row for row in rows if row.precision in FORMATS]
+    left = [row for row in rows if row.precision not in FORMATS]
+    text = f"svdquant: {title(model)}: {_what(quantized)}"
+    if left:
+        text += f"; {len(left)} left in 16-bit: {_why(left)}"
+    return text if rows else f"{text}: it has no nn.Linear and no 1x1 convolution"
 
-    def quantized(self, precision: str, before: int, after: int) -> None:
-        """A layer of `before` bytes now takes `after`."""
-        self._precisions[precision] += 1
-        self._before += before
-        self._after += after
 
-    def left(self, reason: str, nbytes: int) -> None:
-        """A layer stays 16-bit."""
-        self._reasons[f"{reason} ({nbytes / 2**20:.1f} MiB)" if nbytes > 2**26 else reason] += 1
+def _what(rows: list[LayerReport]) -> str:
+    if not rows:
+        return "nothing was quantized"
+    names = [row.precision for row in rows]
+    kinds = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+    before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+    return f"{len(rows)} linears quantized ({kinds}), {before / 2**20:.1f} -> {after / 2**20:.1f} MiB"
 
-    def line(self) -> str:
-        """The sentence, or '' if nothing happened."""
-        if not self._precisions and not self._reasons:
-            return ""
-        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self._precisions.items()))
-        text = f"svdquant: {sum(self._precisions.values())} linears quantized ({kinds or 'none'}), "
-        text += f"{self._before / 2**20:.1f} -> {self._after / 2**20:.1f} MiB"
-        if self._reasons:
-            why = "; ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
-            text += f"; {sum(self._reasons.values())} left in 16-bit: {why}"
-        return text
 
-    def watching(self, calls: int, visible: bool) -> None:
-        """Once for all graphs that are watched until something is quantized: that it takes some calls."""
-        if not self._is_watching:
-            self._is_watching = True
-            count = f"{calls} calls" if calls > 1 else "this call"
-            say(
-                f"svdquant: watching in 16-bit what the layers read; after {count} (option calibration_steps) they are "
-                "quantized",
-                visible,
-            )
+def _why(rows: list[LayerReport]) -> str:
+    """The reasons, the most common first; those that differ only in a number are one."""
+    alike = defaultdict(list)
+    for row in rows:
+        alike[re.sub(r"[\d.]+", "", row.reason)].append(row)
+    told = []
+    for own in sorted(alike.values(), key=len, reverse=True):
+        size = sum(row.bytes_before for row in own)
+        text = own[0].reason + (", and the like" if len({row.reason for row in own}) > 1 else "")
+        told.append(f"{len(own)} {text}" + (f" ({size / 2**20:.1f} MiB)" if size > _LARGE else ""))
+    return "; ".join(told)
 
-    def tell(self, visible: bool) -> None:
-        """Say the line, and begin anew."""
-        line = self.line()
-        self._clear()
-        if line:
-            self._is_watching = False
+
+def decided(model: nn.Module | None) -> None:
+    """Something was decided of a model: its line is not what was told any more."""
+    if model is not None:
+        _CURRENT.pop(model, None)
+
+
+def tell(model: nn.Module, visible: bool) -> None:
+    """Say the line, unless it was said and is the same still."""
+    if model not in _CURRENT:
+        _CURRENT[model] = True
+        line = summary(model)
+        if _TOLD.get(model) != line:
+            _TOLD[model] = line
             say(line, visible)
 
 
-TALLY = Tally()
+def tell_again(model: nn.Module, visible: bool) -> None:
+    """Say the line to somebody who has just asked for it to be quantized."""
+    _TOLD.pop(model, None)
+    decided(model)
+    tell(model, visible)
+
+
+def tell_if_done(model: nn.Module | None, visible: bool) -> None:
+    """Say the line once the first of a model's layers is quantized, or none will be."""
+    if model is not None and model not in _CURRENT and (has_quantized(model) or not _is_waiting(model)):
+        tell(model, visible)
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Whether some weight of a model is quantized."""
+    return any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
+
+
+def _is_waiting(model: nn.Module) -> bool:
+    """Whether some layer may still be quantized."""
+    return any(layer.reason is None and decisions.is_undecided(layer.weight) for layer in layers(model))
 
 
 def tell_to_compile(model: nn.Module, visible: bool) -> None:
     """What is left to do with a quantized model, unless it or a part of it was compiled already."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
         say('svdquant: quantized; now compile it, for speed: model.compile(backend="svdquant")', visible)
-
-
-def say(line: str, visible: bool) -> None:
-    """Log a line, and show it on stderr if `visible`."""
-    log.info(line)
-    if visible and can_show():
-        with suppress(OSError):  # its reader has gone
-            print(line, file=sys.stderr, flush=True)
-
-
-def can_show() -> bool:
-    """Whether there is a stderr to write to: it may be closed, its reader gone, or there was none to begin with."""
-    try:
-        sys.stderr.write("")
-        sys.stderr.flush()
-    except (AttributeError, OSError, ValueError):
-        return False
-    return True
-
-
-# Where nobody has set up logging, Python writes warnings to stderr, and fails where there is none.
-log.addFilter(lambda record: log.hasHandlers() or can_show())

@@ -20,6 +20,9 @@ from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
 from .passes.weight_groups import WeightInputs
+from .roots import model_of, models_under_way
+from .stages import compiling
+from .summary import tell_if_done
 
 
 class UndecidedGraph:
@@ -40,11 +43,13 @@ class UndecidedGraph:
         decisions.note_compiled_anew(args)
         if self._is_undecided(args):
             return self._observe(args)
+        tell_if_done(decisions.model_of(args), self._config.progress)  # of another model than it was compiled for, too
         if self._for_all_sizes is not None:
             return self._for_all_sizes(*args)
         key = tuple(args[i] for i in self._sizes)
         if key not in self._compiled:
-            self._compiled[key] = self._or_go_on(lambda: self._compile(list(args)))
+            with compiling(model_of(args, models_under_way()), self._config.progress):
+                self._compiled[key] = self._or_go_on(lambda: self._compile(list(args)))
         return self._compiled[key](*args)
 
     def _is_undecided(self, args: list | tuple) -> bool:

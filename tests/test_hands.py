@@ -20,7 +20,6 @@ from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
 from svdq_compile import compiled, undecided
 from svdq_compile.errors import NothingToQuantize, UnsupportedDevice
 from svdq_compile.parameter import QuantizedWeight
-from svdq_compile.summary import TALLY
 from zoo import make
 
 CPU = torch.device("cpu")
@@ -243,7 +242,6 @@ def test_a_weight_of_the_same_class() -> None:
 
 
 def test_what_is_left_to_do(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    TALLY.tell(False)
     model = net()
     svdq.quantize(model, svdq.Config(**quiet() | {"progress": True}))
     lines = capsys.readouterr().err.strip().split("\n")
@@ -260,16 +258,15 @@ def test_what_is_left_to_do(capsys: pytest.CaptureFixture, tmp_path: Path) -> No
     assert "model.compile" not in capsys.readouterr().err, "it was"
 
 
-def test_that_it_is_watching_once(capsys: pytest.CaptureFixture) -> None:
-    TALLY.__init__()  # type: ignore[misc]
+def test_that_it_is_observing_once(capsys: pytest.CaptureFixture) -> None:
     model = net()
     for block in model.blocks:
         block.compile(backend="svdquant", options=quiet(calibration_steps=3) | {"progress": True})
     for _ in range(3):
         model(*inputs())
-    watching = [line for line in capsys.readouterr().err.split("\n") if "watching" in line]
-    (line,) = watching
-    assert "after 3 calls (option calibration_steps)" in line
+    first, second = capsys.readouterr().err.splitlines()
+    assert "observing 1 of 3 calls, in exact 16-bit; then its layers are quantized (option calibration_steps)" in first
+    assert second.endswith("quantizing 2 blocks")
     model(*inputs())
     assert "10 linears quantized" in capsys.readouterr().err
 
