@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from . import decisions
 from .config import Config
-from .errors import FileRefused, NothingToQuantize
+from .errors import FileRefused, NothingToQuantize, OptionError
+from .given import device_in, model_in
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -35,6 +36,7 @@ from .lowering.packed import PackedLinear, SharedInput
 from .lowering.torch_private import shell
 from .parameter import QuantizedWeight, become_quantized
 from .passes.peft_names import is_adapter, without_adapters, wrapped_layer
+from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
 from .summary import tell_to_compile, title
 
@@ -108,13 +110,27 @@ class Header:
         return "; ".join(f"{kinds[kind]} layers {text}" for kind, text in told.items() if kind in kinds)
 
 
-def save(model: nn.Module, path: str | os.PathLike, *, config: Config | None = None, progress: bool = True) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    config: Config | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> None:
     """Write a quantized model to one file. A save that is cut off leaves an older file as it was.
 
-    config  to be noted in the file. Raises NothingToQuantize if no weight of the model is quantized.
+    config  to be noted in the file: a Config or a dict of options
+
+    Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
+    weight of the model is quantized: before anything is written.
     """
-    model = getattr(model, "_orig_mod", model)
-    tensors, metadata = _contents(model, config)
+    _check_order(model, path, "save")
+    model = model_in(model, "save")
+    if Path(path).is_dir():
+        raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
+    tensors, metadata = _contents(model, Config.of(config))
     with _replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
@@ -123,7 +139,20 @@ def save(model: nn.Module, path: str | os.PathLike, *, config: Config | None = N
         save_file(host, temporary, metadata)
 
 
-def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def serve_libraries() -> None:
+    """Let `save_pretrained` of diffusers and transformers write quantized models as `save` does."""
+    serve_save_pretrained(lambda model, path: save(model, path, progress=False))
+
+
+def _check_order(model: object, path: object, function: str) -> None:
+    call = f"svdq_compile.{function}(model, path)"
+    if isinstance(path, nn.Module):
+        raise OptionError(f"the model comes first, then the file: {call}")
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"path={path!r:.60} is no path: {call}")
+
+
+def _contents(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict[str, str]]:
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -157,7 +186,7 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         "format": FORMAT,
         "format_version": str(VERSION),
         "model_class": type(model).__name__,
-        "config": json.dumps((config or Config()).to_dict()),
+        "config": json.dumps(config.to_dict()),
         "layers": json.dumps([asdict(entry) for entry in entries]),
         "others": json.dumps({name: reason for name, reason in others.items() if reason}),
         "tied": json.dumps(tied),
@@ -209,7 +238,11 @@ def read_header(path: str | os.PathLike) -> Header:
         metadata = file.metadata() or {}
         tensors = set(file.keys())
     if metadata.get("format") != FORMAT:
-        raise FileRefused(path, "this is a safetensors file, but svdq_compile.save did not write it")
+        raise FileRefused(
+            path,
+            "this is a safetensors file, but svdq_compile.save did not write it; load 16-bit weights into the model "
+            "as ever, then give it to svdq_compile.quantize",
+        )
     version = metadata.get("format_version", "")
     if not version.isdigit():
         raise FileRefused(path, f"its format version is {version!r}, which is no number")
@@ -237,6 +270,8 @@ def read_header(path: str | os.PathLike) -> Header:
 
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    if Path(path).is_dir():
+        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
@@ -247,18 +282,29 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike, device: str | torch.device | None = None, *, progress: bool = True
+    model: nn.Module,
+    path: str | os.PathLike,
+    device: str | int | torch.device | None = None,
+    *,
+    progress: bool = True,
 ) -> nn.Module:
-    """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model.
+    """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model,
+    in eval mode.
 
+    path    the file, or the folder that `save_pretrained` of a quantized model has made
     device  where the tensors go; by default where the model is, or the CPU for a model on the meta device
 
-    No 16-bit form of a quantized weight is made anywhere. Raises FileRefused, naming the tensor, before the model is
-    changed.
+    No 16-bit form of a quantized weight is made anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
+    FileRefused, naming the tensor: before the model is changed.
     """
+    _check_order(model, path, "load")
+    given, model = model, model_in(model, "load")
+    if (Path(path) / FILE_NAME).is_file():
+        path = Path(path) / FILE_NAME
+    serve_libraries()
     header = read_header(path)
     _check_fit(model, header, path)
-    target = torch.empty(0, device=device).device if device is not None else _device_of(model)
+    target = _device_of(model) if device is None else device_in(device)
     with _opened(path) as file:
         for name in steps(header.checksums, f"checking {path}", progress):
             if _checksum(file.get_tensor(name)) != header.checksums[name]:
@@ -291,8 +337,9 @@ def load(
         if layer.name in header.others:
             decisions.leave_alone(layer.weight, header.others[layer.name])
     decisions.place(model)
+    model.eval()  # a model that was made on the meta device is in training mode
     tell_to_compile(model, progress)
-    return model
+    return given
 
 
 def _quantized_names(header: Header) -> set[str]:

@@ -33,6 +33,7 @@ from .summary import tell_if_done
 
 log = logging.getLogger("svdq_compile")
 
+LEAVE = 'Leave the layer in 16-bit, with the option skip=["{}"].'
 EAGERLY = "it runs eagerly, what is quantized in 4 bits"
 
 
@@ -173,7 +174,8 @@ class Variant:
             index = number[node]
             if isinstance(args[index], QuantizedWeight) and not is_kept(args[index]):
                 readers = ", ".join(sorted({str(user.target) for user in node.users}))
-                raise WeightsReleased(args[index]._svdq_name, f"the compiled graph ({readers or 'an output'})")
+                name = args[index]._svdq_name
+                raise WeightsReleased(name, f"the compiled graph ({readers or 'an output'})", LEAVE.format(name))
             self.plain.append((position, index))
         inputs = self.template(packs)
         for position, index in self.plain:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import decisions
+from .checkpoint import serve_libraries
 from .config import Config
 from .errors import UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
@@ -61,6 +62,7 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
     Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
     takes up what this one has left.
     """
+    serve_libraries()
     # On one line: an interruption before the next would leave it locked.
     with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
 

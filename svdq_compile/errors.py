@@ -55,15 +55,11 @@ class UnsupportedDevice(SvdqError):
 
 
 class WeightsReleased(SvdqError):
-    """Something needs 16-bit weights that were given back when the layer was quantized."""
+    """Something needs 16-bit weights that were given back when the layer was quantized (remedies: released.py)."""
 
-    def __init__(self, layer: str, use: str) -> None:
+    def __init__(self, layer: str, use: str, remedy: str) -> None:
         super().__init__(
-            f"{use} needs the 16-bit weight of {layer}, which was released when the layer was quantized to 4 bits. "
-            "A LoRA need not be fused: left beside the "
-            "weight it runs in the same kernel, and set_adapters changes its strength. Otherwise: save the 4-bit model "
-            "with svdq_compile.save(model, path); get 16-bit weights back with svdq_compile.restore(model, ...); "
-            'or compile with options={"weights": "offload"} (a CPU copy) or {"weights": "keep"}.'
+            f"{use} needs the 16-bit weight of {layer}, which was released when the layer was quantized. {remedy}"
         )
 
 

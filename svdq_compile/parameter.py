@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import eager
-from .errors import ExportRefused, WeightsReleased
+from .errors import ExportRefused
 from .lowering.packed import PackedLinear
 from .lowering.torch_private import (
     data_property_calls,
@@ -42,6 +42,7 @@ from .lowering.torch_private import (
 from .passes.expanded import PRODUCTS, STEPS
 from .passes.linears import QUANTIZABLE_DTYPES
 from .passes.subgraphs import FIRST_OPERAND
+from .released import KEEP_A_COPY, RESTORE, SAVE, SOURCE, refused
 
 _DATA_GET, _DATA_SET = data_property_calls()
 
@@ -156,7 +157,7 @@ class QuantizedWeight(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if is_kept(self) or self._svdq_original is not None:
             return nn.Parameter(originals(self).to(self.dtype), self.requires_grad).__reduce_ex__(protocol)
-        raise WeightsReleased(self._svdq_name, "pickling (torch.save, multiprocessing)")
+        raise refused(self._svdq_name, "pickling (as to another process)", SAVE)
 
 
 leave_to_python(QuantizedWeight.__torch_function__.__func__)  # type: ignore[attr-defined]
@@ -220,12 +221,14 @@ def _check_export(model: nn.Module) -> None:
             raise ExportRefused(weight._svdq_name)
 
 
-def originals(weight: QuantizedWeight) -> Tensor:
-    """The 16-bit values: the kept ones, or the CPU copy. Raises WeightsReleased where there are none."""
+def originals(weight: QuantizedWeight, use: str = "restoring", remedy: str = SOURCE) -> Tensor:
+    """The 16-bit values: the kept ones, or the CPU copy. Raises WeightsReleased where there are none, with what they
+    are for and the remedy.
+    """
     if is_kept(weight):
         return plainly(_DATA_GET, weight)
     if weight._svdq_original is None:
-        raise WeightsReleased(weight._svdq_name, "restoring")
+        raise refused(weight._svdq_name, use, remedy)
     return weight._svdq_original
 
 
@@ -286,7 +289,7 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
     for weight in _quantized(args, kwargs):
         if not is_kept(weight):
             if weight._svdq_original is None:
-                raise WeightsReleased(weight._svdq_name, _describe_use(func, name))
+                raise refused(weight._svdq_name, _describe_use(func, name))
             thaw(weight)
         elif _can_write(name):
             thaw(weight)
@@ -352,7 +355,7 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Any:
     if not isinstance(probe, Tensor):  # the name of the type
         return probe
     if not probe.dtype.is_floating_point:
-        raise WeightsReleased(weight._svdq_name, f"casting from {weight.dtype} to {probe.dtype}")
+        raise refused(weight._svdq_name, f"casting from {weight.dtype} to {probe.dtype}", RESTORE)
     order = kwargs.get("memory_format", torch.preserve_format)
     like = torch.empty_like(
         shell(weight.shape, weight.stride(), probe.dtype, torch.device("meta")), memory_format=order
@@ -391,7 +394,7 @@ def _overwrite(weight: QuantizedWeight, func: Callable, args: tuple, kwargs: dic
         got = tuple(source.shape) if isinstance(source, Tensor) else source
         raise ValueError(f"{weight._svdq_name}: cannot copy {got} into a weight of shape {expected}")
     if isinstance(source, QuantizedWeight):
-        source = originals(source)
+        source = originals(source, "copying it into another weight", KEEP_A_COPY)
     if func == _DATA_SET:
         _become_plain(weight, source.detach())
         return None

@@ -1,0 +1,60 @@
+"""A use of a weight whose 16-bit values are gone, refused: by whom it came and what to do instead.
+
+Who asks stands on Python's stack: the same `add()` may fuse a LoRA or be somebody's own arithmetic.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .errors import WeightsReleased
+
+KEEP_A_COPY = 'Quantize with weights="offload", which keeps a copy of it in CPU memory.'
+SAVE = "Write the 4-bit model with svdq_compile.save(model, path)."
+SOURCE = "Give restore a state_dict that holds it, or dequantize=True for values that are close to it."
+RESTORE = "Turn the model back to 16-bit first, with svdq_compile.restore(model, state_dict)."
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Somebody's code that reads weights.
+
+    package, file  that its path holds; function: the name of one, or "" for all in the file
+    """
+
+    package: str
+    file: str
+    functions: tuple[str, ...]
+    use: str
+    remedy: str
+
+
+_FUSING = ("merge", "unmerge", "merge_and_unload", "merge_adapter", "fuse_lora", "unfuse_lora")
+_LORA = "A LoRA need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."
+_ASKERS = (
+    _Asker("peft", "dora.py", (), "a DoRA adapter", "Fuse it into the 16-bit model, then quantize what comes out."),
+    _Asker("peft", "", _FUSING, "fusing an adapter", _LORA),
+    _Asker("diffusers", "", _FUSING, "fusing an adapter", _LORA),
+    _Asker("safetensors", "torch.py", (), "writing a safetensors file", SAVE),
+    _Asker("torch", "serialization.py", ("save",), "torch.save", SAVE),
+    _Asker("", "", ("save_pretrained",), "save_pretrained", SAVE),
+)
+
+
+def refused(layer: str, use: str, remedy: str = KEEP_A_COPY) -> WeightsReleased:
+    """The error, for the one who asks, if it is known, or for this use."""
+    for path, function in _callers():
+        parts = path.replace("\\", "/").split("/")
+        for asker in _ASKERS:
+            is_there = (not asker.package or asker.package in parts) and asker.file in ("", parts[-1])
+            if is_there and (not asker.functions or function in asker.functions):
+                return WeightsReleased(layer, asker.use, asker.remedy)
+    return WeightsReleased(layer, use, remedy)
+
+
+def _callers() -> Iterator[tuple[str, str]]:
+    """The files and functions of the calls under way, innermost first."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_code.co_name
+        frame = frame.f_back  # type: ignore[assignment]
