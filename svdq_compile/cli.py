@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,13 +58,11 @@ def main() -> None:
     app(prog_name="svdq")
 
 
-def _console(stderr: bool = False) -> Console:
+def _console(stderr: bool = False, names: Iterable[str] = ()) -> Console:
+    """names  of layers, in a column of a table"""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, markup=False, emoji=False, highlight=False, width=_width(stream))
-
-
-def _width(stream: Any) -> int | None:
-    return None if stream.isatty() else tables.WIDTH
+    width = None if stream.isatty() else tables.width_for(names)
+    return Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
 
 
 def _show_version(wanted: bool) -> None:
@@ -180,7 +178,7 @@ def inspect(
 ) -> None:
     """Show what is in a quantized file, from its metadata alone."""
     header = read_header(file)
-    console = _console()
+    console = _console(names=[*(entry.name for entry in header.layers), *header.others] if layers else ())
     facts = Table.grid(padding=(0, 2))
     facts.add_row("file", f"{file} ({_mib(header.nbytes)} MiB)")
     facts.add_row("format version", str(header.version))
@@ -191,8 +189,8 @@ def inspect(
         facts.add_row("16-bit linears", f"{count}: {reason}")
     console.print(facts)
     if layers:
-        console.print(_quantized_table(header))
-        console.print(_others_table(header))
+        console.print(_quantized_table(header, console.width))
+        console.print(_others_table(header, console.width))
     console.print(_totals(header))
 
 
@@ -215,8 +213,8 @@ def _sums(entries: list[LayerEntry]) -> tuple[str, ...]:
     return str(len(entries)), _mib(before), _mib(after), f"{_percent(worst.error)} ({worst.name})"
 
 
-def _quantized_table(header: Header) -> Table:
-    layer = names("quantized layer", [entry.name for entry in header.layers])
+def _quantized_table(header: Header, width: int) -> Table:
+    layer = names("quantized layer", [entry.name for entry in header.layers], width)
     table = Table(layer, "precision", *_right("shape", "rank", "MiB before", "MiB after", "error"))
     for entry in header.layers:
         shape, sizes = " x ".join(map(str, entry.shape)), (_mib(entry.bytes_before), _mib(entry.bytes_after))
@@ -224,8 +222,8 @@ def _quantized_table(header: Header) -> Table:
     return table
 
 
-def _others_table(header: Header) -> Table:
-    table = Table(names("16-bit layer", header.others), "why")
+def _others_table(header: Header, width: int) -> Table:
+    table = Table(names("16-bit layer", header.others, width), "why")
     for name, reason in header.others.items():
         table.add_row(name, reason)
     return table
@@ -269,15 +267,15 @@ def doctor(
     """Say what would be quantized, what not and why, and how much memory it would take. No weight is read."""
     chosen = Config(precision=precision, rank=rank, skip=tuple(skip or ()))
     found = svdq.doctor(empty_model(model, config=config, component=component), chosen)
-    console = _console()
+    console = _console(names=[plan.name for plan in found.plans] if layers else ())
     if layers:
-        console.print(_plans_table(found.plans))
+        console.print(_plans_table(found.plans, console.width))
     console.print(found)
 
 
-def _plans_table(plans: Sequence[Plan]) -> Table:
+def _plans_table(plans: Sequence[Plan], width: int) -> Table:
     table = Table(
-        names("linear", [plan.name for plan in plans]), *_right("shape", "MiB before", "MiB after"), "why 16-bit"
+        names("linear", [plan.name for plan in plans], width), *_right("shape", "MiB before", "MiB after"), "why 16-bit"
     )
     for plan in plans:
         table.add_row(

@@ -90,7 +90,7 @@ class Diagnosis:
         yield Group(self._memory(), self._facts())
 
     def __str__(self) -> str:
-        return as_text(self, [self.way, *self.reasons])
+        return as_text(self)
 
     def _memory(self) -> Table:
         right = [

@@ -69,8 +69,7 @@ class ExportRefused(SvdqError):
     def __init__(self, layer: str) -> None:
         super().__init__(
             f"torch.export cannot hold {layer}, which is quantized to 4 bits. "
-            'Save the model with svdq_compile.save(model, path) and compile it with model.compile(backend="svdquant"), '
-            "or export it in 16-bit after svdq_compile.restore(model, ...)."
+            "Export the model in 16-bit, after svdq_compile.restore(model, state_dict)."
         )
 
 

@@ -56,7 +56,7 @@ class Report:
         return iter(self.rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        layer = names("layer", self.names)
+        layer = names("layer", self.names, options.max_width)
         table = Table(layer, "precision", "rank", "MiB before", "MiB after", "error", "why 16-bit")
         for row in self.rows:
             table.add_row(
