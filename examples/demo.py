@@ -38,8 +38,11 @@ import svdq_compile as svdq
 from svdq_compile.parameter import QuantizedWeight
 
 try:
+    if __name__ in ("__main__", "svdq_demo"):
+        print("loading diffusers", flush=True)  # some ten seconds
     import diffusers
     import peft  # noqa: F401  diffusers needs it for adapters
+    from lines import Lines
     from page import Adapted, Branch, Method, build_page, decibels, psnr, worst_psnr
     from size import FULL, LIMIT, LORA_PROMPTS, Size, largest_within
 except ModuleNotFoundError as missing:
@@ -99,12 +102,21 @@ class Line:
         self.say("loading")
 
     def say(self, doing: str) -> None:
-        self._progress.update(self._task, description=f"{self._name:<24} [dim]{doing:<11}")
+        description = f"{self._name:<24} [dim]{doing:<11}"
+        self._progress.update(self._task, description=description, name=self._name, doing=doing or "done")
 
     def advance(self, pictures: int) -> None:
         self._progress.advance(self._task)
         if self._whole is not None:
             self._progress.advance(self._whole, pictures)
+
+
+def progress_on(console: Console) -> Progress:
+    """Bars on a terminal, lines in a file."""
+    if not console.is_terminal:
+        return Lines(console)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console)
 
 
 def load_pipeline(device: str) -> "EmojiPipeline":
@@ -306,6 +318,8 @@ def left_out(size: Size) -> str:
 
 def measure_pace(device: str, console: Console) -> float:
     """Seconds for a denoising step of one picture in 16-bit."""
+    if not console.is_terminal:
+        console.print("timing one step")
     with console.status("timing one step"), Progress(disable=True) as silent:
         pipe, line = load_pipeline(device), Line(silent, "", 2)
         draw(pipe, ["dog face"], 1, SEED, line)  # the first one is slower
@@ -352,8 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     size = choose_size(args, device, console)
     shown, others = captions[: size.prompts], captions[size.prompts : size.prompts + size.calibration_prompts]
     job = Job(shown, others, size.steps, device, size.calibration_steps, size.lora)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=console) as progress:
+    with progress_on(console) as progress:
         whole = progress.add_task(f"{'all of it':<36}", total=size.picture_steps)
         methods, adapted, part = compare(job, progress, whole)
     missing = "" if args.prompts or args.steps else left_out(size)

@@ -1,16 +1,18 @@
-"""Build the wheel, install it into an empty environment, and use it from there, away from the checkout.
+"""Build the source distribution and the wheel from it, install that into an empty environment, and use it from there,
+away from the checkout.
 
     python tools/try_wheel.py
 
-What this finds: a package that pyproject.toml does not list, an entry point that is not found, a file that the program
-reads from beside its sources. torch and the other dependencies are lent by the environment that runs this; of the
-program itself the new one has the wheel alone. Everything is in build/wheel.
+What this finds: a file that MANIFEST.in forgets, a package that pyproject.toml does not list, an entry point that is
+not found, a file that the program reads from beside its sources. torch and the other dependencies are lent by the
+environment that runs this; of the program itself the new one has the wheel alone. Everything is in build/wheel.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -46,7 +48,7 @@ print(f"torch.compile: {errors[1]:.3f} from 16-bit")
 def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    wheel = build()
+    wheel = build(unpacked_sdist())
     check_files(wheel)
     python = install(wheel)
     elsewhere = WORK / "elsewhere"
@@ -58,16 +60,30 @@ def main() -> None:
     print(f"{wheel.name}: installs, compiles, and svdq runs")
 
 
-def build() -> Path:
-    """The wheel, from a copy of the sources: setuptools would leave its own in the checkout and find them next time."""
+def unpacked_sdist() -> Path:
+    """The source distribution's folder, with all that a checkout has, made from a copy: setuptools would leave files of
+    its own in the checkout and find them next time.
+    """
     copy = WORK / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        copy.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, copy)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    unwanted = (".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "demo.html", "*.bak")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unwanted))
+    sources = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()} - {Path(".gitignore")}
+    make = f"from setuptools.build_meta import build_sdist; build_sdist({str(WORK)!r})"
+    call(sys.executable, "-c", make, cwd=copy)
+    (archive,) = WORK.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(WORK / "sdist", filter="data")
+    (folder,) = (WORK / "sdist").iterdir()
+    missing = sorted(str(path) for path in sources if not (folder / path).is_file())
+    if missing:
+        raise SystemExit(f"{archive.name} lacks {', '.join(missing[:20])}: is it in MANIFEST.in?")
+    return folder
+
+
+def build(sources: Path) -> Path:
+    """The wheel."""
     quiet = ("--quiet", "--disable-pip-version-check", "--no-deps")
-    call(sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--wheel-dir", WORK, copy)
+    call(sys.executable, "-m", "pip", "wheel", *quiet, "--no-build-isolation", "--wheel-dir", WORK, sources)
     (wheel,) = WORK.glob("*.whl")
     return wheel
 
