@@ -128,23 +128,33 @@ def test_channels_last_stays_so() -> None:
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"stride": (1, 2)}, {"padding": [0, 1]}])
-def test_other_convolutions_need_the_values(options: dict) -> None:
-    module = layer(nn.Conv2d, 1)
-    with pytest.raises(WeightsReleased):
-        F.conv2d(torch.randn(1, 128, 4, 4), module.weight, **options)
+def test_other_convolutions_expand_the_weight(options: dict) -> None:
+    module, x = layer(nn.Conv2d, 1), torch.randn(1, 128, 4, 4)
+    expected = F.conv2d(x, dequantized(module).weight, **options)
+    assert relative_error(F.conv2d(x, module.weight, **options), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        lambda x, w: x @ w.t(),
-        lambda x, w: torch.addmm(torch.zeros(256), x, w.t()),
         lambda x, w: torch.matmul(w, x.T),
-        lambda x, w: F.linear(w, torch.zeros(3, 128)),
+        lambda x, w: F.linear(w, x),
         lambda x, w: F.linear(w, w),
+        lambda x, w: torch.einsum("nk,mk->nm", x, w),
     ],
+    ids=["matmul", "the input of a linear", "both of a linear", "einsum"],
 )
-def test_other_products_are_refused(use: Callable) -> None:
+def test_other_products_expand_the_weight(use: Callable) -> None:
+    module, x = layer(), torch.randn(2, 128)
+    assert relative_error(use(x, module.weight), use(x, dequantized(module).weight)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda x, w: x @ w.t(), lambda x, w: torch.addmm(torch.zeros(256), x, w.T), lambda x, w: x @ w[:64].mT],
+    ids=["t", "T", "a slice"],
+)
+def test_what_hands_out_the_values_is_refused(use: Callable) -> None:
     with pytest.raises(WeightsReleased):
         use(torch.randn(2, 128), layer().weight)
 
