@@ -63,7 +63,9 @@ REFUSED = {
 def test_refused_with_the_layer_and_the_remedy(use: str) -> None:
     model, run = quantized()
     weight = model.blocks[0].to_q.weight
-    with pytest.raises(WeightsReleased, match=r"blocks\.0\.\w+, which was released when the layer was quantized\. [A-Z]"):
+    with pytest.raises(
+        WeightsReleased, match=r"blocks\.0\.\w+, which was released when the layer was quantized\. [A-Z]"
+    ):
         REFUSED[use](model, weight)
     assert isinstance(model.blocks[0].to_q.weight, QuantizedWeight)
     assert run(*inputs()).isfinite().all(), "the model still runs"
