@@ -192,8 +192,11 @@ def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
 def compilations() -> "WeakSet[Any]":
     """Everything that torch.compile has made and somebody still holds; what it makes later is not among them."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    kind = () if dynamo is None else dynamo._TorchDynamoContext
-    return WeakSet(found for found in gc.get_objects() if issubclass(type(found), kind))  # no __class__ is looked up
+    if dynamo is None:
+        return WeakSet()
+    base = dynamo._TorchDynamoContext
+    kinds = (base, *base.__subclasses__())
+    return WeakSet(found for found in gc.get_referrers(*kinds) if type(found) in kinds)  # an object refers to its class
 
 
 def compilations_under_way() -> Iterator[Any]:
