@@ -251,16 +251,23 @@ class _Conversion:
 
 
 _conversion: ContextVar[_Conversion | None] = ContextVar("_conversion", default=None)
+_tellings: dict[int, Callable[[bool], AbstractContextManager]] = {}  # by the id of a backend that stays
 _our_backends: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # by id: they need not be hashable
 
 
-def convert_by_our_settings(backend: Callable) -> Callable:
+def convert_by_our_settings(
+    backend: Callable, telling: Callable[[bool], AbstractContextManager] | None = None
+) -> Callable:
     """Decorate a backend, so that Dynamo converts the frames that it compiles by `_settings`, in whatever thread.
 
     All of them are read while a frame is converted: the limits before the backend is called, what guards may skip after
     it has returned. So no other model's frames are touched, nor does a call of compiled code cost anything.
+
+    telling  the context in which frames are converted, by the option `progress`
     """
     _watch_conversions()
+    if telling is not None:
+        _tellings[id(backend)] = telling
     _our_backends[id(backend)] = backend
     return backend
 
@@ -291,6 +298,8 @@ def _watch_conversions() -> None:
             after.callback(_conversion.reset, _conversion.set(conversion))
             if id(conversion.backend) in _our_backends:
                 conversion.use_settings()
+                if id(conversion.backend) in _tellings:
+                    after.enter_context(_tellings[id(conversion.backend)](_wants_progress(args[place])))
             return convert(*args, skip=skip + 1, **kwargs)  # skip: frames that stack traces leave out
 
     convert_frame._compile = watched
@@ -298,9 +307,20 @@ def _watch_conversions() -> None:
 
 def _innermost(backend: Any) -> Any:
     """What torch.compile was given, out of what it has wrapped around that."""
+    backend = _with_options(backend)
+    return getattr(backend, "compiler_fn", backend)
+
+
+def _with_options(backend: Any) -> Any:
+    """What torch.compile makes of its backend and the options, out of what it has wrapped around that."""
     while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
         backend = inner
-    return getattr(backend, "compiler_fn", backend)
+    return backend
+
+
+def _wants_progress(backend: Any) -> bool:
+    options = (getattr(_with_options(backend), "kwargs", None) or {}).get("options") or {}
+    return options.get("progress", True) is True
 
 
 def traced_for_torch_itself() -> bool:

@@ -20,12 +20,11 @@ from .fallback import go_on
 from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly
 from .parameter import QuantizedWeight
 from .roots import find_weights, model_of, models_of
-from .stages import compiling
+from .stages import compiling, tracing
 from .summary import tell_if_done
 from .undecided import UndecidedGraph
 
 
-@convert_by_our_settings
 def svdquant(
     gm: fx.GraphModule, example_inputs: list, *, options: dict[str, Any] | None = None, mode: str | None = None
 ) -> Callable:
@@ -42,6 +41,9 @@ def svdquant(
     except Exception as error:
         go_on(error, "compiling a graph", EAGERLY, config)
         return eagerly(gm)
+
+
+convert_by_our_settings(svdquant, tracing)
 
 
 def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callable:

@@ -83,9 +83,13 @@ class _Display:
         self._thread: threading.Thread | None = None
         self._drawn = False
         self._last = -math.inf  # when the last line was said
+        # When the last activity ended, and when the first began of those that follow one another closely.
+        self._ended = self._busy_since = -math.inf
 
     def begin(self, activity: Activity) -> None:
         with self._lock:
+            if not self._activities and time.monotonic() - self._ended >= EVERY:
+                self._busy_since = time.monotonic()
             self._activities.append(ref(activity))
             if activity.opening:
                 log.info("svdquant: %s", activity.opening)
@@ -101,6 +105,7 @@ class _Display:
     def end(self, activity: Activity) -> None:
         with self._lock:
             self._activities = [other for other in self._activities if other() not in (None, activity)]
+            self._ended = time.monotonic()
             self.clear()
             self._show()
 
@@ -129,7 +134,7 @@ class _Display:
             width = shutil.get_terminal_size().columns
             self._write(f"{_CLEAR}{activity.shown()[: width - 1]}")
             self._drawn = True
-        elif time.monotonic() - max(self._last, activity.since) >= EVERY:
+        elif time.monotonic() - max(self._last, min(activity.since, self._busy_since)) >= EVERY:
             log.info(activity.told())
             self.line(activity.told())
 

@@ -97,6 +97,11 @@ def compiling(model: nn.Module | None, visible: bool) -> AbstractContextManager:
     return Activity(lambda: f"{title(model)}: compiling", visible, opening=opening, hint=hint if opening else "")
 
 
+def tracing(visible: bool) -> Activity:
+    """Dynamo makes a graph of a frame, and whatever the backend does then: it is told of only if it takes long."""
+    return Activity(lambda: "tracing the model", visible)
+
+
 def begin_anew(model: nn.Module | None) -> _Course:
     """All stages are still to come."""
     course = _COURSES[_NOBODY if model is None else model] = _Course()

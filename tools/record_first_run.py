@@ -4,15 +4,17 @@
 
 A small Flux pipeline with random weights, compiled by its blocks, draws on the CPU; nothing is downloaded, and the
 compile caches are empty. Each line is written down with the second at which it came; of one that is written over in
-place, those states are kept that stood for half a second or were the last before a whole line.
+place, those states are kept that say something new.
 """
 
 import os
 import platform
 import pty
+import re
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first-run.md"
 SHOWN = """\
 pipe.transformer.compile_repeated_blocks(backend="svdquant", fullgraph=True)
-for number in (1, 2, 3):
-    pipe(**prompt, num_inference_steps=4)
-    print("picture", number, flush=True)
+pipe(**prompt, num_inference_steps=8)
+print("a picture", flush=True)
+pipe(**prompt, num_inference_steps=2)
+print("a picture in 4 bits", flush=True)
 """
 PROGRAM = f"""\
 import sys
@@ -38,7 +41,7 @@ model, inputs = make("flux", torch.bfloat16)
 parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 pipe = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), transformer=model, **parts)
 prompt = dict(prompt_embeds=inputs["encoder_hidden_states"], pooled_prompt_embeds=inputs["pooled_projections"],
-              height=256, width=256, output_type="latent")
+              height=64, width=64, output_type="latent")
 print("loaded", flush=True)
 {SHOWN}"""
 LONGEST = 20.0  # seconds without a line
@@ -47,6 +50,8 @@ LONGEST = 20.0  # seconds without a line
 def run(is_terminal: bool) -> list[tuple[float, str]]:
     """(second, text) of each piece that the program writes, from the time when it was started."""
     ours, its = pty.openpty() if is_terminal else os.pipe()
+    if is_terminal:
+        termios.tcsetwinsize(its, (40, 120))
     with tempfile.TemporaryDirectory() as caches:
         folders = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "SVDQ_CACHE"), caches)
         environment = os.environ | folders | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
@@ -76,8 +81,9 @@ def shown(pieces: list[tuple[float, str]]) -> list[tuple[float, str]]:
     now, begun = "", 0.0
     for second, piece in pieces:
         for character in piece.replace("\r\n", "\n").replace("\x1b[K", "").replace("\x1b[A", ""):
-            if character == "\n" or (character == "\r" and now.strip() and second - begun >= 0.5):
-                lines.append((begun if character == "\r" else second, now))
+            is_whole = character == "\n"
+            if is_whole or (character == "\r" and now.strip() and _is_news(now, begun, second, lines)):
+                lines.append((second if is_whole else begun, now))
             if character in "\r\n":
                 now, begun = "", second
             else:
@@ -85,9 +91,16 @@ def shown(pieces: list[tuple[float, str]]) -> list[tuple[float, str]]:
     return lines
 
 
+def _is_news(text: str, begun: float, ended: float, lines: list[tuple[float, str]]) -> bool:
+    """Whether a state of a line that is written over stood long enough and says more than how long it takes."""
+    second, before = lines[-1] if lines else (0.0, "")
+    words, words_before = (re.sub(r"about \d+ s left|\d+ s$|\|.*\[.*", "", t) for t in (text, before))
+    return ended - begun >= 0.2 and (words != words_before or begun - second >= 10)
+
+
 def check(lines: list[tuple[float, str]]) -> None:
     """SystemExit where nothing was said for too long, or nothing in a line."""
-    seconds = [0.0, *(second for second, _ in lines)]
+    seconds = [second for second, _ in lines]
     silence = max(later - earlier for earlier, later in pairwise(seconds))
     if silence > LONGEST:
         raise SystemExit(f"nothing was written for {silence:.0f} s")
@@ -98,7 +111,7 @@ def check(lines: list[tuple[float, str]]) -> None:
 def recording(is_terminal: bool) -> str:
     lines = shown(run(is_terminal))
     text = "\n".join(f"{second:6.1f}  {text.rstrip()}" for second, text in lines)
-    print(text)
+    print(text, flush=True)
     check(lines)
     return f"```text\n{text}\n```"
 
