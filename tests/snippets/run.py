@@ -1,0 +1,122 @@
+"""Run the snippets of a document in order, or a script, as on a machine with a GPU and the published models.
+
+    python tests/snippets/run.py docs/lora.md
+
+The working directory holds what a reader would have (`test_snippets.py`), Hugging Face's cache the tiny pipelines of
+hub.py. Three more things differ from a reader's machine:
+- "cuda" is the CPU,
+- pictures are an eighth as high and wide, and videos have 5 frames,
+- graphs run as our passes rewrote them, without Inductor and its C++ compiler: seconds instead of minutes. What Inductor
+  makes of them is tested elsewhere.
+"""
+
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from snippets.document import Block, blocks
+
+SHRINK = 8
+FRAMES = 5
+
+# In a shell, programs in Python are run as snippets are.
+SHELL = """
+svdq() { $RUN "$(type -P svdq)" "$@"; }
+python() { $RUN "$@"; }
+"""
+
+
+def main(file: Path, *arguments: str) -> None:
+    torch.set_num_threads(1)
+    uses_pipelines = "diffusers" in file.read_text() or "--prompt" in arguments
+    _on_the_cpu(uses_pipelines)
+    if uses_pipelines:
+        _small_pictures()
+    _without_inductor()
+    if file.suffix == ".md":
+        namespace: dict[str, Any] = {"__name__": "__main__"}
+        for block in blocks(file):
+            _run(block, file, namespace)
+    else:
+        sys.argv = [str(file), *arguments]
+        sys.path.insert(0, str(file.parent))
+        exec(compile(file.read_text(), file, "exec"), {"__name__": "__main__", "__file__": str(file)})
+
+
+def _run(block: Block, file: Path, namespace: dict[str, Any]) -> None:
+    if block.language == "python":
+        exec(compile("\n" * (block.line - 1) + block.text, file, "exec"), namespace)
+    elif block.language == "bash" and block.to_run().strip():
+        print(f"{file.name}:{block.line}: {block.to_run().strip()}", flush=True)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        shell = ["bash", "-euo", "pipefail", "-c", SHELL + block.to_run()]
+        subprocess.run(shell, check=True, env=os.environ | {"PATH": path, "RUN": f"{sys.executable} {__file__}"})
+
+
+def _replace(owner: Any, name: str, around: Callable) -> None:
+    setattr(owner, name, functools.wraps(getattr(owner, name))(around(getattr(owner, name))))
+
+
+def _on_the_cpu(uses_pipelines: bool) -> None:
+    import svdq_compile as svdq
+
+    def around(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args = tuple("cpu" if _is_cuda(value) else value for value in args)
+            return function(*args, **{name: "cpu" if _is_cuda(v) else v for name, v in kwargs.items()})
+
+        return call
+
+    _replace(torch.nn.Module, "to", around)
+    if uses_pipelines:  # importing diffusers takes seconds
+        from diffusers import DiffusionPipeline
+
+        _replace(DiffusionPipeline, "to", around)
+    for name in ("quantize", "load"):
+        _replace(svdq, name, around)
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, str) and value == "cuda"
+
+
+def _small_pictures() -> None:
+    import diffusers
+
+    def around(call: Callable) -> Callable:
+        signature = inspect.signature(call)
+
+        def smaller(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self, *args, **kwargs).arguments
+            for side in ("height", "width"):
+                asked = given.get(side) or signature.parameters[side].default or 1024
+                given[side] = max(round(asked / SHRINK / 16), 1) * 16
+            if "num_frames" in signature.parameters:
+                given["num_frames"] = FRAMES
+            return call(**given)
+
+        return smaller
+
+    for kind in (diffusers.FluxPipeline, diffusers.StableDiffusionXLPipeline, diffusers.WanPipeline):
+        _replace(kind, "__call__", around)
+
+
+def _without_inductor() -> None:
+    from svdq_compile import compiled
+
+    def as_it_is(gm: torch.fx.GraphModule, *_: Any, **__: Any) -> Callable:
+        return gm.forward
+
+    compiled.compile_with_inductor = as_it_is  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), *sys.argv[2:])
