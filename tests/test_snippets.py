@@ -20,7 +20,6 @@ from snippets.document import EXCLUDED, RUN, SHOWN, blocks, indented_code, why_e
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLUX = "black-forest-labs/FLUX.1-dev"
-SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 RUN_PY = ROOT / "tests" / "snippets" / "run.py"
 
 
@@ -57,12 +56,12 @@ def _adapter(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def run(file: Path, cache: Path, folder: Path) -> str:
+def run(file: Path, cache: Path, folder: Path, *arguments: str) -> str:
     """Run a document or a script as its reader would; what it prints. It must succeed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SVDQ_")}
     environment |= hub.environment(cache) | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(RUN_PY), str(file)],
+        [sys.executable, str(RUN_PY), str(file), *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
