@@ -1,7 +1,7 @@
 """Quantize once, then start from the file: python examples/saved_file.py, twice
 
-The first run calibrates on a few prompts, quantizes, and writes flux.svdq.safetensors, a quarter of the 16-bit weights. The
-second fills a model without memory from it: no 16-bit weight is read or made.
+The first run calibrates on a few prompts, quantizes, and writes flux.svdq.safetensors. The second fills a model without
+memory from it: no 16-bit weight is read or made.
 """
 
 from pathlib import Path

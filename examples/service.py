@@ -31,11 +31,19 @@ class Painter:
     """A pipeline, used by one request at a time."""
 
     def __init__(self) -> None:
-        self.is_ready = False
+        self.state = "starting"
         self.styles: list[str] = []
         self._lock = Lock()
 
     def start(self) -> None:
+        try:
+            self._warm_up()
+        except BaseException as error:
+            self.state = f"failed: {error}"
+            raise
+        self.state = "ready"
+
+    def _warm_up(self) -> None:
         """Load, quantize and compile: minutes the first time, seconds once torch's caches are full."""
         pipe = DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
         self._pipe = svdq.compile(pipe)
@@ -47,7 +55,6 @@ class Painter:
             for size in SIZES:
                 for strength in (1.0, 0.5):  # the first change of a strength makes a graph that takes any
                     self.draw("a dog", size, style, strength, steps=1)
-        self.is_ready = True
 
     def draw(self, prompt: str, size: str, style: str | None, strength: float, steps: int) -> Image:
         height, width = SIZES[size]
@@ -74,8 +81,8 @@ app = FastAPI(lifespan=lifespan)
 
 @app.get("/health")
 def health(response: Response) -> dict:
-    response.status_code = 200 if painter.is_ready else 503
-    return {"ready": painter.is_ready, "sizes": list(SIZES), "styles": painter.styles}
+    response.status_code = 200 if painter.state == "ready" else 503
+    return {"state": painter.state, "sizes": list(SIZES), "styles": painter.styles}
 
 
 @app.get("/picture")
@@ -86,8 +93,8 @@ def picture(
     strength: Annotated[float, Query(ge=0, le=2)] = 1.0,
     steps: Annotated[int, Query(ge=1, le=100)] = 28,
 ) -> Response:
-    if not painter.is_ready:
-        raise HTTPException(503, "the model is being loaded and compiled: ask /health")
+    if painter.state != "ready":
+        raise HTTPException(503, painter.state)
     if size not in SIZES:
         raise HTTPException(422, f"size is one of {', '.join(SIZES)}")
     if style is not None and style not in painter.styles:

@@ -1,7 +1,7 @@
 """FLUX with its text encoder in 4 bits too: python examples/text_encoder.py
 
-A T5 takes 9 GiB in 16-bit. It is no denoiser, so `svdq.compile(pipe)` leaves it alone; given by itself it is compiled as
-any other model. Its linears read prompts, so it is calibrated on prompts.
+It is no denoiser, so `svdq.compile(pipe)` leaves it alone; given by itself it is compiled as any other model. It reads
+prompts, so it is calibrated on prompts.
 """
 
 import torch

@@ -1,4 +1,6 @@
-"""Two LoRA files on one model in 4 bits, alone and mixed: python examples/two_adapters.py style.safetensors night.safetensors
+"""Two LoRA files on one model in 4 bits, alone and mixed.
+
+    python examples/two_adapters.py style.safetensors night.safetensors
 
 The model is quantized once. Each set of adapters is compiled once; their strengths are free.
 """

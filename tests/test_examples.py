@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from test_snippets import ROOT, cache, reader, run
+from snippets.reader import cache, reader, run
 
 __all__ = ["cache", "reader"]  # fixtures
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 OTHERS = {"demo.py", "page.py", "size.py"}  # the demo: test_demo_page.py, test_demo_loras.py
 
 SERVICE = """
@@ -18,11 +18,12 @@ from fastapi.testclient import TestClient
 
 with TestClient(service.app) as client:
     first = client.get("/health")
-    assert first.status_code == 503 and not first.json()["ready"]
+    assert first.status_code == 503 and first.json()["state"] == "starting"
     assert client.get("/picture", params={"prompt": "a dog"}).status_code == 503
-    while client.get("/health").status_code == 503:
+    while client.get("/health").json()["state"] == "starting":
         time.sleep(0.1)
-    assert client.get("/health").json()["styles"] == ["night", "style"]
+    health = client.get("/health")
+    assert health.status_code == 200 and health.json()["styles"] == ["night", "style"], health.text
 
     def picture(**asked):
         return client.get("/picture", params={"prompt": "a dog", "steps": 2} | asked)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 RUN = ("python", "bash")
@@ -55,10 +56,12 @@ def blocks(document: Path) -> Iterator[Block]:
 
 def indented_code(document: Path) -> list[int]:
     """Lines at which a block of code begins by its indentation alone, which has no language."""
-    text = re.sub(r"(?ms)^```.*?^```$", lambda fenced: "\n" * fenced[0].count("\n"), document.read_text(encoding="utf-8"))
+    text = re.sub(
+        r"(?ms)^```.*?^```$", lambda fenced: "\n" * fenced[0].count("\n"), document.read_text(encoding="utf-8")
+    )
     lines = text.split("\n")
     return [
         number
-        for number, (before, line) in enumerate(zip(lines, lines[1:], strict=False), 2)
+        for number, (before, line) in enumerate(pairwise(lines), 2)
         if not before.strip() and line.startswith("    ") and line.strip()
     ]

@@ -6,8 +6,9 @@ The working directory holds what a reader would have (`test_snippets.py`), Huggi
 hub.py. Three more things differ from a reader's machine:
 - "cuda" is the CPU,
 - pictures are an eighth as high and wide, and videos have 5 frames,
-- graphs run as our passes rewrote them, without Inductor and its C++ compiler: seconds instead of minutes. What Inductor
-  makes of them is tested elsewhere.
+- prompts have 32 tokens,
+- graphs run as our passes rewrote them, without Inductor and its C++ compiler: seconds instead of minutes. What
+  Inductor makes of them is tested elsewhere.
 """
 
 import functools
@@ -26,6 +27,7 @@ from snippets.document import Block, blocks
 
 SHRINK = 8
 FRAMES = 5
+TOKENS = 32
 
 # In a shell, programs in Python are run as snippets are.
 SHELL = """
@@ -99,8 +101,8 @@ def _small_pictures() -> None:
             for side in ("height", "width"):
                 asked = given.get(side) or signature.parameters[side].default or 1024
                 given[side] = max(round(asked / SHRINK / 16), 1) * 16
-            if "num_frames" in signature.parameters:
-                given["num_frames"] = FRAMES
+            fewer = {"num_frames": FRAMES, "max_sequence_length": TOKENS}
+            given |= {name: value for name, value in fewer.items() if name in signature.parameters}
             return call(**given)
 
         return smaller
