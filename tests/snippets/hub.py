@@ -4,7 +4,7 @@
     environment(folder)     # the variables under which a process looks there, and asks the network for nothing
 
 So `from_pretrained("black-forest-labs/FLUX.1-dev")` is what it is for everybody, apart from the size. Weights are
-random; layers have the widths of the zoo (tests/zoo), so that what is quantized in the published models is quantized here.
+random; layers have the widths of the zoo (tests/zoo), so what is quantized in the published models is quantized here.
 """
 
 from pathlib import Path
