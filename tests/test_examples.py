@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from snippets.reader import cache, reader, run
+from snippets.reader import Machine, machine, reader
 
-__all__ = ["cache", "reader"]  # fixtures
+__all__ = ["machine", "reader"]  # fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 OTHERS = {"demo.py", "page.py", "size.py"}  # the demo: test_demo_page.py, test_demo_loras.py
@@ -41,36 +41,36 @@ def test_every_example_is_tried() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == tried | OTHERS
 
 
-def test_video(cache: Path, tmp_path: Path) -> None:
-    assert run(EXAMPLES / "video.py", cache, tmp_path) == "dog.gif: 5 frames\n"
+def test_video(machine: Machine, tmp_path: Path) -> None:
+    assert "dog.gif: 5 frames" in machine.run(EXAMPLES / "video.py", tmp_path)
     assert (tmp_path / "dog.gif").read_bytes().startswith(b"GIF89a")
 
 
-def test_two_adapters(cache: Path, reader: Path) -> None:
-    run(EXAMPLES / "two_adapters.py", cache, reader, "style.safetensors", "night.safetensors")
+def test_two_adapters(machine: Machine, reader: Path) -> None:
+    machine.run(EXAMPLES / "two_adapters.py", reader, "style.safetensors", "night.safetensors")
     pictures = {path.stem: path.read_bytes() for path in reader.glob("*.png")}
     assert set(pictures) == {"none", "style", "night", "both", "more-night"}
     assert len(set(pictures.values())) == 5
 
 
-def test_saved_file(cache: Path, tmp_path: Path) -> None:
+def test_saved_file(machine: Machine, tmp_path: Path) -> None:
     pictures = []
     for _ in range(2):
-        run(EXAMPLES / "saved_file.py", cache, tmp_path)
+        machine.run(EXAMPLES / "saved_file.py", tmp_path)
         assert (tmp_path / "flux.svdq.safetensors").exists()
         pictures.append((tmp_path / "dog.png").read_bytes())
     assert pictures[0] == pictures[1]
 
 
-def test_text_encoder(cache: Path, tmp_path: Path) -> None:
-    told = run(EXAMPLES / "text_encoder.py", cache, tmp_path)
+def test_text_encoder(machine: Machine, tmp_path: Path) -> None:
+    told = machine.run(EXAMPLES / "text_encoder.py", tmp_path)
     assert 0 < float(told.split("embedding is ")[1].split("%")[0]) < 20
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_service(cache: Path, reader: Path) -> None:
+def test_service(machine: Machine, reader: Path) -> None:
     (reader / "loras").mkdir()
     for name in ("style", "night"):
         (reader / f"{name}.safetensors").rename(reader / "loras" / f"{name}.safetensors")
     (reader / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{SERVICE}")
-    run(reader / "driver.py", cache, reader)
+    machine.run(reader / "driver.py", reader)

@@ -10,9 +10,9 @@ import diffusers
 import pytest
 
 from snippets.document import EXCLUDED, RUN, SHOWN, blocks, indented_code, why_excluded
-from snippets.reader import cache, reader, run
+from snippets.reader import Machine, machine, reader
 
-__all__ = ["cache", "reader"]  # fixtures
+__all__ = ["machine", "reader"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,8 +23,8 @@ def runs(document: Path) -> bool:
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if runs(path)], ids=lambda path: path.stem)
-def test_document(document: Path, cache: Path, reader: Path) -> None:
-    run(document, cache, reader)
+def test_document(document: Path, machine: Machine, reader: Path) -> None:
+    machine.run(document, reader)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
@@ -39,15 +39,15 @@ def test_every_exclusion_is_needed() -> None:
     assert {start for start in EXCLUDED for line in lines if line.startswith(start)} == set(EXCLUDED)
 
 
-def test_a_snippet_that_is_wrong_fails(cache: Path, tmp_path: Path) -> None:
+def test_a_snippet_that_is_wrong_fails(machine: Machine, tmp_path: Path) -> None:
     """With the document and the line, so the harness looks at what it runs."""
     wrong = tmp_path / "wrong.md"
     wrong.write_text("One\n\n```python\nx = 1\n```\n\n```bash\npip install .\n```\n\n```python\nassert x == 2\n```\n")
     with pytest.raises(AssertionError, match=r'wrong.md", line 12'):
-        run(wrong, cache, tmp_path)
+        machine.run(wrong, tmp_path)
     wrong.write_text("```bash\nfalse\n```\n")
     with pytest.raises(AssertionError, match="non-zero exit status 1"):
-        run(wrong, cache, tmp_path)
+        machine.run(wrong, tmp_path)
     assert why_excluded("pip install .")
     assert why_excluded("svdq inspect FILE") is None
 

@@ -4,10 +4,12 @@ from snippets.reader import cache, reader, run
 run(ROOT / "README.md", cache, reader)
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,45 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 RUN_PY = Path(__file__).with_name("run.py")
 
 
+class Machine:
+    """A process that has imported what documents import, and is copied for each.
+
+    hub   the folder with the tiny pipelines
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.hub = folder
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SVDQ_")}
+        environment |= hub.environment(folder) | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(RUN_PY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, file: Path, folder: Path, *arguments: str) -> str:
+        """Run a document or a script as its reader would, in a folder; what it prints. It must succeed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        printed = folder / "printed.txt"
+        self.process.stdin.write(json.dumps([str(file), str(folder), str(printed), *arguments]) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline().strip()
+        assert status == "0", f"{file.name} ended with {status}:\n{printed.read_text()[-6000:]}"
+        return printed.read_text()
+
+
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hugging Face's cache, with the tiny pipelines."""
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("hub")
     hub.fill(folder)
-    return folder
+    machine = Machine(folder)
+    yield machine
+    machine.process.communicate()  # it ends with its input
 
 
 @pytest.fixture
-def reader(cache: Path, tmp_path: Path) -> Path:
+def reader(machine: Machine, tmp_path: Path) -> Path:
     """The folder in which a reader works: a downloaded pipeline, and two adapters for it."""
-    shutil.copytree(hub.snapshot(cache, FLUX), tmp_path / "FLUX.1-dev")
+    shutil.copytree(hub.snapshot(machine.hub, FLUX), tmp_path / "FLUX.1-dev")
     for seed, name in enumerate(("style", "night")):
         save_file(_adapter(tmp_path / "FLUX.1-dev" / "transformer", seed), tmp_path / f"{name}.safetensors")
     return tmp_path
@@ -48,19 +77,3 @@ def _adapter(folder: Path, seed: int) -> dict[str, torch.Tensor]:
             tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(4, k, generator=generator) * k**-0.5
             tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(n, 4, generator=generator) * 0.1
     return tensors
-
-
-def run(file: Path, cache: Path, folder: Path, *arguments: str) -> str:
-    """Run a document or a script as its reader would; what it prints. It must succeed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SVDQ_")}
-    environment |= hub.environment(cache) | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(RUN_PY), str(file), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{file.name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return done.stdout

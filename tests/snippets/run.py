@@ -1,21 +1,24 @@
 """Run the snippets of a document in order, or a script, as on a machine with a GPU and the published models.
 
     python tests/snippets/run.py docs/lora.md
+    python tests/snippets/run.py            # many, each in a process forked from one that has imported only (`serve`)
 
-The working directory holds what a reader would have (`test_snippets.py`), Hugging Face's cache the tiny pipelines of
-hub.py. Three more things differ from a reader's machine:
+The working directory holds what a reader would have (reader.py), Hugging Face's cache the tiny pipelines of hub.py.
+Three more things differ from a reader's machine:
 - "cuda" is the CPU,
-- pictures are an eighth as high and wide, and videos have 5 frames,
-- prompts have 32 tokens,
+- a pipeline is called for less: an eighth of the height and width, 5 frames, prompts of 32 tokens, at most 10 steps,
 - graphs run as our passes rewrote them, without Inductor and its C++ compiler: seconds instead of minutes. What
   Inductor makes of them is tested elsewhere.
 """
 
 import functools
 import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from snippets.document import Block, blocks
 
 SHRINK = 8
-FRAMES = 5
-TOKENS = 32
+MOST = {"num_frames": 5, "max_sequence_length": 32, "num_inference_steps": 10}
+SECONDS = 300  # for each
 
 # In a shell, programs in Python are run as snippets are.
 SHELL = """
@@ -36,13 +39,47 @@ python() { $RUN "$@"; }
 """
 
 
-def main(file: Path, *arguments: str) -> None:
+def serve() -> None:
+    """Run what each line of stdin says: [file, folder to work in, file for what it prints, arguments...] as JSON.
+    Prints the exit status of each.
+    """
+    stand_in(pipelines=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            os._exit(_alone(*json.loads(line)))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _alone(file: str, folder: str, printed: str, *arguments: str) -> int:
+    """Run one and return its exit status."""
+    signal.alarm(SECONDS)
+    os.chdir(folder)
+    with open(printed, "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    status = 0
+    try:
+        run(Path(file), *arguments)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
+
+
+def stand_in(pipelines: bool) -> None:
+    """Put in place what differs from a reader's machine; `pipelines`: those of diffusers too, which takes seconds."""
     torch.set_num_threads(1)
-    uses_pipelines = "diffusers" in file.read_text() or "--prompt" in arguments
-    _on_the_cpu(uses_pipelines)
-    if uses_pipelines:
+    _on_the_cpu(pipelines)
+    if pipelines:
         _small_pictures()
     _without_inductor()
+
+
+def run(file: Path, *arguments: str) -> None:
+    """Run a document's snippets, or a script with arguments."""
     if file.suffix == ".md":
         namespace: dict[str, Any] = {"__name__": "__main__"}
         for block in blocks(file):
@@ -67,7 +104,7 @@ def _replace(owner: Any, name: str, around: Callable) -> None:
     setattr(owner, name, functools.wraps(getattr(owner, name))(around(getattr(owner, name))))
 
 
-def _on_the_cpu(uses_pipelines: bool) -> None:
+def _on_the_cpu(pipelines: bool) -> None:
     import svdq_compile as svdq
 
     def around(function: Callable) -> Callable:
@@ -78,7 +115,7 @@ def _on_the_cpu(uses_pipelines: bool) -> None:
         return call
 
     _replace(torch.nn.Module, "to", around)
-    if uses_pipelines:  # importing diffusers takes seconds
+    if pipelines:
         from diffusers import DiffusionPipeline
 
         _replace(DiffusionPipeline, "to", around)
@@ -101,8 +138,8 @@ def _small_pictures() -> None:
             for side in ("height", "width"):
                 asked = given.get(side) or signature.parameters[side].default or 1024
                 given[side] = max(round(asked / SHRINK / 16), 1) * 16
-            fewer = {"num_frames": FRAMES, "max_sequence_length": TOKENS}
-            given |= {name: value for name, value in fewer.items() if name in signature.parameters}
+            for name in MOST.keys() & signature.parameters.keys():
+                given[name] = min(given.get(name, signature.parameters[name].default), MOST[name])
             return call(**given)
 
         return smaller
@@ -121,4 +158,8 @@ def _without_inductor() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), *sys.argv[2:])
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        stand_in(pipelines="--prompt" in sys.argv)
+        run(Path(sys.argv[1]).resolve(), *sys.argv[2:])
