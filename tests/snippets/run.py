@@ -161,5 +161,5 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         serve()
     else:
-        stand_in(pipelines="--prompt" in sys.argv)
+        stand_in(pipelines=sys.argv[1].endswith(".md") or "--prompt" in sys.argv)
         run(Path(sys.argv[1]).resolve(), *sys.argv[2:])
