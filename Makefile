@@ -1,7 +1,8 @@
 # Everything sets itself up on first use, in .venv, and is quick the second time.
 #   make demo    draw the same pictures in 16-bit and in 4-bit, side by side: demo.html; as many as fit into 5 minutes
 #   make demo-full   all of them, with LoRA adapters, however long it takes
-#   make test    format, lint, types, the wheel, tests
+#   make test    format, lint, types, the documents, the wheel, tests
+#   make docs    the documents and the API reference as one site: build/site/docs/index.html; a dead link fails
 #   make wheel   build the wheel, and use it from an empty environment
 #   make compat  every supported torch and Triton: docs/compat.md (12 GB, hours)
 #   make zoo     every denoiser of diffusers, whole and by its blocks: bench/results/zoo.json, docs/models.md (an hour)
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo demo-full test lint types wheel compat zoo clean
+.PHONY: demo demo-full test lint types docs wheel compat zoo clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -18,7 +19,7 @@ demo: $(READY)
 demo-full: $(READY)
 	$(BIN)/python examples/demo.py --full
 
-test: lint types wheel
+test: lint types docs wheel
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python tests/compat.py --quick
 
@@ -34,6 +35,14 @@ types: $(READY)
 	@rm -rf build/types && mkdir -p build/types/svdq_compile
 	@ln -s $(CURDIR)/svdq_compile/*.py $(CURDIR)/passes $(CURDIR)/lowering $(CURDIR)/kernels build/types/svdq_compile/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p svdq_compile
+
+docs: .venv/ready-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs -d build/doctrees . build/site
+	@echo "build/site/docs/index.html"
+
+.venv/ready-docs: $(READY) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch .venv/ready-docs
 
 wheel: $(READY)
 	$(BIN)/python tools/try_wheel.py
