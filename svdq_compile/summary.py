@@ -41,7 +41,7 @@ def summary(model: nn.Module) -> str:
     text = f"svdquant: {title(model)}: {_what(quantized)}"
     if left:
         text += f"; {len(left)} left in 16-bit: {_why(left)}"
-    return text if rows else f"{text}: it has no nn.Linear and no 1x1 convolution"
+    return text if rows else f"{text}: it has no nn.Linear and no convolution"
 
 
 def _what(rows: list[LayerReport]) -> str:
