@@ -128,7 +128,7 @@ def test_nothing_quantized_and_then_another_model(
 
 
 NOTHING: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "no linears": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU()), "it has no nn.Linear and no 1x1 convolution"),
+    "no linears": (lambda: nn.Sequential(nn.Conv1d(8, 8, 3), nn.ReLU()), "it has no nn.Linear and no convolution"),
     "small": (lambda: nn.Sequential(nn.Linear(8, 8)), "1 left in 16-bit: 1 it is small (8 x 8)"),
     "double": (lambda: nn.Sequential(nn.Linear(128, 128)).double(), "1 its weight is torch.float64"),
 }
