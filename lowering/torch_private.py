@@ -174,15 +174,21 @@ def describe(node: fx.Node, instead_of: fx.Node) -> None:
     node.meta.update({k: instead_of.meta[k] for k in ("nn_module_stack", "stack_trace") if k in instead_of.meta})
 
 
+def compile_in_place(model: nn.Module, **arguments: Any) -> None:
+    """`model.compile`, of torch's own modules too, as nn.Sequential: Dynamo by itself would not look into those."""
+    from torch._dynamo import external_utils, trace_rules
+
+    call = model._call_impl
+    if trace_rules.check(type(model).forward):
+        call = external_utils.wrap_inline(call)
+    model._compiled_call_impl = torch.compile(call, **arguments)
+
+
 @contextmanager
 def compiled_in_place(model: nn.Module, backend: Callable) -> Iterator[None]:
     """Within the context, calling the model runs what torch.compile makes of it with this backend."""
-    from torch._dynamo import external_utils, trace_rules
-
-    before, call = model._compiled_call_impl, model._call_impl
-    if trace_rules.check(type(model).forward):  # torch's own, as nn.Sequential's: Dynamo would not look into it
-        call = external_utils.wrap_inline(call)
-    model._compiled_call_impl = torch.compile(call, backend=backend)
+    before = model._compiled_call_impl
+    compile_in_place(model, backend=backend)
     try:
         yield
     finally:

@@ -103,11 +103,14 @@ def _inside(
     return ((body, own, end, last) for own in inner for end, last in _ends(own, computed))
 
 
-def _why_not(name: str, weight: fx.Node) -> str | None:
+def is_matrix(weight: fx.Node) -> bool:
+    """Whether an input is a matrix, or several."""
     value = weight.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dim() < 2:
-        return "no matrix"
-    return why_not(name, value)
+    return isinstance(value, torch.Tensor) and value.dim() > 1
+
+
+def _why_not(name: str, weight: fx.Node) -> str | None:
+    return why_not(name, weight.meta["example_value"]) if is_matrix(weight) else "no matrix"
 
 
 def _name(node: fx.Node) -> str:

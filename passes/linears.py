@@ -28,6 +28,7 @@ from .subgraphs import bodies
 
 POINTWISE_CONV = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
+OTHERWISE = "something other than a linear reads its weight"
 QUANTIZABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_ROWS = 16  # up to here a linear waits for its weight's bytes; kernels' gemv takes as many
 
@@ -131,7 +132,7 @@ def _why_not(node: fx.Node, weight: fx.Node, name: str) -> str | None:
         return "a convolution larger than 1x1"
     reason = why_not(name, value)
     if reason is None and any(not reads_as_weight(user, weight) for user in weight.users):
-        return "something other than a linear reads its weight"
+        return OTHERWISE
     return reason
 
 

@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 from torch import fx
 
-from .expanded import find_expanded
-from .linears import find_linears, group_by_input
+from .expanded import find_expanded, is_matrix
+from .linears import OTHERWISE, find_linears, group_by_input
 from .pipeline import log
 from .subgraphs import invocations, other_bodies, placeholders
 
@@ -76,6 +76,10 @@ def weight_inputs(
     for weight, name in expanded.items():
         own = (index[weight],), (known.get(index[weight], name),)
         found.groups.append(WeightGroup(*own, few_rows=False, shift=0.0, expanded=True))
+    known_of = {i for group in found.groups for i in group.indices} | {i for i, _, _ in found.rejected}
+    for i in parameters:
+        if i not in known_of and nodes[i].users and is_matrix(nodes[i]):
+            found.rejected.append((i, known.get(i, nodes[i].name), OTHERWISE))
     return found
 
 

@@ -63,5 +63,6 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
 def _refuse_gradients(gm: fx.GraphModule) -> None:
     outputs = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
     values = (node.meta.get("example_value") for node in outputs if isinstance(node, fx.Node))
-    if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+    # A Parameter that is handed on, to what follows a graph break, wants gradients and records none.
+    if any(isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None for value in values):
         raise GradientsNeeded

@@ -130,7 +130,7 @@ def save(
         raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
-    tensors, metadata = _contents(model, Config.of(config))
+    tensors, metadata = _contents(model, None if config is None else Config.of(config))
     with _replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
@@ -152,7 +152,7 @@ def _check_order(model: object, path: object, function: str) -> None:
         raise OptionError(f"path={path!r:.60} is no path: {call}")
 
 
-def _contents(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -186,7 +186,7 @@ def _contents(model: nn.Module, config: Config) -> tuple[dict[str, Tensor], dict
         "format": FORMAT,
         "format_version": str(VERSION),
         "model_class": type(model).__name__,
-        "config": json.dumps(config.to_dict()),
+        "config": json.dumps(config.to_dict() if config else {}),
         "layers": json.dumps([asdict(entry) for entry in entries]),
         "others": json.dumps({name: reason for name, reason in others.items() if reason}),
         "tied": json.dumps(tied),
@@ -234,6 +234,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def read_header(path: str | os.PathLike) -> Header:
     """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
+    path = _file_of(path)
     with _opened(path) as file:
         metadata = file.metadata() or {}
         tensors = set(file.keys())
@@ -268,6 +269,12 @@ def read_header(path: str | os.PathLike) -> Header:
     return header
 
 
+def _file_of(path: str | os.PathLike) -> str | os.PathLike:
+    """A file itself, or the one that `save_pretrained` has put into a folder."""
+    inside = Path(path) / FILE_NAME
+    return inside if inside.is_file() else path
+
+
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     if Path(path).is_dir():
@@ -299,8 +306,7 @@ def load(
     """
     _check_order(model, path, "load")
     given, model = model, model_in(model, "load")
-    if (Path(path) / FILE_NAME).is_file():
-        path = Path(path) / FILE_NAME
+    path = _file_of(path)
     serve_libraries()
     header = read_header(path)
     _check_fit(model, header, path)

@@ -183,7 +183,8 @@ def inspect(
     facts.add_row("file", f"{file} ({_mib(header.nbytes)} MiB)")
     facts.add_row("format version", str(header.version))
     facts.add_row("model class", header.model_class)
-    facts.add_row("config", ", ".join(f"{name}={value}" for name, value in header.config.items()))
+    if header.config:
+        facts.add_row("config", ", ".join(f"{name}={value}" for name, value in header.config.items()))
     facts.add_row("quantized", header.calibration)
     for reason, count in Counter(header.others.values()).most_common():
         facts.add_row("16-bit linears", f"{count}: {reason}")

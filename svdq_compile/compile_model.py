@@ -12,6 +12,7 @@ from .convert import warn_of_skip
 from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
 from .layers import matrices
+from .lowering.torch_private import compile_in_place
 from .parameter import QuantizedWeight
 from .progress import say
 
@@ -63,7 +64,7 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
     options, place = config.to_dict(), name or type(model).__name__
     blocks = _repeated_blocks(model)
     if not blocks:
-        model.compile(backend="svdquant", options=options)
+        compile_in_place(model, backend="svdquant", options=options)
         return f"{place} compiled as a whole"
     for block in blocks:
         block.compile(backend="svdquant", fullgraph=True, options=options)

@@ -16,7 +16,8 @@ FUSIONS = tuple(FUSING)
 MAX_RANK = 256
 PAPER = {"w4a4": "int4"}  # what the paper calls a precision
 ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
-TORCH_ARGUMENTS = ("backend", "dynamic", "fullgraph")  # of torch.compile, no options
+TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
+OF_QUANTIZE = ("calibrate", "example_inputs", "device")
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,19 @@ class Config:
             )
         if isinstance(self.skip, str):
             raise OptionError(f"option skip={self.skip!r}: must be a list, as in skip=[{self.skip!r}]")
-        if not all(isinstance(pattern, str) for pattern in _iterable(self.skip)):
+        patterns = _iterable(self.skip)
+        if not all(isinstance(pattern, str) for pattern in patterns):
             raise OptionError(
                 f"option skip={self.skip!r:.60}: must be a list of layer-name patterns, as in skip=['*.proj_out']"
             )
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", tuple(patterns))
         if not isinstance(self.fuse, bool):
             if isinstance(self.fuse, str):
                 raise OptionError(f"option fuse={self.fuse!r}: must be True, False or a list of {', '.join(FUSIONS)}")
-            for fusion in _iterable(self.fuse):
+            fusions = _iterable(self.fuse)
+            for fusion in fusions:
                 _one_of("fuse", fusion, FUSIONS)
-            object.__setattr__(self, "fuse", tuple(self.fuse))
+            object.__setattr__(self, "fuse", tuple(fusions))
 
     @property
     def fusions(self) -> tuple[str, ...]:
@@ -135,6 +138,10 @@ class Config:
 
 
 def _instead_of(name: str, known: list[str]) -> str:
+    if name == "backend":
+        return "svdq_compile.compile takes no other backend than its own"
+    if name in OF_QUANTIZE:
+        return f"it is an argument of quantize, as in svdq_compile.quantize(model, {name}=...)"
     if name in TORCH_ARGUMENTS:
         return f"it is an argument of torch.compile, as in model.compile(backend='svdquant', {name}=...)"
     near = difflib.get_close_matches(name, known, n=1)

@@ -202,9 +202,9 @@ def _way(model: nn.Module, blocks: tuple[Blocks, ...], plans: tuple[Plan, ...]) 
         return 'model.compile_repeated_blocks(backend="svdquant")'
     repeated = [found.path for found in blocks if found.count > 1]
     if repeated:
-        lists = ", ".join(f"*model.{path}" for path in dict.fromkeys(repeated))
+        lists = ", ".join(f"*model.{path}" if path else "*model" for path in dict.fromkeys(repeated))
         return f'for block in [{lists}]: block.compile(backend="svdquant")'
-    return 'model.compile(backend="svdquant")'
+    return "svdq_compile.compile(model)"
 
 
 def _sums(plans: tuple[Plan, ...] | list[Plan]) -> tuple[str, str, str]:

@@ -107,5 +107,5 @@ def advise() -> None:
     """Say once that there is a faster way."""
     log.warning(
         "svdquant: linears of a quantized model run outside compiled code, which is slower; if the model is not "
-        'compiled, call model.compile(backend="svdquant")'
+        "compiled, call svdq_compile.compile(model)"
     )

@@ -58,15 +58,18 @@ def _what_instead(given: Any, function: str) -> str:
         return f"{str(given)!r} is a path, not a model: load it first, with from_pretrained, and give {call} the model"
     if isinstance(given, Mapping):
         return f"{kind} is not a model: give {call} the nn.Module that the state dict belongs to"
+    empty = [name for name in DENOISERS if hasattr(given, name)]
+    if empty and not any(isinstance(getattr(given, name), nn.Module) for name in empty):
+        return (
+            f"the {empty[0]} of this {kind} is {getattr(given, empty[0])!r:.60}, not a model: load the pipeline with it"
+        )
     parts = [name for name, part in _components(given).items() if isinstance(part, nn.Module)]
     wanted = [name for name in parts if name in DENOISERS] or parts
     if wanted:
         ways = " or ".join(f"{call}(pipe.{name})" for name in wanted)
         return f"{kind} is a pipeline, not a model: give the model in it, as in {ways}"
-    empty = [name for name in DENOISERS if hasattr(given, name)]
-    if empty:
-        return f"the {empty[0]} of this {kind} is {getattr(given, empty[0])!r}, not a model: load the pipeline with it"
-    return f"{given!r:.60} is not a model: give {call} an nn.Module, as in {call}(pipe.transformer)"
+    shown = kind if "\n" in repr(given) else f"{given!r:.60}"
+    return f"{shown} is not a model: give {call} an nn.Module, as in {call}(pipe.transformer)"
 
 
 def _components(given: Any) -> dict[str, Any]:

@@ -38,7 +38,9 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(parameter, QuantizedWeight) for parameter in self.parameters()):
-            return original(self, save_directory, *args, **kwargs)
+            result = original(self, save_directory, *args, **kwargs)
+            (Path(save_directory) / FILE_NAME).unlink(missing_ok=True)  # of an earlier save: it is this model no more
+            return result
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
         given = bound | bound.get("kwargs", {})
         for option, usual in _REFUSED.items():
@@ -57,6 +59,9 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
 def _save(model: nn.Module, folder: Path, write: Write) -> None:
     if folder.is_file():
         raise OptionError(f"{folder} is a file: give save_pretrained a folder")
+    others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and p.name != FILE_NAME]
+    if others:
+        raise OptionError(f"{folder} holds other weights ({others[0]}): give save_pretrained a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     write(model, folder / FILE_NAME)
     _save_config(model, folder)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from . import decisions, stages
 from .config import Config
@@ -16,14 +18,17 @@ from .convert import Task, convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
 from .given import device_in, model_in
 from .input_statistics import InputStatistics
-from .layers import layers
-from .lowering.torch_private import compiled_in_place, convert_by_our_settings
+from .layers import layers, matrices
+from .lowering.torch_private import compiled_in_place, convert_by_our_settings, while_nothing_is_traced
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, originals, thaw
+from .passes.peft_names import without_adapters
 from .progress import say
 from .report import Report, report
 from .roots import find_weights
-from .summary import tell_again, tell_to_compile
+from .summary import forget, has_quantized, tell_again, tell_to_compile
+
+log = logging.getLogger("svdq_compile")
 
 
 def quantize(
@@ -52,6 +57,7 @@ def quantize(
     chosen = Config.of(config, options)
     target = None if device is None else device_in(device)
     warn_of_skip([model], chosen)
+    was_quantized = has_quantized(model)
     decisions.ask_again(model)
     decisions.place(model)
     stages.begin_anew(model)
@@ -65,6 +71,12 @@ def quantize(
     if not any(isinstance(p, QuantizedWeight) for p in model.parameters()) and not _eligible(tasks):
         raise NothingToQuantize(_why_nothing(model))
     convert(tasks, chosen, target)
+    if was_quantized and not tasks and (options or config is not None or calibrate is not None):
+        log.warning(
+            "svdquant: this %s is quantized already, and stays as it is: svdq_compile.restore(model, state_dict) turns "
+            "it back to 16-bit first",
+            type(model).__name__,
+        )
     if target is not None:
         model.to(target)
     tell_again(model, chosen.progress)
@@ -186,7 +198,7 @@ def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
     twins = [(memo[id(parameter)], parameter) for parameter in model.parameters()]
     twin = copy.deepcopy(model, memo)
     decisions.place(twin)
-    moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in example_inputs.items()}
+    moved = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, dict(example_inputs))
     tasks = _observed(twin, lambda model: model(**moved), visible=False)
     for parameter, original in twins:
         reason = decisions.reason_of(parameter)
@@ -202,8 +214,11 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _by_weights_alone(model: nn.Module, seen: list[Task]) -> list[Task]:
-    """The layers that no task covers, each for itself."""
+    """The layers that no task covers, each for itself. Only of torch's own modules is it known what they do with their
+    weight; that of another class, or one that is a table as well, is left to be seen when it runs.
+    """
     covered = {id(w) for task in seen for w in task.weights}
+    covered |= {id(w) for module in model.modules() if not _is_known(module) for w in module.parameters(recurse=False)}
     tasks = []
     for layer in layers(model):
         if id(layer.weight) in covered or not decisions.is_undecided(layer.weight):
@@ -214,6 +229,13 @@ def _by_weights_alone(model: nn.Module, seen: list[Task]) -> list[Task]:
             own = (layer.weight,), (layer.name,)
             tasks.append(Task(*own, False, 0.0, InputStatistics(), expanded=layer.expanded))
     return tasks
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else with it, or has none."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return type(module).forward.__module__.startswith("torch.nn.")
+    return not isinstance(module, nn.Embedding)
 
 
 def restore(
@@ -239,11 +261,26 @@ def restore(
             f"state_dict={state_dict!r:.60} is no state dict: give the tensors by name, as "
             "safetensors.torch.load_file(path) or another_model.state_dict() has them"
         )
-    named = {n: p for n, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
-    values: dict[str, Tensor | None] = {}
-    for name, weight in named.items():
-        if state_dict is not None and name in state_dict:
-            values[name] = given = state_dict[name]
+    with while_nothing_is_traced(), decisions.LOCK:
+        count = _restore(model, state_dict, dequantize)
+    forget(model)
+    stages.begin_anew(model)
+    if count:
+        say(
+            f"svdquant: {count} linears are 16-bit again and stay so; svdq_compile.quantize(model) or compiling the "
+            "model anew quantizes them",
+            progress,
+        )
+    return count
+
+
+def _restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None, dequantize: bool) -> int:
+    found = _quantized_by_names(model)
+    values: list[Tensor | None] = []
+    for names, weight in found:
+        name = next((name for name in names if name in (state_dict or {})), None)
+        if state_dict is not None and name is not None:
+            values.append(given := state_dict[name])
             if not isinstance(given, Tensor):
                 raise OptionError(f"{name}: state_dict has {given!r:.60}, not a tensor")
             if isinstance(given, QuantizedWeight):
@@ -251,18 +288,21 @@ def restore(
             if given.shape != weight.shape:
                 raise OptionError(f"{name}: state_dict has shape {tuple(given.shape)}, not {tuple(weight.shape)}")
         elif dequantize:
-            values[name] = None
+            values.append(None)
         else:
             originals(weight)
-            values[name] = weight
-    for name, weight in named.items():
-        value = values[name]
+            values.append(weight)
+    for (_, weight), value in zip(found, values, strict=True):
         thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)
-    decisions.turn_back(model.parameters())
-    if named:
-        say(
-            f"svdquant: {len(named)} linears are 16-bit again and stay so; svdq_compile.quantize(model) or compiling "
-            "the model anew quantizes them",
-            progress,
-        )
-    return len(named)
+    decisions.turn_back(layer.weight for layer in matrices(model) if layer.never is None)
+    return len(found)
+
+
+def _quantized_by_names(model: nn.Module) -> list[tuple[list[str], QuantizedWeight]]:
+    """Each quantized weight with all the names that a state dict may have for it: tied, with adapters and without."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    found: dict[int, tuple[list[str], QuantizedWeight]] = {}
+    for name, weight in (*without_adapters(named), *named):
+        if isinstance(weight, QuantizedWeight):
+            found.setdefault(id(weight), ([], weight))[0].append(name)
+    return list(found.values())

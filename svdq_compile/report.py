@@ -9,8 +9,9 @@ from torch import nn
 
 from . import decisions
 from .given import model_in
-from .layers import Layer, layers
+from .layers import Layer, layers, matrices
 from .parameter import QuantizedWeight
+from .passes.linears import OTHERWISE
 from .tables import as_text, names
 
 
@@ -84,7 +85,14 @@ def report(model: nn.Module) -> Report:
     """The report of a model, or of one that torch.compile wraps. Raises NotAModel."""
     inner = model_in(model, "report")
     compiled = _compiled_weights(model)
-    return Report(tuple(_row(layer, compiled) for layer in layers(inner)))
+    shown = {id(layer.weight) for layer in layers(inner)}
+    return Report(tuple(_row(x, compiled) for x in matrices(inner) if id(x.weight) in shown or _was_asked_for(x)))
+
+
+def _was_asked_for(layer: Layer) -> bool:
+    """Whether a Parameter that is no module's weight was met as one, and left in 16-bit."""
+    reason = decisions.reason_of(layer.weight)
+    return reason is not None and reason != OTHERWISE and layer.never is None
 
 
 def _row(layer: Layer, compiled: set[int]) -> LayerReport:

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import decisions
 from .layers import blocks_of
 from .progress import Activity
-from .summary import has_quantized, title
+from .summary import title
 
 _COURSES = WeakIdKeyDictionary()  # model -> _Course
 _NOBODY = nn.Module()  # stands for the models of weights that nobody holds
@@ -54,8 +54,6 @@ def observing(model: nn.Module | None, call: int, calls: int | None, visible: bo
     if not visible:
         return nullcontext()
     course = _course(model)
-    if call == 1 and "quantizing" in course.begun and not (model is not None and has_quantized(model)):
-        course = begin_anew(model)
     doing = f"{title(model)}: observing {call}" + (f" of {calls}" if calls else "")
     what = f"call {call}" if calls is None else f"{call} of {calls} calls" if calls > 1 else "this call"
     then = "" if calls is None else "; then its layers are quantized (option calibration_steps)"

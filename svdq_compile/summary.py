@@ -82,10 +82,15 @@ def tell(model: nn.Module, visible: bool) -> None:
             say(line, visible)
 
 
-def tell_again(model: nn.Module, visible: bool) -> None:
-    """Say the line to somebody who has just asked for it to be quantized."""
+def forget(model: nn.Module) -> None:
+    """What was told of a model counts no more: it begins anew."""
     _TOLD.pop(model, None)
     decided(model)
+
+
+def tell_again(model: nn.Module, visible: bool) -> None:
+    """Say the line to somebody who has just asked for it to be quantized."""
+    forget(model)
     tell(model, visible)
 
 
@@ -108,4 +113,4 @@ def _is_waiting(model: nn.Module) -> bool:
 def tell_to_compile(model: nn.Module, visible: bool) -> None:
     """What is left to do with a quantized model, unless it or a part of it was compiled already."""
     if not any(module._compiled_call_impl is not None for module in model.modules()):
-        say('svdquant: quantized; now compile it, for speed: model.compile(backend="svdquant")', visible)
+        say("svdquant: quantized; now compile it, for speed: svdq_compile.compile(model)", visible)

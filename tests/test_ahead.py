@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import svdq_compile as svdq
-from conftest import compiled, inputs, net, quiet, relative_error
+from conftest import Net, compiled, inputs, net, quiet, relative_error
 from svdq_compile.errors import NothingToQuantize, UnsupportedDevice
 from svdq_compile.parameter import QuantizedWeight
 
@@ -121,3 +121,17 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was() -> None:
 def test_packed_of_a_plain_weight() -> None:
     with pytest.raises(TypeError, match="not quantized"):
         svdq.packed(net().blocks[0].up.weight)
+
+
+class Nested(Net):
+    """A net whose condition comes in a dict, as SDXL's do."""
+
+    def forward(self, x: torch.Tensor, added: dict) -> torch.Tensor:
+        return super().forward(x, *added["conditions"])
+
+
+def test_example_inputs_may_be_nested() -> None:
+    torch.manual_seed(0)
+    model, (x, condition) = Nested().eval().requires_grad_(False), inputs()
+    svdq.quantize(model, quiet(), example_inputs={"x": x, "added": {"conditions": [condition]}})
+    assert any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())

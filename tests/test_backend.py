@@ -549,3 +549,28 @@ def test_sizes_that_torch_2_11_cannot_compare(monkeypatch: pytest.MonkeyPatch) -
     assert inductor.compile_with_inductor(gm, [torch.ones(3)], None) == {}
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
     assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == {}
+
+
+class HandsOn(nn.Module):
+    """A Parameter that wants gradients lives on over a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Parameter(torch.randn(24, 128)), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = self.table.to(x.dtype)
+        y = self.linear(x)
+        torch._dynamo.graph_break()
+        return y + table
+
+
+def test_a_parameter_that_is_handed_on_records_nothing() -> None:
+    model, x = HandsOn().eval(), torch.randn(2, 24, 128)
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            assert relative_error(run(x), expected) < 0.2
+    with torch.enable_grad(), pytest.raises(Exception, match="inference only"):
+        torch.compile(HandsOn(), backend="svdquant", options=quiet())(x)

@@ -161,3 +161,12 @@ def test_a_layer_to_skip_that_is_not_there() -> None:
     assert warnings == [
         "svdquant: option skip: 'block.0.to_q' names no layer of Net; the nearest is 'blocks.0.to_q'",
     ]
+
+
+def test_torchs_own_modules() -> None:
+    """Dynamo by itself would not look into them."""
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).eval().requires_grad_(False)
+    svdq.compile(model, quiet())
+    for _ in range(2):
+        model(torch.randn(2, 24, 128))
+    assert all(isinstance(model[i].weight, QuantizedWeight) for i in (0, 2))

@@ -75,7 +75,7 @@ def test_blocks_and_the_way_to_compile() -> None:
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert svdq.doctor(make("flux")[0]).way == 'model.compile_repeated_blocks(backend="svdquant")'
     alone = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
-    assert svdq.doctor(alone).way == 'model.compile(backend="svdquant")'
+    assert svdq.doctor(alone).way == "svdq_compile.compile(model)"
 
 
 class Broken(Net):

@@ -370,4 +370,4 @@ def test_the_faster_way_is_told_once() -> None:
         model(*inputs())
     (record,) = records
     assert (record.name, record.levelname) == ("svdq_compile", "WARNING")
-    assert 'model.compile(backend="svdquant")' in record.getMessage()
+    assert "svdq_compile.compile(model)" in record.getMessage()

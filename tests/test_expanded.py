@@ -237,3 +237,77 @@ def test_reading_is_still_refused() -> None:
     ):
         with pytest.raises(svdq.SvdqError, match="16-bit"):
             read()
+
+
+class NormedLinear(nn.Linear):
+    """One that does not multiply by its weight as it is, nor by what a weight is scaled to by Parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight, dim=-1), self.bias)
+
+
+class StandardizedConv(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.weight.mean((1, 2), keepdim=True), self.weight.std((1, 2), keepdim=True)
+        return F.conv1d(x.transpose(1, 2), (self.weight - mean) / deviation, padding=1).transpose(1, 2)
+
+
+class TiedTable(nn.Module):
+    """A table whose rows are looked up, and which a linear reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.table(torch.arange(TOKENS)))
+
+
+OTHERWISE = {
+    "normalized": lambda: NormedLinear(WIDTH, WIDTH),
+    "standardized": lambda: StandardizedConv(WIDTH, WIDTH, 3),
+    "looked up": TiedTable,
+}
+
+
+@pytest.mark.parametrize("ahead", ["calibrated", "by shapes", "by weights alone", "on the fly"])
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_weights_that_are_read_otherwise_stay(kind: str, ahead: str) -> None:
+    """Whatever kind of module holds them; they would be gone, and the model could not be called any more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), OTHERWISE[kind]()).eval().requires_grad_(False)
+    exact = model(x())
+    with torch.no_grad(), without_inductor():
+        if ahead == "calibrated":
+            svdq.quantize(model, quiet(), calibrate=lambda model: model(x()))
+        elif ahead == "by shapes":
+            svdq.quantize(model, quiet(), example_inputs={"input": x()})
+        elif ahead == "by weights alone":
+            svdq.quantize(model, quiet())
+        run = svdq.compile(model, quiet())
+        for _ in range(2):
+            y = run(x())
+        assert relative_error(y, exact) < ROUNDED
+        assert relative_error(model._call_impl(x()), y) < 1e-5, "eagerly"
+    quantized = [name for name, p in model.named_parameters() if isinstance(p, QuantizedWeight)]
+    assert quantized == ["0.weight"]
+    if ahead != "by weights alone" and kind != "looked up":
+        (row,) = [row for row in svdq.report(model) if row.error is None]
+        assert row.reason == "something other than a linear reads its weight"
+
+
+def test_kept_values_do_not_make_another_picture() -> None:
+    """Eagerly, expanded weights are as in compiled code."""
+    model = made("a loop over experts")
+    svdq.quantize(model, quiet(weights="keep"), calibrate=lambda model: model(x()))
+    kept = model(x())
+    other = made("a loop over experts")
+    svdq.quantize(other, quiet(), calibrate=lambda model: model(x()))
+    assert torch.equal(kept, other(x()))
+
+
+def test_what_was_asked_for_and_left_is_reported() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Experts()).eval().requires_grad_(False)
+    svdq.quantize(model, quiet(skip=["*.w"]), calibrate=lambda model: model(x()))
+    assert {row.name: row.reason for row in svdq.report(model)} == {"0": "", "1.w": "option skip"}

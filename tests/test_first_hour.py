@@ -4,6 +4,7 @@ that the person would catch, and nothing is half done.
 
 import io
 import json
+import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import svdq_compile as svdq
-from conftest import Net, inputs, net, quiet, relative_error
+from conftest import Net, inputs, logged, net, quiet, relative_error
 from svdq_compile import compiled, undecided
 from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
@@ -628,3 +629,41 @@ def test_the_package_recommends_compiling_in_place() -> None:
     assert svdq.__doc__ is not None
     assert ".compile(backend=" in svdq.__doc__
     assert "= torch.compile(" not in svdq.__doc__
+
+
+def test_options_may_be_generators() -> None:
+    config = svdq.Config(skip=(f"*.{name}" for name in ("up", "down")), fuse=(name for name in ("heads", "rows")))
+    assert (config.skip, config.fuse) == (("*.up", "*.down"), ("heads", "rows"))
+
+
+def test_options_for_a_model_that_is_quantized_already() -> None:
+    model = net()
+    svdq.quantize(model, quiet())
+    with logged("svdq_compile") as records:
+        svdq.quantize(model, quiet(precision="int4"))
+    (told,) = [record.getMessage() for record in records if record.levelno == logging.WARNING]
+    assert "quantized already" in told
+    assert "restore" in told
+
+
+def test_inspect_takes_the_folder_of_save_pretrained(tmp_path: Path) -> None:
+    model, _ = make("flux")
+    svdq.quantize(model, quiet(precision="int4"))
+    model.save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "int4" in result.output
+    assert "precision=auto" not in result.output, "options that nobody told"
+
+
+def test_one_folder_holds_one_form(tmp_path: Path) -> None:
+    model, _ = make("flux")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    svdq.quantize(model, quiet())
+    model.save_pretrained(tmp_path)
+    svdq.restore(model, state, progress=False)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.svdq.safetensors")), "it would be loaded instead"
+    svdq.quantize(model, quiet())
+    with pytest.raises(svdq.SvdqError, match="a folder of its own"):
+        model.save_pretrained(tmp_path)

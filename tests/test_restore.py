@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from test_compile import count
 from test_faults import run_eagerly
 from torch import Tensor, nn
@@ -160,3 +161,24 @@ def test_other_options_are_asked_anew() -> None:
     for _ in range(3):
         run(*inputs())
     assert count(run) == 5
+
+
+def test_with_adapters_loaded() -> None:
+    """A state dict has the names of the model without them."""
+    model, state = net(), net().state_dict()
+    svdq.quantize(model, quiet())
+    config = LoraConfig(r=4, target_modules=["to_q", "up"], init_lora_weights=True)
+    inject_adapter_in_model(config, model)
+    model.requires_grad_(False)
+    assert svdq.restore(model, state, progress=False) == 10
+    assert torch.equal(model(*inputs()), net()(*inputs()))
+
+
+def test_what_was_never_quantized_keeps_its_reason() -> None:
+    model = net()
+    svdq.quantize(model, quiet())
+    before = {row.name: row.reason for row in svdq.report(model) if row.reason}
+    svdq.restore(model, dequantize=True, progress=False)
+    after = {row.name: row.reason for row in svdq.report(model)}
+    assert before
+    assert {name: after[name] for name in before} == before
