@@ -25,7 +25,9 @@ from .passes.weight_groups import WeightInputs
 
 RESTORED = "restored to 16-bit"  # until somebody asks for 4 bits again
 
-LOCK = threading.RLock()  # held while weights change their form
+# Held while weights change their form. What is done with it stands on its line: an interruption before the next would
+# leave it locked, and other threads waiting for ever.
+LOCK = threading.RLock()
 
 _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
@@ -50,12 +52,15 @@ class Place:
 
 def place(model: nn.Module) -> None:
     """Note where each Parameter of a model stands."""
-    with LOCK:
-        root = ref(model)
-        for parameter in model.parameters():
-            _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
-        for layer in matrices(model):
-            _PLACES[layer.weight] = Place(root, layer.name, layer.never)
+    with LOCK: _place(model)  # noqa: E701  # fmt: skip
+
+
+def _place(model: nn.Module) -> None:
+    root = ref(model)
+    for parameter in model.parameters():
+        _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
+    for layer in matrices(model):
+        _PLACES[layer.weight] = Place(root, layer.name, layer.never)
 
 
 def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:

@@ -261,8 +261,7 @@ def restore(
             f"state_dict={state_dict!r:.60} is no state dict: give the tensors by name, as "
             "safetensors.torch.load_file(path) or another_model.state_dict() has them"
         )
-    with while_nothing_is_traced(), decisions.LOCK:
-        count = _restore(model, state_dict, dequantize)
+    with while_nothing_is_traced(), decisions.LOCK: count = _restore(model, state_dict, dequantize)  # noqa: E701  # fmt: skip
     forget(model)
     stages.begin_anew(model)
     if count:

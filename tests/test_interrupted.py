@@ -134,6 +134,8 @@ def test_at_any_line(name: str, file: Path) -> None:
         model = copy.deepcopy(start)
         lines_run(lambda model=model: act(model), stop)
         where = f"stopped at {lines[stop]}"
+        assert not decisions.LOCK._is_owned(), f"{where}: other threads would wait for ever"  # type: ignore[attr-defined]
+        assert not packed._LOCK.locked(), f"{where}: whoever comes next would wait for ever"
         for (key, weight), old, new in zip(model.named_parameters(), OLD.parameters(), NEW.parameters(), strict=True):
             found = values(weight, f"{where}: {key}").float()
             error = min(relative_error(found, v) for v in ((old, new) if is_new else (old,)))
