@@ -326,7 +326,8 @@ def _with_options(backend: Any) -> Any:
 
 def _wants_progress(backend: Any) -> bool:
     options = (getattr(_with_options(backend), "kwargs", None) or {}).get("options") or {}
-    return options.get("progress", True) is True
+    wanted = options.get("progress", True) if isinstance(options, dict) else getattr(options, "progress", True)
+    return wanted is True
 
 
 def traced_for_torch_itself() -> bool:

@@ -9,7 +9,7 @@ from snippets.reader import Machine, machine, reader
 __all__ = ["machine", "reader"]  # fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-OTHERS = {"demo.py", "page.py", "size.py"}  # the demo: test_demo_page.py, test_demo_loras.py
+OTHERS = {"demo.py", "lines.py", "page.py", "size.py"}  # the demo: test_demo_page.py, test_demo_loras.py
 
 SERVICE = """
 import time

@@ -314,5 +314,5 @@ def test_a_dump_says_that_graphs_came_from_a_cache(tmp_path: Path, monkeypatch: 
     assert "from_cache.txt" in second
     (note,) = (tmp_path / "second").glob("*.from_cache.txt")
     assert "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note.read_text()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert dumped("third") == first, "as the note says"
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert dumped("third") == first, "as the note says"
