@@ -316,7 +316,10 @@ def _in_16_bit(func: Callable, operands: Any) -> Any:
         return operands
 
     def expand(value: Any) -> Any:
-        if not isinstance(value, QuantizedWeight) or (is_kept(value) and is_stale(value)):
+        if not isinstance(value, QuantizedWeight):
+            return value
+        # A graph cannot see a later write to kept values, so it reads them.
+        if is_kept(value) and (torch.compiler.is_dynamo_compiling() or is_stale(value)):
             return value
         return eager.expanded(value, value._svdq) if name in PRODUCTS or value._svdq.expanded else value
 

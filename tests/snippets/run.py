@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,13 +82,21 @@ def stand_in(pipelines: bool) -> None:
 def run(file: Path, *arguments: str) -> None:
     """Run a document's snippets, or a script with arguments."""
     if file.suffix == ".md":
-        namespace: dict[str, Any] = {"__name__": "__main__"}
+        namespace = _main()
         for block in blocks(file):
             _run(block, file, namespace)
     else:
         sys.argv = [str(file), *arguments]
         sys.path.insert(0, str(file.parent))
-        exec(compile(file.read_text(), file, "exec"), {"__name__": "__main__", "__file__": str(file)})
+        namespace = _main()
+        namespace["__file__"] = str(file)
+        exec(compile(file.read_text(), file, "exec"), namespace)
+
+
+def _main() -> dict[str, Any]:
+    """The names of a new main module: Dynamo looks there for what a function of the reader's reads."""
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    return main.__dict__
 
 
 def _run(block: Block, file: Path, namespace: dict[str, Any]) -> None:
