@@ -164,8 +164,8 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain [N, K] matrix this linear now multiplies by: quantized part plus low-rank branch."""
-        q = FORMATS[self.precision].dequantize_weight(*self.plain_weight)[:, : self.in_features]
-        return (q / self.shared.smooth + self.up.float() @ self.down.float()).to(dtype)
+        rest = _without_branch(self.precision, self.shared.smooth, self.weight)
+        return (rest + self.up.float() @ self.down.float()).to(dtype)
 
     def signature(self) -> tuple:
         """What a compiled graph depends on: equal signatures can run the same code."""
@@ -182,13 +182,17 @@ class PackedLinear:
 
 def features(shape: Sequence[int]) -> tuple[int, int]:
     """How many channels a weight of this shape has on its two sides: of a matrix, of each of several, of a kernel."""
-    several = len(shape) > 2 and shape[-1] >= MIN_FEATURES
-    return (shape[-2], shape[-1]) if several else (shape[0], shape[1])
+    return (shape[-2], shape[-1]) if _are_several(shape) else (shape[0], shape[1])
 
 
 def as_matrix(weight: Tensor) -> Tensor:
     """The [N, K] as which a weight is packed: several matrices under one another, the kernels of an output in a row."""
-    return weight.flatten(0, -2) if weight.dim() > 2 and weight.shape[-1] >= MIN_FEATURES else weight.flatten(1)
+    return weight.flatten(0, -2) if _are_several(weight.shape) else weight.flatten(1)
+
+
+def _are_several(shape: Sequence[int]) -> bool:
+    """Whether these are several matrices, and not a kernel of each pair of channels."""
+    return len(shape) > 2 and shape[-1] >= MIN_FEATURES
 
 
 def expand(
@@ -201,10 +205,14 @@ def expand(
     *weight: Tensor,
 ) -> Tensor:
     """A weight of this shape out of its packed tensors, `weight` those of the format, in any order."""
-    k = smooth.shape[0]
-    codes = FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k]
-    matrix = (codes / smooth).to(dtype)
+    matrix = _without_branch(precision, smooth, weight).to(dtype)
     return (torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix).reshape(shape)
+
+
+def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+    """[N, K] fp32: what the codes of a weight stand for, in any order."""
+    k = smooth.shape[0]
+    return FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k] / smooth
 
 
 def form(packs: list[PackedLinear]) -> tuple:

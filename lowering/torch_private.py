@@ -29,6 +29,8 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from .stack import frames
+
 LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
 
 
@@ -207,13 +209,11 @@ def compilations() -> "WeakSet[Any]":
 
 def compilations_under_way() -> Iterator[Any]:
     """Called within compiled code, or by a backend: those of `compilations` that run and whose backend is ours."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in frames():
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
             this = frame.f_locals.get("self")
             if id(_innermost(getattr(this, "callback", None))) in _our_backends:
                 yield this
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def while_nothing_is_traced() -> AbstractContextManager:

@@ -30,8 +30,7 @@ def expand_weights(gm: fx.GraphModule, packs: Packs, weights: Collection[fx.Node
 
 def _expand(graph: fx.Graph, weight: fx.Node, inputs: PackedInputs) -> None:
     packed = inputs.packs[weight]
-    users = list(weight.users)
-    first = min(users)  # so late that no more 16-bit weights are there at once than have to be
+    first = min(weight.users)  # so late that no more 16-bit weights are there at once than have to be
     fields = [inputs.own(weight, field, first) for field in FORMATS[packed.precision].fields]
     down = inputs.get(weight, "down")
     if packed.rank != packed.shared.down.shape[0]:

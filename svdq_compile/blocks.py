@@ -30,7 +30,7 @@ def repeated_blocks(modules: Mapping[str, nn.Module], matrices: Sizes) -> set[st
     blocks: set[str] = set()
     declaring: set[str] = set()
     for root, module in modules.items():
-        for path in _declared(root, module, modules):
+        for path in declared(module, _below(root, modules)):
             declaring.add(root)
             # What stands in no list stands there once: it may be a small model with blocks of its own.
             own = set() if any(part.isdigit() for part in path.split(".")) else _listed(modules, _below(path, matrices))
@@ -44,12 +44,10 @@ def is_beside(name: str, blocks: set[str]) -> bool:
     return bool(blocks) and blocks.isdisjoint(_ancestors(name))
 
 
-def _declared(root: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The blocks below a module whose class names them."""
-    classes = getattr(type(module), "_repeated_blocks", None)
-    if not classes:
-        return []
-    return [name for name in _below(root, modules) if type(modules[name]).__name__ in classes]
+def declared(module: nn.Module, below: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of the modules below one, the blocks that its class names, as diffusers' compile_repeated_blocks takes them."""
+    classes = getattr(type(module), "_repeated_blocks", None) or ()
+    return {name: part for name, part in below.items() if type(part).__name__ in classes}
 
 
 def _listed(modules: Mapping[str, nn.Module], matrices: Sizes) -> set[str]:

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import decisions
+from .blocks import declared
 from .config import Config
 from .convert import warn_of_skip
 from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
 from .layers import matrices
 from .lowering.torch_private import compile_in_place
-from .parameter import QuantizedWeight
+from .parameter import QuantizedWeight, has_quantized
 from .progress import say
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
     for module in model.modules():
         module._compiled_call_impl = None
     options, place = config.to_dict(), name or type(model).__name__
-    blocks = _repeated_blocks(model)
+    blocks = declared(model, dict(model.named_modules())).values()
     if not blocks:
         compile_in_place(model, backend="svdquant", options=options)
         return f"{place} compiled as a whole"
@@ -72,15 +73,8 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
     return f"{place} compiled by its blocks ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
 
 
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Those that the model's class names, as diffusers' compile_repeated_blocks takes them."""
-    kinds = getattr(type(model), "_repeated_blocks", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in kinds]
-
-
 def _what_comes(models: list[nn.Module], config: Config) -> str:
-    is_quantized = all(any(isinstance(p, QuantizedWeight) for p in model.parameters()) for model in models)
-    if is_quantized:
+    if all(has_quantized(model) for model in models):
         return "quantized already, the first call compiles"
     if config.calibration_steps == 0:
         return "the first call quantizes by the weights alone and compiles"

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .input_statistics import InputStatistics
 from .layers import matrices
 from .lowering.torch_private import compilations, compilations_under_way
-from .parameter import QuantizedWeight
+from .parameter import QuantizedWeight, has_quantized
 from .passes.scope import OUTSIDE
 from .passes.weight_groups import WeightInputs
 
@@ -174,9 +174,8 @@ def ask_again(model: nn.Module) -> None:
     """Let be quantized what was turned back. Of a model nothing of which is quantized all is decided anew: it may have
     been left alone by other options.
     """
-    weights = list(model.parameters())
-    is_plain = not any(isinstance(weight, QuantizedWeight) for weight in weights)
-    for weight in weights:
+    is_plain = not has_quantized(model)
+    for weight in model.parameters():
         if is_plain or weight in _COMPILED_BEFORE:
             forget_reason(weight)
 

@@ -163,6 +163,11 @@ class QuantizedWeight(nn.Parameter):
 leave_to_python(QuantizedWeight.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
+def has_quantized(model: nn.Module) -> bool:
+    """Whether some weight of a model is quantized."""
+    return any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
+
+
 def packed(weight: Tensor) -> PackedLinear:
     """The 4-bit form of a quantized weight: its tensors, and `dequantize` back to a matrix. TypeError for another."""
     if not isinstance(weight, QuantizedWeight):
@@ -310,8 +315,8 @@ def _in_16_bit(func: Callable, operands: Any) -> Any:
     """The operands of a call, with weights expanded: for a product all, for a step on the way to one those that no
     linear reads.
     """
-    owner = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property, as .T
-    name = owner if getattr(func, "__name__", "") == "__get__" else getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "")
+    name = _property(func) if name == "__get__" else name
     if name not in PRODUCTS and name not in STEPS:
         return operands
 
@@ -327,7 +332,12 @@ def _in_16_bit(func: Callable, operands: Any) -> Any:
 
 
 def _reads_values(func: Callable) -> bool:
-    return getattr(getattr(func, "__self__", None), "__name__", "") in _VALUES
+    return _property(func) in _VALUES
+
+
+def _property(func: Callable) -> str:
+    """Which one a call of __get__ reads, as "T"."""
+    return getattr(getattr(func, "__self__", None), "__name__", "")
 
 
 def _can_write(name: str) -> bool:
@@ -336,8 +346,7 @@ def _can_write(name: str) -> bool:
 
 
 def _describe_use(func: Callable, name: str) -> str:
-    owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    return f"reading .{owner}" if name == "__get__" else f"{name}()"
+    return f"reading .{_property(func)}" if name == "__get__" else f"{name}()"
 
 
 def _quantized(args: tuple, kwargs: dict) -> list[QuantizedWeight]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .parameter import QuantizedWeight
+from .parameter import has_quantized
 from .progress import say
 
 _BASES = (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
@@ -37,7 +37,7 @@ def serve_save_pretrained(write: Write) -> None:
 def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(parameter, QuantizedWeight) for parameter in self.parameters()):
+        if not has_quantized(self):
             result = original(self, save_directory, *args, **kwargs)
             (Path(save_directory) / FILE_NAME).unlink(missing_ok=True)  # of an earlier save: it is this model no more
             return result

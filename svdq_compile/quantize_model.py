@@ -21,12 +21,12 @@ from .input_statistics import InputStatistics
 from .layers import layers, matrices
 from .lowering.torch_private import compiled_in_place, convert_by_our_settings, while_nothing_is_traced
 from .observing import ObservingGraph
-from .parameter import QuantizedWeight, originals, thaw
+from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
 from .report import Report, report
 from .roots import find_weights
-from .summary import forget, has_quantized, tell_again, tell_to_compile
+from .summary import forget, tell_again, tell_to_compile
 
 log = logging.getLogger("svdq_compile")
 
@@ -68,7 +68,7 @@ def quantize(
     else:
         tasks = []
     tasks += _by_weights_alone(model, tasks)
-    if not any(isinstance(p, QuantizedWeight) for p in model.parameters()) and not _eligible(tasks):
+    if not has_quantized(model) and not _eligible(tasks):
         raise NothingToQuantize(_why_nothing(model))
     convert(tasks, chosen, target)
     if was_quantized and not tasks and (options or config is not None or calibrate is not None):
@@ -165,12 +165,12 @@ def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
     graph = ObservingGraph(gm, find_weights(gm, example_inputs, ()), _ENDLESS)
 
     def run(*args: Any) -> Any:
-        held, visible = {id(value) for value in args}, False
+        held, visible, tasks = {id(value) for value in args}, False, graph.tasks(args)
         for watch in [watch for watch in _WATCHES if not held.isdisjoint(watch.weights)]:
             watch.has_run = True
-            watch.tasks.update((id(task.weights[0]), task) for task in graph.tasks(args))
+            watch.tasks.update((id(task.weights[0]), task) for task in tasks)
             visible |= watch.visible
-        calls = [task.statistics.calls for task in graph.tasks(args)]
+        calls = [task.statistics.calls for task in tasks]
         with stages.observing(decisions.model_of(args), max(calls, default=0) + 1, None, visible and bool(calls)):
             return graph(*args)
 

@@ -3,11 +3,10 @@
 Who asks stands on Python's stack: the same `add()` may fuse a LoRA or be somebody's own arithmetic.
 """
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import WeightsReleased
+from .lowering.stack import frames
 
 KEEP_A_COPY = 'Quantize with weights="offload", which keeps a copy of it in CPU memory.'
 SAVE = "Write the 4-bit model with svdq_compile.save(model, path)."
@@ -43,18 +42,10 @@ _ASKERS = (
 
 def refused(layer: str, use: str, remedy: str = KEEP_A_COPY) -> WeightsReleased:
     """The error, for the one who asks, if it is known, or for this use."""
-    for path, function in _callers():
-        parts = path.replace("\\", "/").split("/")
+    for frame in frames():
+        parts, function = frame.f_code.co_filename.replace("\\", "/").split("/"), frame.f_code.co_name
         for asker in _ASKERS:
             is_there = (not asker.package or asker.package in parts) and asker.file in ("", parts[-1])
             if is_there and (not asker.functions or function in asker.functions):
                 return WeightsReleased(layer, asker.use, asker.remedy)
     return WeightsReleased(layer, use, remedy)
-
-
-def _callers() -> Iterator[tuple[str, str]]:
-    """The files and functions of the calls under way, innermost first."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_code.co_name
-        frame = frame.f_back  # type: ignore[assignment]

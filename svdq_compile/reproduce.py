@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from .config import Config
 from .errors import CannotReproduce
 from .lowering.torch_private import source_name
-from .parameter import QuantizedWeight
+from .parameter import has_quantized
 from .passes.linears import LINEAR
 from .passes.scope import clean
 from .passes.subgraphs import placeholders
@@ -79,7 +79,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise CannotReproduce(name, "the model has no such module; model.named_modules() lists them") from error
-    if any(isinstance(p, QuantizedWeight) for p in module.parameters()):
+    if has_quantized(module):
         raise CannotReproduce(name, "it is quantized already: load the model anew, or svdq_compile.restore it first")
     return module
 

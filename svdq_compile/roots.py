@@ -4,7 +4,6 @@ A graph may hold any piece of a model: all of it, a block, or what lies between 
 on Python's stack, since hooks and torch.compile leave the frames of the modules around a compiled one.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from . import decisions
+from .lowering.stack import frames
 from .lowering.torch_private import modules_behind
 from .passes.weight_groups import WeightInputs, weight_inputs
 
@@ -29,15 +29,15 @@ def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.M
 
 def models_of(gm: fx.GraphModule) -> Iterator[nn.Module]:
     """Called by a backend: the modules that its graph may belong to, the likeliest first."""
-    yield from _calling(_frames())
+    yield from _calling(list(frames()))
     yield from modules_behind(gm)
-    yield from _at_hand(_frames())
+    yield from _at_hand(frames())
 
 
 def models_under_way() -> Iterator[nn.Module]:
     """Called by a graph: the modules that it may be a part of in this call, the likeliest first."""
-    yield from _calling(_frames())
-    yield from _at_hand(_frames())
+    yield from _calling(list(frames()))
+    yield from _at_hand(frames())
 
 
 def model_of(args: Sequence[Any], models: Iterable[nn.Module]) -> nn.Module | None:
@@ -51,28 +51,19 @@ def model_of(args: Sequence[Any], models: Iterable[nn.Module]) -> nn.Module | No
     return model
 
 
-def _calling(frames: list[FrameType]) -> Iterator[nn.Module]:
+def _calling(calls: list[FrameType]) -> Iterator[nn.Module]:
     """The modules whose methods are being called, outermost first."""
-    for frame in reversed(frames):
+    for frame in reversed(calls):
         if "self" in frame.f_code.co_varnames[: frame.f_code.co_argcount]:
             yield from _modules(frame.f_locals.get("self"))
 
 
-def _at_hand(frames: list[FrameType]) -> Iterator[nn.Module]:
+def _at_hand(calls: Iterable[FrameType]) -> Iterator[nn.Module]:
     """The modules that whoever calls a compiled function, no method, has at hand."""
-    caller = next((frame for frame in frames if not _is_machinery(frame)), None)
+    caller = next((frame for frame in calls if not _is_machinery(frame)), None)
     if caller is not None:
         for value in list(caller.f_locals.values()):
             yield from _modules(value)
-
-
-def _frames() -> list[FrameType]:
-    """Of the calling thread, innermost first."""
-    frames, frame = [], sys._getframe(1)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    return frames
 
 
 def _modules(value: object) -> Iterator[nn.Module]:

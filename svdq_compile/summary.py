@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import decisions
 from .kernels.formats import FORMATS
 from .layers import layers
-from .parameter import QuantizedWeight
+from .parameter import has_quantized
 from .passes.peft_names import is_adapter
 from .progress import say
 from .report import LayerReport, report
@@ -98,11 +98,6 @@ def tell_if_done(model: nn.Module | None, visible: bool) -> None:
     """Say the line once the first of a model's layers is quantized, or none will be."""
     if model is not None and model not in _CURRENT and (has_quantized(model) or not _is_waiting(model)):
         tell(model, visible)
-
-
-def has_quantized(model: nn.Module) -> bool:
-    """Whether some weight of a model is quantized."""
-    return any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters())
 
 
 def _is_waiting(model: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 # Small work, many threads: with more than one, starting them costs more than they give.
 torch.set_num_threads(1)
@@ -72,6 +73,18 @@ def inputs(batch: int = 2, tokens: int = TOKENS, dtype: torch.dtype = torch.floa
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, tokens, CHANNELS, generator=generator).to(dtype)
     return x, torch.randn(batch, WIDTH, generator=generator).to(dtype)
+
+
+def run_eagerly(gm: fx.GraphModule, *_: Any) -> Callable:
+    """Instead of Inductor, which takes seconds: our operators, one by one."""
+    return gm.forward
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor would compile is run eagerly."""
+    for module in ("compiled", "undecided"):
+        monkeypatch.setattr(f"svdq_compile.{module}.compile_with_inductor", run_eagerly)
 
 
 def compiled(model: nn.Module, **options) -> nn.Module:

@@ -5,22 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from test_faults import run_eagerly
 from torch import nn
 
 import svdq_compile as svdq
 from conftest import inputs, logged, net, quiet, relative_error
-from svdq_compile import compiled, undecided
 from svdq_compile.errors import AlreadyWrapped, NotAModel, NothingToQuantize, OptionError
 from svdq_compile.parameter import QuantizedWeight
 from zoo import make
 
-
-@pytest.fixture(autouse=True)
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our operators run one by one in what Inductor, which takes seconds, would compile."""
-    monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 
 class Pipeline:

@@ -15,21 +15,16 @@ from torch import Tensor, nn
 import svdq_compile as svdq
 import zoo
 from conftest import WIDTH, quiet, relative_error
-from svdq_compile import compiled as compiled_module
 from svdq_compile import undecided
 from svdq_compile.errors import NothingToQuantize
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.passes.scope import OUTSIDE
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 BLOCKS = {f"blocks.{i}.{name}" for i in range(3) for name in ("norm_in", "first", "second")}
 ADAPTER = "an adapter, which is small and may be swapped"
 CONFIG = svdq.Config(**quiet(rank=16, refine=1))
-
-
-@pytest.fixture(autouse=True)
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compiled_module, undecided):
-        monkeypatch.setattr(module, "compile_with_inductor", lambda gm, inputs, mode, rewrite=None: gm.forward)
 
 
 def nothing(x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import Net, inputs, logged, net, quiet, relative_error
-from svdq_compile import backend, compiled, convert, errors, passes, undecided
+from conftest import Net, inputs, logged, net, quiet, relative_error, run_eagerly
+from svdq_compile import backend, compiled, convert, errors, passes
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering import generate
@@ -23,11 +23,6 @@ from svdq_compile.passes import FUSING
 BUG = RuntimeError("a bug")
 NO_MEMORY = {"gpu": torch.OutOfMemoryError("CUDA out of memory"), "host": MemoryError("no memory")}
 INDUCTOR = "compile_with_inductor"
-
-
-def run_eagerly(gm: fx.GraphModule, *_: Any) -> Callable:
-    """Instead of Inductor, which takes seconds: our operators, one by one."""
-    return gm.forward
 
 
 class Once:
@@ -90,12 +85,6 @@ def check(model: Net, run: Callable[..., Tensor]) -> None:
     error = relative_error(run(*inputs()), net()(*inputs()))
     assert error < 0.06, error
     whole(model)
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, INDUCTOR, run_eagerly)
-    monkeypatch.setattr(undecided, INDUCTOR, run_eagerly)
 
 
 def compile_it(model: nn.Module, **options: Any) -> Callable[..., Tensor]:

@@ -18,13 +18,11 @@ from peft import LoraConfig
 from rich.console import Console
 from safetensors import safe_open
 from test_compile import Pipeline, count
-from test_faults import run_eagerly
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import svdq_compile as svdq
 from conftest import Net, inputs, logged, net, quiet, relative_error
-from svdq_compile import compiled, undecided
 from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
 from svdq_compile.errors import (
@@ -40,17 +38,12 @@ from svdq_compile.errors import (
 )
 from zoo import make
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 LONGEST = 330  # characters of a message: two sentences
 
 Call = Callable[[Any, Path], object]
 Wrong = dict[str, tuple[Call, type[Exception], str]]
-
-
-@pytest.fixture(autouse=True)
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our operators run one by one in what Inductor, which takes seconds, would compile."""
-    monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
 
 
 @pytest.fixture(autouse=True)

@@ -12,24 +12,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from test_faults import run_eagerly
 from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
-from svdq_compile import compiled, undecided
 from svdq_compile.errors import NothingToQuantize, UnsupportedDevice
 from svdq_compile.parameter import QuantizedWeight
 from zoo import make
 
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our operators run one by one in what Inductor, which takes seconds, would compile."""
-    monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
 
 
 def quantized(dtype: torch.dtype = torch.float32, **options: Any) -> Net:

@@ -7,21 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from test_compile import count
-from test_faults import run_eagerly
 from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import Net, inputs, net, quiet, relative_error
-from svdq_compile import compiled, undecided
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
 
 Run = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our operators run one by one in what Inductor, which takes seconds, would compile."""
-    monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
 
 
 def in_place(model: nn.Module) -> Run:

@@ -15,24 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_faults import run_eagerly
 from torch import nn
 
 import svdq_compile as svdq
 from conftest import inputs, logged, net, quiet
-from svdq_compile import compiled, convert, progress, summary, undecided
+from svdq_compile import convert, progress, summary
 
 
 @pytest.fixture(autouse=True)
 def no_other_models() -> None:
     """Of other tests, whose compiled code may keep them."""
     summary._TITLES.clear()
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "compile_with_inductor", run_eagerly)
-    monkeypatch.setattr(undecided, "compile_with_inductor", run_eagerly)
 
 
 def loud(**options: Any) -> dict[str, Any]:
@@ -236,9 +229,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 torch.set_grad_enabled(False)
-from conftest import inputs, net, quiet
+from conftest import inputs, net, quiet, run_eagerly
 from svdq_compile import compiled, undecided
-from test_faults import run_eagerly
 compiled.compile_with_inductor = undecided.compile_with_inductor = run_eagerly
 model = net()
 for block in model.blocks:
