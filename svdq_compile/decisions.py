@@ -33,6 +33,7 @@ _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed
 _SHARED = WeakIdKeyDictionary()  # weight that reads the input of another one -> the other one's InputStatistics
 _REASONS = WeakIdKeyDictionary()  # weight -> why it stays 16-bit
+_left_alone = 0
 _COMPILED_BEFORE = WeakIdKeyDictionary()  # weight that was turned back -> what torch.compile had made until then
 
 
@@ -137,7 +138,14 @@ def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:
 
 def leave_alone(weight: nn.Parameter, reason: str) -> None:
     """Decide that a weight stays 16-bit, and why."""
+    global _left_alone
     _REASONS[weight] = reason
+    _left_alone += 1
+
+
+def left_alone() -> int:
+    """How often it was decided that a weight stays 16-bit: as long as it is the same, no weight has become one."""
+    return _left_alone
 
 
 def reason_of(weight: nn.Parameter) -> str | None:

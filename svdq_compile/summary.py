@@ -19,6 +19,7 @@ from .report import LayerReport, report
 _TITLES = WeakIdKeyDictionary()  # model -> its title
 _TOLD = WeakIdKeyDictionary()  # model -> the last line of it
 _CURRENT = WeakIdKeyDictionary()  # models of which nothing was decided since their last line
+_WAITING = WeakIdKeyDictionary()  # model -> decisions.left_alone() when some of its layers were undecided
 _LARGE = 2**26  # bytes: what stays 16-bit and takes more is told with its size
 
 
@@ -101,8 +102,15 @@ def tell_if_done(model: nn.Module | None, visible: bool) -> None:
 
 
 def _is_waiting(model: nn.Module) -> bool:
-    """Whether some layer may still be quantized."""
-    return any(layer.reason is None and decisions.is_undecided(layer.weight) for layer in layers(model))
+    """Whether some layer may still be quantized. Asked before calls of 16-bit graphs, and a large model's tree takes a
+    tenth of a second, so it is looked through again only once something was decided.
+    """
+    if _WAITING.get(model) == decisions.left_alone():
+        return True
+    is_waiting = any(layer.reason is None and decisions.is_undecided(layer.weight) for layer in layers(model))
+    if is_waiting:
+        _WAITING[model] = decisions.left_alone()
+    return is_waiting
 
 
 def tell_to_compile(model: nn.Module, visible: bool) -> None:

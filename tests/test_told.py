@@ -19,7 +19,7 @@ from torch import nn
 
 import svdq_compile as svdq
 from conftest import inputs, logged, net, quiet
-from svdq_compile import convert, progress, summary
+from svdq_compile import convert, decisions, progress, summary
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +308,20 @@ def test_a_dump_says_that_graphs_came_from_a_cache(tmp_path: Path, monkeypatch: 
     assert "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1" in note.read_text()
     with torch._inductor.config.patch(force_disable_caches=True):
         assert dumped("third") == first, "as the note says"
+
+
+def test_a_call_does_not_look_through_the_model(without_inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph all of whose layers stay 16-bit is called again and again while others are still watched."""
+    model, seen = net(), []
+    count = summary.layers
+    monkeypatch.setattr(summary, "layers", lambda model: seen.append(model) or count(model))
+    for weight in model.blocks[0].parameters():
+        decisions.leave_alone(weight, "option skip")
+    for block in model.blocks:
+        block.compile(backend="svdquant", options=quiet(calibration_steps=9))
+    for _ in range(2):
+        model(*inputs())
+    seen.clear()
+    for _ in range(4):
+        model(*inputs())
+    assert not seen
