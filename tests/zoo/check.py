@@ -62,6 +62,7 @@ class Outcome:
     """What a check saw.
 
     layers         names of the quantized weights
+    reached        names of the weights that the way compiles, quantized or not
     bits4          the part of the linears' weights that is in 4 bits
     graphs         in use after the first size: how many parts Dynamo cuts the model into
     error          relative, of the output against the model's own in 16 bits, the worse of both sizes
@@ -69,6 +70,7 @@ class Outcome:
     """
 
     layers: frozenset[str]
+    reached: frozenset[str]
     bits4: float
     graphs: int
     error: float
@@ -148,7 +150,17 @@ def check(name: str, way: Way) -> Outcome:
     quantized = {name for name, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
     before = sum(row.bytes_before for row in svdq.report(model))
     bits4 = sum(row.bytes_before for row in rows) / before
-    return Outcome(frozenset(quantized), bits4, graphs[1], error, (worst.error, worst.name))
+    return Outcome(frozenset(quantized), _reached(model, way), bits4, graphs[1], error, (worst.error, worst.name))
+
+
+def _reached(model: nn.Module, way: Way) -> frozenset[str]:
+    """Names of the weights that a way can quantize. A class that names its blocks names all that matters; blocks that
+    were chosen by hand are held to what they hold.
+    """
+    if not way.regional or getattr(model, "_repeated_blocks", None):
+        return frozenset(name for name, _ in model.named_parameters())
+    held = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in held)
 
 
 def _outputs(name: str, way: Way) -> list[Tensor]:

@@ -138,8 +138,10 @@ def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
             elif result[key] == "ok":
                 result[key] = f"{precision}: {why}"
     both = [seen[regional, "w4a8"] for regional in (False, True) if (regional, "w4a8") in seen]
-    if len(both) == 2 and both[0].layers != both[1].layers and result["regional"] == "ok":
-        result["regional"] = _difference(both[0].layers, both[1].layers)
+    if len(both) == 2 and result["regional"] == "ok":
+        whole, regional = both[0].layers & both[1].reached, both[1].layers
+        if whole != regional:
+            result["regional"] = _difference(whole, regional)
     if both:
         result |= {
             "pct_4bit": round(100 * both[0].bits4, 1),
@@ -189,7 +191,9 @@ def _difference(whole: frozenset[str], regional: frozenset[str]) -> str:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     if is_right(row):
-        return f"{name}: ok, {row['layers'][0]} layers, {row['pct_4bit']} %, error {row['rel_err']}, {row['seconds'][0]} s"
+        return (
+            f"{name}: ok, {row['layers'][0]} layers, {row['pct_4bit']} %, error {row['rel_err']}, {row['seconds'][0]} s"
+        )
     return f"{name}: whole: {row['whole']}; by blocks: {row['regional']}"
 
 
