@@ -171,13 +171,18 @@ def _outputs(name: str, way: Way) -> list[Tensor]:
 
 
 def _assert_few_graphs(name: str, way: Way, model: nn.Module, graphs: list[int]) -> None:
-    """No call compiled more graphs than Dynamo needs for the model, and the first in 4 bits no more than that again."""
+    """Each graph of the first call is compiled once more in 4 bits and once more for another size, at most; beyond that
+    no call compiles more than Dynamo needs for the model, by itself or with those before it: a graph that our backend
+    leaves alone at one call may be due at a later one.
+    """
     kinds = len({type(block) for block in _compiled_blocks(model)}) if way.regional else 1
     if all(count <= (kinds if call in (0, 1, 3) else 0) for call, count in enumerate(graphs)):
         return  # one for each kind of block: nothing needs fewer
     needed = _graphs(name, way)
     for call, (count, most) in enumerate(zip(graphs, needed, strict=True), start=1):
-        assert count <= most, f"call {call} compiled {count} graphs, where Dynamo needs {most} ({graphs}, {needed})"
+        again = graphs[0] if call in (2, 4) else 0
+        enough = count <= max(most, again) or sum(graphs[:call]) <= sum(needed[:call])
+        assert enough, f"call {call} compiled {count} graphs, where Dynamo needs {most} ({graphs}, {needed})"
 
 
 def _graphs(name: str, way: Way) -> list[int]:
