@@ -112,6 +112,8 @@ def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     graphs           how many parts Dynamo cuts the model into: whole, by blocks
     rel_err          of the output against 16 bits, w4a8: whole, by blocks
     layers           how many are quantized: whole, by blocks
+    inductor_err     of 16-bit torch.compile against the model's own, where that is beyond the bound: rel_err is against
+                     torch.compile then
     seconds          by the clock, and of a processor
     """
     import torch
@@ -148,10 +150,17 @@ def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
             "graphs": [outcome.graphs for outcome in both],
             "rel_err": [round(outcome.error, 4) for outcome in both],
             "layers": [len(outcome.layers) for outcome in both],
+            **_inductor(both),
             "worst_layer": [round(both[0].worst_layer[0], 4), both[0].worst_layer[1]],
         }
     seconds = [round(time.monotonic() - start, 1), round(time.process_time(), 1)]
     return result | {"seconds": seconds, "note": entry.note}
+
+
+def _inductor(outcomes: list[Any]) -> dict[str, Any]:
+    """What a row says where 16-bit torch.compile itself is off."""
+    errors = [round(outcome.inductor, 4) for outcome in outcomes]
+    return {"inductor_err": errors} if any(errors) else {}
 
 
 def _attempt(name: str, way: Any) -> tuple[Any, str]:
