@@ -213,7 +213,14 @@ def _check_value(node: fx.Node) -> None:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.device != b.device or not same_shape(a.shape, b.shape):
+    if a.dtype != b.dtype or a.device != b.device or a.dim() != b.dim():
         return False
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(str(m) == str(n) for size, m, n in strides if str(size) != "1")
+    strides = [(m, n) for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True) if str(size) != "1"]
+    return all(_number(m) == _number(n) for m, n in [*zip(a.shape, b.shape, strict=True), *strides])
+
+
+def _number(size: Any) -> Any:
+    """What a symbolic size was when it was traced: one size may be written in two ways, as s and as (s * s) // s."""
+    if isinstance(size, int):
+        return size
+    return str(size) if size.node.hint is None else size.node.hint
