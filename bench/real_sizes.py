@@ -141,7 +141,7 @@ OTHERS = {
     "z-image": _image("ZImageTransformer2DModel", _z_image, 128, 256),
     "auraflow": _image(
         "AuraFlowTransformer2DModel", _auraflow, 128, 256,
-        "AuraFlowSingleTransformerBlock AuraFlowJointTransformerBlock",
+        "AuraFlowSingleTransformerBlock AuraFlowJointTransformerBlock", pos_embed_max_size=9216,
     ),
     "lumina2": _image("Lumina2Transformer2DModel", _lumina2, 128, 256, "Lumina2TransformerBlock", cap_feat_dim=2304),
     "cogview4": _image("CogView4Transformer2DModel", _cogview4, 128, 224, "CogView4TransformerBlock"),
