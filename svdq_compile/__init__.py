@@ -6,11 +6,12 @@
 The other names below are for quantizing ahead of time, for files, and for looking at what was done.
 """
 
-from .checkpoint import load, save
+from .checkpoint import save
 from .compile_model import compile
 from .config import Config
 from .doctor import Diagnosis, doctor
 from .errors import SvdqError
+from .loading import load
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .report import report

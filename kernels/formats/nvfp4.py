@@ -4,7 +4,7 @@ y[m, n] = wtscale * sum_g ascales[m, g] * wscales[n, g] * sum_{k in g} qx[m, k] 
 
 qweight  [N, Kp/2]       uint8           e2m1 codes (sign in bit 3), two a byte; Kp = K rounded up to groups of 16
 wscales  [N, Kp/16]      float8_e4m3fn
-wtscale  []              fp32
+wtscale  []              fp32            of files from elsewhere also [N, 1], [1, Kp/16] or [N, Kp/16]
 qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
 ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
 """
@@ -68,6 +68,8 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
 
 def dequantize_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
     """[N, Kp] fp32."""
+    if wtscale.dim():
+        return dequantize_activation(qweight, wscales.float() * wtscale)
     return dequantize_activation(qweight, wscales) * wtscale
 
 
