@@ -12,6 +12,7 @@ from .config import Config
 from .doctor import Diagnosis, doctor
 from .errors import SvdqError
 from .loading import load
+from .nunchaku_export import export_nunchaku
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .report import report
@@ -23,6 +24,7 @@ __all__ = [
     "SvdqError",
     "compile",
     "doctor",
+    "export_nunchaku",
     "load",
     "packed",
     "quantize",

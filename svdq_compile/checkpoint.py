@@ -131,7 +131,7 @@ def save(
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
     tensors, metadata = _contents(model, None if config is None else Config.of(config))
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
         host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
@@ -221,7 +221,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole, at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -1,11 +1,9 @@
-"""Nunchaku's checkpoints into a model: each linear becomes the pack that the file has, in `int4` and `nvfp4` bit for bit.
+"""Nunchaku's checkpoints into a model: each linear becomes the pack that the file has, bit for bit.
 
 A checkpoint is checked whole against the model before either is touched.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -147,9 +145,7 @@ def _planned(file: NunchakuFile, model: nn.Module) -> _Plan:
     return plan
 
 
-def _job(
-    file: NunchakuFile, state: dict[str, Tensor], parts: tuple[str, ...], pieces: list[Piece], hint: str
-) -> _Job:
+def _job(file: NunchakuFile, state: dict[str, Tensor], parts: tuple[str, ...], pieces: list[Piece], hint: str) -> _Job:
     for part in parts:
         if f"{part}.weight" not in state:
             raise file.refuse(f"the model has no linear {part}, which {pieces[0].name} is for ({hint})")
@@ -159,7 +155,7 @@ def _job(
     rows, k = tuple(n for n, _ in shapes), shapes[0][1]
     if any(shape[1] != k for shape in shapes):
         raise file.refuse(f"{' and '.join(parts)} of the model read inputs of different widths ({hint})")
-    widths = (k,)
+    widths: tuple[int, ...] = (k,)
     if pieces[0].rule.writer:
         order = {piece.rule.writer: piece for piece in pieces}
         pieces = sorted(pieces, key=lambda piece: piece.rule.shifted)
@@ -188,7 +184,9 @@ def _check_shapes(file: NunchakuFile, piece: Piece, rows: tuple[int, ...], k: in
     if piece.packing == W4A16:
         n, groups = sum(rows), padded(k, AWQ_GROUP) // AWQ_GROUP
         if n % 4 or k % AWQ_GROUP or n % piece.rule.chunks:
-            raise file.refuse(f"{piece.name} is of {n} x {k}, which this layout cannot hold: 4 rows, {AWQ_GROUP} channels")
+            raise file.refuse(
+                f"{piece.name} is of {n} x {k}, which this layout cannot hold: 4 rows, {AWQ_GROUP} channels"
+            )
         check("qweight", (n // 4, k // 2))
         for name in ("wscales", "wzeros"):
             check(name, (groups, n), (padded(groups, 16), n))
@@ -198,11 +196,17 @@ def _check_shapes(file: NunchakuFile, piece: Piece, rows: tuple[int, ...], k: in
     # As they are, to whole tiles of 64 or of 128 channels: the converter, the engine and nunchaku_lite differ.
     inner = [padded(k, 64), padded(k, TILE)]
     if file.packaging == LITE and (n != sum(rows) or k != inner[0]):
-        raise file.refuse(f"{piece.name} is of {sum(rows)} x {k}: {LITE} has no padding, and this layout's tiles are {TILE} x 64")
+        raise file.refuse(
+            f"{piece.name} is of {sum(rows)} x {k}: {LITE} has no padding, and this layout's tiles are {TILE} x 64"
+        )
     group = 16 if file.precision == "nvfp4" else 64
     check("qweight", *((n, width // 2) for width in inner))
     check("wscales", *((width // group, n) for width in inner))
-    check("smooth_factor", *((padded(width, TILE),) for width in inner), *((width,) for width in inner if not width % TILE))
+    check(
+        "smooth_factor",
+        *((padded(width, TILE),) for width in inner),
+        *((width,) for width in inner if not width % TILE),
+    )
     if file.rank % RANK_STEP:
         raise file.refuse(f"its low-rank branches are of rank {file.rank}, not a multiple of {RANK_STEP}")
     check("proj_down", *((width, file.rank) for width in inner))
@@ -226,7 +230,9 @@ def _place_plain(
         if name in held or name in plan.plain:
             raise file.refuse(f"{name} is in the file twice, once as {tensor}")
         if file.is_float(tensor) != state[name].is_floating_point():
-            raise file.refuse(f"tensor {tensor} has another dtype than the model's {name}, {state[name].dtype} ({hint})")
+            raise file.refuse(
+                f"tensor {tensor} has another dtype than the model's {name}, {state[name].dtype} ({hint})"
+            )
         rows = state[name].shape[0] if state[name].dim() else 1
         plan.plain[name] = tensor, rule, start, rows
         start += rows
@@ -260,7 +266,9 @@ def _check_values(file: NunchakuFile, model: nn.Module, job: _Job, device: torch
             if bad:
                 raise file.refuse(f"tensor {tensor} holds {bad} NaN or Inf values")
             if name == "smooth_factor" and not bool(values.all()):
-                raise file.refuse(f"tensor {tensor} holds {int((values == 0).sum())} zeros, by which inputs are divided")
+                raise file.refuse(
+                    f"tensor {tensor} holds {int((values == 0).sum())} zeros, by which inputs are divided"
+                )
             if name == "bias" and not (_has_bias(model, job.linears[0]) or piece.rule.shifted):
                 values = own_rows(unpack_vector(values) if piece.packing == W4A4 else values, piece.rule, job.rows)
                 if bool(values.any()):
@@ -270,12 +278,12 @@ def _check_values(file: NunchakuFile, model: nn.Module, job: _Job, device: torch
             if piece.packing != W4A16 and bool((((nibbles & 15) == 8) | ((nibbles >> 4) == 8)).any()):
                 raise FileRefused(
                     file.path,
-                    f"{piece.name} holds the code -8, which int4 on this GPU has no place for: give precision={RECODED!r}",
+                    f"{piece.name} holds the code -8, for which this GPU has no place: give precision={RECODED!r}",
                 )
 
 
 def _has_bias(model: nn.Module, linear: str) -> bool:
-    return owner_of(model, linear).bias is not None
+    return owner_of(model, linear)._parameters.get("bias") is not None
 
 
 # ** into the model **
@@ -293,9 +301,7 @@ def _make(file: NunchakuFile, model: nn.Module, job: _Job, device: torch.device,
         wanted = whole.precision if whole.precision == "w4a16" else precision
         packs = pack(linears, [_has_bias(model, name) for name in job.linears], wanted)
     for name, made in zip(job.linears, packs, strict=True):
-        put_quantized(
-            model, f"{name}.weight", made.packed, made.packed.up.dtype, error=made.error, calibrated=None
-        )
+        put_quantized(model, f"{name}.weight", made.packed, made.packed.up.dtype, error=made.error, calibrated=None)
         if made.bias is not None:
             put_plain(model, f"{name}.bias", made.bias)
     return {name: made.error for name, made in zip(job.linears, packs, strict=True)}

@@ -197,9 +197,7 @@ def _lite_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def _views(
-    path: str | os.PathLike, files: list[Path], stack: ExitStack
-) -> tuple[dict[str, _View], dict[str, str]]:
+def _views(path: str | os.PathLike, files: list[Path], stack: ExitStack) -> tuple[dict[str, _View], dict[str, str]]:
     views: dict[str, _View] = {}
     metadata: dict[str, str] = {}
     for place in files:
@@ -262,9 +260,7 @@ def _engine_file(
     )
 
 
-def _architecture(
-    path: str | os.PathLike, modules: Mapping[str, Mapping[str, str]], told: str | None
-) -> Architecture:
+def _architecture(path: str | os.PathLike, modules: Mapping[str, Mapping[str, str]], told: str | None) -> Architecture:
     """Whose names these are; the metadata, where it names a class, must say the same."""
 
     def known(candidate: Architecture) -> int:
@@ -304,9 +300,7 @@ def _plain(views: Mapping[str, _View], pieces: list[Piece], passed: set[str]) ->
     return tuple(name for name in views if name not in held)
 
 
-def _check_pieces(
-    path: str | os.PathLike, pieces: list[Piece], views: Mapping[str, _View]
-) -> tuple[str, int, str]:
+def _check_pieces(path: str | os.PathLike, pieces: list[Piece], views: Mapping[str, _View]) -> tuple[str, int, str]:
     """That each module has its tensors, in dtypes that go together, and all are alike -> precision, rank, dtype."""
     seen: dict[str, dict[Any, str]] = {"precision": {}, "rank": {}, "16-bit dtype": {}}
     for piece in pieces:
@@ -317,8 +311,8 @@ def _check_pieces(
         if len(values) > 1:
             (a, one), (b, other) = list(values.items())[:2]
             raise FileRefused(path, f"its linears differ in {what}: {one} has {a}, {other} has {b}")
-    precision, rank, dtype = (next(iter(values), empty) for values, empty in zip(seen.values(), ("", 0, ""), strict=True))
-    return precision, rank, dtype
+    precision, rank, dtype = (next(iter(values), None) for values in seen.values())
+    return str(precision or ""), int(rank or 0), str(dtype)
 
 
 def _check_piece(path: str | os.PathLike, piece: Piece, views: Mapping[str, _View]) -> dict[str, Any]:
@@ -381,11 +375,10 @@ def _lite_file(
         Piece(name, "", Rule((name,), (name,), packing), packing, modules[name]) for name, packing in packings.items()
     ]
     precision, rank, dtype = _check_pieces(path, pieces, views)
-    section = told.get("svdq_w4a4") or {}
-    if section:
-        _check_told(path, {"rank": section.get("rank")}, precision, rank)
-        if section.get("precision") != precision:
-            raise FileRefused(path, f"its config.json says {section.get('precision')!r}, and its tensors are {precision}")
+    if (many := told.get("svdq_w4a4")) is not None:
+        if many.get("precision") != precision:
+            raise FileRefused(path, f"its config.json says {many.get('precision')!r}, and its tensors are {precision}")
+        _check_told(path, {"rank": many.get("rank")}, precision, rank)
     plain = _plain(views, pieces, set())
     return NunchakuFile(path, LITE, None, precision, rank, dtype, tuple(pieces), plain, config, nbytes, views)
 

@@ -1,4 +1,4 @@
-"""What Nunchaku's files call the linears of a model, by architecture: names in a file -> the modules of diffusers' class.
+"""What Nunchaku's files call the linears of a model, by architecture: a file's names -> modules of diffusers' class.
 
 A file has its linears block by block. A rule says which linears one of its modules holds, and in which order their rows
 lie. Names that no rule has are the same on both sides.
@@ -23,6 +23,7 @@ class Rule:
     shifted  in int4 its input is shifted to be non-negative, for unsigned codes
     writer   it holds only those columns of its part that read what this module writes
     padded   the rows of each part are padded, and not all together
+    apart    in 16 bits its parts have their own names
     shape    nominal, of a 16-bit weight, where it is another than the part's
     """
 
@@ -34,6 +35,7 @@ class Rule:
     shifted: bool = False
     writer: str = ""
     padded: bool = False
+    apart: bool = False
     shape: tuple[int, ...] = ()
 
 
@@ -46,6 +48,7 @@ class Architecture:
     legacy   whether a file is written with the old names of tensors (lora_down, smooth)
     blocks   pattern of a block's name -> its rules
     ignored  modules of a block that the stock class has not, and does not need
+    optional pattern of blocks that may be 16-bit as a whole
     """
 
     title: str
@@ -54,6 +57,7 @@ class Architecture:
     legacy: bool
     blocks: tuple[tuple[str, tuple[Rule, ...]], ...]
     ignored: tuple[str, ...] = ()
+    optional: str = ""
 
     def rule(self, module: str) -> tuple[str, Rule] | None:
         """The block that a module of a file stands in, with its dot, and its rule."""
@@ -137,7 +141,7 @@ _QWEN = (
     _modulation("txt_mod.1", 6),
 )
 _Z_IMAGE = (
-    Rule(("attention.to_qkv",), ("attention.to_q", "attention.to_k", "attention.to_v")),
+    Rule(("attention.to_qkv",), ("attention.to_q", "attention.to_k", "attention.to_v"), apart=True),
     *_same("attention.to_out.0"),
     # A gated unit whose second half is the gate; in the stock class w1 is.
     Rule(("feed_forward.net.0.proj",), ("feed_forward.w3", "feed_forward.w1")),
@@ -180,6 +184,7 @@ ARCHITECTURES = (
         ("NunchakuZImageTransformer2DModel",),
         False,
         (("(?:layers|noise_refiner|context_refiner)", _Z_IMAGE),),
+        optional=r"(?:noise|context)_refiner\.",
     ),
     Architecture(
         "SDXL",

@@ -28,7 +28,7 @@ _SIGN = 8  # between two's complement and the codes + 8 of our int4
 
 @dataclass(frozen=True)
 class Linear:
-    """y = dequantize(weight) Q((x + shift) / smooth) + up (down x) + bias, without any padding but of K to whole groups.
+    """y = dequantize(weight) Q((x + shift) / smooth) + up (down x) + bias, padded only along K, to whole groups.
 
     weight   the format's tensors in the plain order, of nvfp4 with a wtscale that broadcasts to [N, Kp/16]
     smooth   [K] fp32
@@ -231,9 +231,7 @@ def write(linear: Linear, rule: Rule, sizes: Sequence[int], rank: int, dtype: to
     return _write_w4a4(linear, rule, sizes, rank, dtype)
 
 
-def _write_w4a4(
-    linear: Linear, rule: Rule, sizes: Sequence[int], rank: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _write_w4a4(linear: Linear, rule: Rule, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
     k = padded(linear.smooth.shape[0], TILE)
 
     def own(rows: Tensor, fill: float, width: int = 0) -> Tensor:
@@ -255,14 +253,16 @@ def _write_w4a4(
         one = torch.ones((), dtype=torch.float8_e4m3fn).view(torch.uint8).item()
         raw = own(scales.view(torch.uint8), one, k // 16).view(torch.float8_e4m3fn)
         tensors["wscales"] = layout.pack_fp8_scales(raw)
-        if above[0].dim() == 0:
+        # One number for a linear by itself, one for each row of several: some kernels read only the latter there.
+        if above[0].dim() == 0 and len(sizes) == 1:
             tensors["wtscale"] = above[0].reshape(1).to(h)
         else:
-            tensors["wcscales"] = layout.pack_vector(own(above[0].squeeze(1).to(h), 1))
+            rows = above[0].reshape(-1, 1).expand(len(codes), 1).squeeze(1)
+            tensors["wcscales"] = layout.pack_vector(own(rows.to(h), 1))
     if linear.bias is not None:
         tensors["bias"] = layout.pack_vector(own(linear.bias.to(h), 1))
-    smooth = _filled(linear.smooth, k, 1).to(h)
-    tensors["smooth_factor"] = layout.pack_vector(smooth)
+    tensors["smooth_factor"] = layout.pack_vector(_filled(linear.smooth, k, 1).to(h))
+    tensors["smooth_factor_orig"] = tensors["smooth_factor"].clone()
     down = _filled(_filled(linear.down.to(h), rank, 0).t(), k, 0).t().contiguous()
     tensors["proj_down"] = layout.pack_down(down)
     tensors["proj_up"] = layout.pack_up(own(_filled(linear.up.to(h).t(), rank, 0).t(), 0))
@@ -315,7 +315,9 @@ def pack(linears: Sequence[Linear], has_bias: Sequence[bool], precision: str) ->
         bias = linear.unshifted().bias if wants_bias else None
         bias = None if bias is None else bias.to(h)
         offset = None if recoded or precision == "w4a16" else _offset(linear, bias)
-        packs.append(Packed(PackedLinear(shared, in_device_order(precision, weight), linear.up, start, offset), bias, error))
+        packs.append(
+            Packed(PackedLinear(shared, in_device_order(precision, weight), linear.up, start, offset), bias, error)
+        )
         start += linear.up.shape[1]
     return packs
 

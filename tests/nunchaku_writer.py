@@ -292,7 +292,13 @@ class Writer:
             self.tensors[f"{module}.{OLD.get(field, field) if self.old else field}"] = tensor.contiguous()
 
     def linear(
-        self, module: str, *parts: str, always_bias: bool = True, unsigned: bool = False, apart: bool = False, gated=False
+        self,
+        module: str,
+        *parts: str,
+        always_bias: bool = True,
+        unsigned: bool = False,
+        apart: bool = False,
+        gated=False,
     ) -> None:
         """Stock modules as one 4-bit module. apart: each part padded by itself; gated: two halves interleaved."""
         shapes = [self.shape(part) for part in parts]
@@ -377,7 +383,12 @@ class Writer:
             "rank": self.rank,
         }
         config = json.dumps({**self.model.config, "_class_name": model_class}, default=list)
-        return {"config": config, "comfy_config": "{}", "model_class": model_class, "quantization_config": json.dumps(told)}
+        return {
+            "config": config,
+            "comfy_config": "{}",
+            "model_class": model_class,
+            "quantization_config": json.dumps(told),
+        }
 
 
 def flux(w: Writer, old: bool = True) -> str:

@@ -4,18 +4,20 @@ import json
 from pathlib import Path
 
 import diffusers
+import nunchaku_writer as writer
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nunchaku_writer import AwqTruth, Truth, Writer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import nunchaku_writer as writer
 import svdq_compile as svdq
-from nunchaku_writer import AwqTruth, Truth, Writer
 from svdq_compile import nunchaku_layout as layout
 from svdq_compile.errors import FileRefused, OptionError
-from svdq_compile.kernels.formats import FORMATS, nibbles
+from svdq_compile.kernels.formats import nibbles
+from svdq_compile.parameter import QuantizedWeight
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 64}
 
@@ -142,3 +144,544 @@ def test_every_linear_is_the_one_that_was_written(tmp_path: Path, name: str, pre
     report = {row.name: row.precision for row in svdq.report(model)}
     kinds = {name: "w4a16" if isinstance(w.truths.get(name), AwqTruth) else precision for name in w.weights}
     assert kinds.items() <= report.items()
+
+
+# ** exported again **
+
+
+def tensors_of(file: Path) -> dict[str, Tensor]:
+    return load_file(file)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "flux-new-names"])
+def test_what_is_loaded_and_exported_is_the_file_again(tmp_path: Path, name: str, precision: str) -> None:
+    make, write = MODELS[name]
+    w = Writer(make().to(torch.bfloat16), precision)
+    w.padding = 128  # as the engine wants it
+    file = writer.write(w.tensors, tmp_path / "a.safetensors", w.metadata(write(w)))
+    svdq.export_nunchaku(loaded(name, file), tmp_path / "b.safetensors", progress=False)
+    before, after = tensors_of(file), tensors_of(tmp_path / "b.safetensors")
+    no_bias = {n for n, t in before.items() if n.endswith(".bias") and n not in after}
+    assert all(not bool(layout.unpack_vector(before[n])[:64].any()) for n in no_bias)
+    padded = {n for n in before if n.endswith((".wscales", ".wzeros")) and before[n].shape != after[n].shape}
+    assert all("norm1.linear" in n for n in padded)  # groups of weight-only linears may be padded, and need not be
+    for n in before.keys() - no_bias - padded:
+        if not n.endswith(("smooth_orig", "smooth_factor_orig")):
+            assert same_bits(after[n], before[n]), n
+    assert before.keys() - no_bias == after.keys()
+
+
+def quantized(precision: str = "int4", **options) -> nn.Module:
+    """FLUX, quantized here, with the linears that share an input found by tracing."""
+    model = flux().to(torch.bfloat16).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 64, 16, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 64, 64, dtype=torch.bfloat16),
+        "pooled_projections": torch.randn(1, 64, dtype=torch.bfloat16),
+        "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
+        "guidance": torch.tensor([4.0]),
+        "img_ids": torch.zeros(64, 3),
+        "txt_ids": torch.zeros(64, 3),
+    }
+    chosen = svdq.Config(precision=precision, progress=False, refine=0, **options)
+    svdq.quantize(model, chosen, example_inputs=inputs)
+    return model
+
+
+def packs(model: nn.Module) -> dict:
+    return {n: svdq.packed(p) for n, p in model.named_parameters() if isinstance(p, QuantizedWeight)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_quantized_here_is_the_same_after_a_round_trip(tmp_path: Path, precision: str) -> None:
+    model = quantized(precision)
+    svdq.export_nunchaku(model, tmp_path / "x.safetensors", progress=False)
+    again = packs(loaded("flux", tmp_path / "x.safetensors"))
+    compared = 0
+    for name, packed in packs(model).items():
+        if packed.precision == precision and "proj_out" not in name:
+            other = again[name]
+            for a, b in zip(packed.plain_weight, other.plain_weight, strict=True):
+                assert same_bits(a, b), name
+            assert torch.equal(packed.shared.smooth, other.shared.smooth), name
+            assert same_bits(packed.down, other.down), name
+            assert same_bits(packed.up, other.up), name
+            compared += 1
+    assert compared == 16
+    name = "single_transformer_blocks.0.proj_out.weight"  # in the file it is two
+    assert close(again[name].dequantize(torch.float32), packs(model)[name].dequantize(torch.float32), FP32)
+    assert torch.equal(again[name].up, packs(model)[name].up)
+
+
+LITE = {"flux": (".attn.to_q", ".attn.to_k", ".attn.to_out.0", "ff.net.2", "single_transformer_blocks.0.proj_out")}
+
+
+def lite_folder(folder: Path, precision: str) -> Writer:
+    w = Writer(flux().to(torch.bfloat16), precision)
+    linears = [n for n, m in w.model.named_modules() if isinstance(m, nn.Linear) and n.endswith(LITE["flux"])]
+    config = writer.lite(w, linears, ["transformer_blocks.0.norm1.linear"])
+    w.model.save_config(folder)
+    told = json.loads((folder / "config.json").read_text()) | {"quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(told))
+    writer.write(w.tensors, folder / "diffusion_pytorch_model.safetensors")
+    return w
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nunchaku_lite_is_loaded_and_exported(tmp_path: Path, precision: str) -> None:
+    w = lite_folder(tmp_path / "a", precision)
+    model = loaded("flux", tmp_path / "a")
+    check(w, model)
+    svdq.export_nunchaku(model, tmp_path / "b", progress=False)
+    before, after = (tensors_of(tmp_path / x / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert before.keys() == after.keys()
+    different = [n for n in before if not same_bits(before[n], after[n])]
+    assert different == []
+    old, new = (json.loads((tmp_path / x / "config.json").read_text()) for x in "ab")
+    diffusers.NunchakuLiteQuantizationConfig(**new["quantization_config"])  # its own checks
+    for section in ("svdq_w4a4", "awq_w4a16"):
+        a, b = (c["quantization_config"][section] for c in (old, new))
+        assert set(a.pop("targets")) == set(b.pop("targets"))
+        assert a == b
+
+
+# ** each formula **
+
+
+SIZES = st.integers(1, 2), st.integers(1, 3), st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=6, deadline=None)
+@given(*SIZES)
+def test_codes_lie_as_documented(tiles: int, columns: int, seed: int) -> None:
+    """Word by word: tiles of 128 x 64, in each the 8 nibbles of a lane's words."""
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 16, (128 * tiles, 64 * columns), dtype=torch.uint8)
+    packed = layout.pack_codes(codes)
+    assert packed.dtype == torch.int8
+    assert packed.shape == (128 * tiles, 32 * columns)
+    words = packed.reshape(-1).view(torch.int32).tolist()
+    at = 0
+    for nt in range(tiles):
+        for kt in range(columns):
+            for a in range(8):
+                for lane in range(8):
+                    for m in range(4):
+                        for p in range(2):
+                            for q in range(2):
+                                n, k = 128 * nt + 16 * a + 8 * p + lane, 64 * kt + 32 * q + 8 * m
+                                word = sum(int(c) << 4 * e for e, c in enumerate(codes[n, k : k + 8].tolist()))
+                                assert words[at] & 0xFFFFFFFF == word
+                                at += 1
+    assert torch.equal(layout.unpack_codes(packed), codes)
+
+
+def is_its_inverse(matrix: Tensor, pack, unpack, expected: Tensor) -> None:
+    assert same_bits(pack(matrix), expected)
+    assert same_bits(unpack(expected), matrix)
+
+
+@settings(max_examples=20, deadline=None)
+@given(*SIZES)
+def test_scales_and_vectors_lie_as_documented(tiles: int, groups: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    scales = torch.randn(128 * tiles, groups).to(torch.bfloat16)
+    is_its_inverse(scales, layout.pack_scales, layout.unpack_scales, writer.put_scales(scales))
+    vector = torch.randn(128 * tiles).to(torch.bfloat16)
+    is_its_inverse(vector, layout.pack_vector, layout.unpack_vector, writer.put_vector(vector))
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert torch.equal(layout.pack_vector(vector)[:16], vector[order])
+
+
+@settings(max_examples=20, deadline=None)
+@given(*SIZES)
+def test_fp8_scales_lie_as_documented(tiles: int, groups: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    scales = torch.randint(0, 127, (128 * tiles, 4 * groups), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    is_its_inverse(scales, layout.pack_fp8_scales, layout.unpack_fp8_scales, writer.put_fp8_scales(scales))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_the_branch_lies_as_documented(sixteens: int, ranks: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    down = torch.randn(16 * ranks, 16 * sixteens).to(torch.bfloat16)
+    is_its_inverse(down, layout.pack_down, layout.unpack_down, writer.put_down(down))
+    up = torch.randn(16 * sixteens, 16 * ranks).to(torch.bfloat16)
+    is_its_inverse(up, layout.pack_up, layout.unpack_up, writer.put_up(up))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_weight_only_codes_lie_as_documented(fours: int, groups: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    codes = torch.randint(0, 16, (4 * fours, 64 * groups), dtype=torch.uint8)
+    packed = writer.put_awq_codes(codes.numpy())
+    is_its_inverse(codes, layout.pack_awq_codes, layout.unpack_awq_codes, packed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_rows_are_interleaved_as_documented(channels: int, chunks: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    rows = torch.randn(channels * chunks, 3)
+    stored = torch.stack([rows[s * channels + i] for i in range(channels) for s in range(chunks)])
+    assert torch.equal(layout.interleave(rows, chunks), stored)
+    assert torch.equal(layout.deinterleave(stored, chunks), rows)
+
+
+# ** numbers **
+
+
+def codes_of(t: Truth) -> Tensor:
+    return t.q & 15 if t.precision == "nvfp4" else t.q
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rank", [0, 16, 48])
+def test_integers_scales_smoothing_and_branch_are_the_files(tmp_path: Path, precision: str, rank: int) -> None:
+    w, file = saved(tmp_path, "qwen-image", precision, rank=rank)
+    model = loaded("qwen-image", file)
+    name = "transformer_blocks.0.attn.to_out.0"
+    t, packed = w.truths[name], svdq.packed(model.get_submodule(name).weight)
+    assert isinstance(t, Truth)
+    qweight, scales, *above = packed.plain_weight
+    q = nibbles.unpack(qweight).long()
+    assert torch.equal(q - 8 if precision == "int4" else q, codes_of(t))
+    assert same_bits(scales, t.scales)
+    assert [a.item() for a in above] == ([] if t.above is None else [t.above[0].item()])
+    assert torch.equal(packed.shared.smooth, t.smooth.float())
+    assert same_bits(packed.down, t.down)
+    assert same_bits(packed.up, t.up)
+    assert packed.offset is None
+    assert same_bits(model.get_submodule(name).bias.data, t.bias)
+
+
+def test_linears_that_were_one_share_their_input(tmp_path: Path) -> None:
+    _, file = saved(tmp_path, "flux")
+    attention = loaded("flux", file).transformer_blocks[0].attn
+    q, k, v = (svdq.packed(getattr(attention, f"to_{x}").weight) for x in "qkv")
+    assert q.shared is k.shared is v.shared
+    assert [p.rank_start for p in (q, k, v)] == [0, 32, 64]  # rows that follow one another: one product for all three
+
+
+def test_after_gelu_the_input_is_shifted_and_its_codes_unsigned(tmp_path: Path) -> None:
+    """The arithmetic of Nunchaku's kernel, on the stored bias."""
+    w, file = saved(tmp_path, "flux")
+    linear = loaded("flux", file).transformer_blocks[0].ff.net[2]
+    t = w.truths["transformer_blocks.0.mlp_fc2"]
+    assert isinstance(t, Truth)
+    x = torch.nn.functional.gelu(torch.randn(5, t.q.shape[1]), approximate="tanh").to(torch.bfloat16)
+    shifted = ((x.float() + writer.SHIFT) / t.smooth.float()).unflatten(1, (-1, 64))
+    scale = shifted.amax(-1, keepdim=True) / 15
+    codes = (shifted / scale).round().clamp(0, 15)
+    expected = (codes * scale).flatten(1).double() @ t.values().t()
+    expected = expected + (x.double() @ t.down.double().t()) @ t.up.double().t() + t.bias.double()
+    assert close(linear(x), expected, BF16)
+    assert not close(linear(x) + writer.SHIFT, expected, BF16)
+
+
+def test_float16_files(tmp_path: Path) -> None:
+    """Their scales have more digits than bfloat16 holds, and keep them."""
+    w, file = saved(tmp_path, "flux", h=torch.float16)
+    model = loaded("flux", file)
+    for name, expected in w.weights.items():
+        assert close(svdq.packed(model.get_submodule(name).weight).dequantize(torch.float32), expected, FP32), name
+    linear = model.transformer_blocks[0].ff.net[0].proj
+    assert linear(torch.randn(2, 128, dtype=torch.float16)).dtype == torch.float16
+
+
+def test_coded_anew_for_8_bit_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    w, file = saved(tmp_path, "flux")
+    model = svdq.load(on_meta("flux"), file, precision="w4a8")
+    told = capsys.readouterr().err
+    assert "coded anew as w4a8: their weights change by" in told
+    errors = []
+    for name, expected in w.weights.items():
+        packed = svdq.packed(model.get_submodule(name).weight)
+        got = packed.dequantize(torch.float32).double()
+        errors.append(float((got - expected).norm() / expected.norm()))
+        assert packed.precision == ("w4a16" if isinstance(w.truths.get(name), AwqTruth) else "w4a8")
+        assert close(model.get_submodule(name).bias, w.biases[name], BF16), name
+    reported = [row.error for row in svdq.report(model) if row.precision == "w4a8"]
+    assert 0.001 < max(errors) < 0.1  # another grid of 15 steps: a few percent
+    assert max(reported) == pytest.approx(max(errors), rel=0.01)
+
+
+def test_a_loaded_model_is_saved_and_loaded_as_any(tmp_path: Path) -> None:
+    w, file = saved(tmp_path, "flux", "nvfp4")
+    svdq.save(loaded("flux", file), tmp_path / "ours", progress=False)
+    check(w, loaded("flux", tmp_path / "ours"))
+
+
+def test_two_files_in_a_folder(tmp_path: Path) -> None:
+    w, kind = made("flux")
+    blocks = {n: t for n, t in w.tensors.items() if n.startswith(("transformer_blocks", "single_transformer_blocks"))}
+    writer.write(blocks, tmp_path / "transformer_blocks.safetensors")
+    rest = {n: t for n, t in w.tensors.items() if n not in blocks}
+    writer.write(rest, tmp_path / "unquantized_layers.safetensors")
+    (tmp_path / "config.json").write_text(w.metadata(kind)["config"])
+    check(w, loaded("flux", tmp_path))
+    (tmp_path / "unquantized_layers.safetensors").unlink()
+    with pytest.raises(FileRefused, match=r"unquantized_layers\.safetensors is missing"):
+        loaded("flux", tmp_path)
+
+
+def test_a_file_without_metadata_is_told_by_its_tensors(tmp_path: Path) -> None:
+    w, _ = made("flux")
+    check(w, loaded("flux", writer.write(w.tensors, tmp_path / "x")))
+
+
+# ** refused, and the model as it was **
+
+
+def refused(tmp_path: Path, w: Writer, metadata: dict[str, str] | None, message: str, name: str = "flux") -> None:
+    file = writer.write(w.tensors, tmp_path / "damaged", metadata)
+    still_refused(file, message, name)
+
+
+def still_refused(file: Path, message: str, name: str = "flux", **options) -> None:
+    model = MODELS[name][0]()
+    before = {n: (p, p._version, p.clone()) for n, p in model.named_parameters()}
+    with pytest.raises(FileRefused, match=message):
+        svdq.load(model, file, progress=False, **options)
+    after = dict(model.named_parameters())
+    assert all(after[n] is p and p._version == v and torch.equal(p, old) for n, (p, v, old) in before.items())
+
+
+FC1, QKV, NORM = "transformer_blocks.0.mlp_fc1", "transformer_blocks.0.qkv_proj", "transformer_blocks.0.norm1.linear"
+
+
+def resized(t: Tensor, *shape: int) -> Tensor:
+    return torch.ones(shape).to(t.dtype)
+
+
+def changed(change) -> Writer:
+    w, _ = made("flux")
+    change(w.tensors)
+    return w
+
+
+CHANGES = {
+    "a-tensor-missing": (lambda t: t.pop(f"{FC1}.wscales"), "mlp_fc1.wscales is missing"),
+    "half-a-branch": (lambda t: t.pop(f"{FC1}.lora_up"), "mlp_fc1 has one half of a low-rank branch"),
+    "no-bias": (lambda t: t.pop(f"{FC1}.bias"), "mlp_fc1.bias is missing"),
+    "no-smoothing": (lambda t: t.pop(f"{FC1}.smooth"), "mlp_fc1.smooth_factor is missing"),
+    "a-plain-tensor-missing": (lambda t: t.pop("proj_out.weight"), r"tensor proj_out\.weight of the model is missing"),
+    "a-module-missing": (
+        lambda t: [t.pop(n) for n in list(t) if n.startswith(FC1)],
+        "tensor transformer_blocks.0.ff.net.0.proj",
+    ),
+    "half-of-a-split-linear": (
+        lambda t: [t.pop(n) for n in list(t) if n.startswith("single_transformer_blocks.0.out_proj")],
+        "proj_out is split in two in the file",
+    ),
+    "an-extra-tensor": (lambda t: t.update(more=torch.ones(2)), "the model has no tensor more"),
+    "an-extra-field": (lambda t: t.update({f"{FC1}.qzeros": torch.ones(2)}), "mlp_fc1.qzeros is none that this"),
+    "an-extra-block": (
+        lambda t: t.update({n.replace("blocks.0", "blocks.1"): v for n, v in list(t.items()) if n.startswith(FC1)}),
+        r"the model has no linear transformer_blocks\.1\.ff",
+    ),
+    "an-unknown-module": (
+        lambda t: t.update({"transformer_blocks.0.extra.qweight": t[f"{FC1}.qweight"]}),
+        r"transformer_blocks\.0\.extra is in no key map",
+    ),
+    "old-and-new-names": (lambda t: t.update({f"{FC1}.smooth_factor": t[f"{FC1}.smooth"]}), "which are one thing"),
+    "another-rank": (
+        lambda t: t.update(
+            {
+                f"{FC1}.lora_down": resized(t[f"{FC1}.lora_down"], 128, 64),
+                f"{FC1}.lora_up": resized(t[f"{FC1}.lora_up"], 512, 64),
+            }
+        ),
+        "its linears differ in rank",
+    ),
+    "two-ranks": (
+        lambda t: t.update({f"{FC1}.lora_up": resized(t[f"{FC1}.lora_up"], 512, 48)}),
+        "not of one rank",
+    ),
+    "codes-too-short": (lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"][:384]}), "mlp_fc1.qweight is"),
+    "codes-turned": (lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"].t()}), "mlp_fc1.qweight is"),
+    "scales-too-few": (lambda t: t.update({f"{FC1}.wscales": t[f"{FC1}.wscales"][:1]}), "mlp_fc1.wscales is"),
+    "smoothing-too-long": (lambda t: t.update({f"{FC1}.smooth": torch.ones(256).bfloat16()}), "mlp_fc1.smooth is"),
+    "bias-of-another-length": (lambda t: t.update({f"{QKV}.bias": torch.ones(256).bfloat16()}), "qkv_proj.bias is"),
+    "a-norm-of-another-shape": (
+        lambda t: t.update({"transformer_blocks.0.norm_q.weight": torch.ones(32).bfloat16()}),
+        r"tensor transformer_blocks\.0\.norm_q\.weight is",
+    ),
+    "floating-codes": (lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"].float()}), "is F32, not I8"),
+    "two-16-bit-dtypes": (lambda t: t.update({f"{FC1}.smooth": t[f"{FC1}.smooth"].half()}), "of two dtypes"),
+    "a-float16-linear": (
+        lambda t: t.update({n: v.half() for n, v in t.items() if n.startswith(FC1) and v.is_floating_point()}),
+        "differ in 16-bit dtype",
+    ),
+    "one-nvfp4-linear": (
+        lambda t: t.update({f"{FC1}.wscales": torch.ones(8, 512).to(torch.float8_e4m3fn)}),
+        "its linears differ in precision",
+    ),
+    "scales-of-nvfp4": (lambda t: t.update({f"{FC1}.wcscales": torch.ones(512).bfloat16()}), "goes with nvfp4"),
+    "nan-scale": (lambda t: t[f"{FC1}.wscales"].view(-1)[3:4].fill_(float("nan")), "mlp_fc1.wscales holds 1 NaN"),
+    "inf-branch": (lambda t: t[f"{QKV}.lora_up"].view(-1)[:2].fill_(float("inf")), "qkv_proj.lora_up holds 2 NaN"),
+    "nan-zero-point": (lambda t: t[f"{NORM}.wzeros"].view(-1)[:1].fill_(float("nan")), "wzeros holds 1 NaN"),
+    "zero-smoothing": (lambda t: t[f"{FC1}.smooth"][5:6].zero_(), "mlp_fc1.smooth holds 1 zeros"),
+    "a-weight-only-linear-elsewhere": (
+        lambda t: t.update({f"{FC1}.qweight": torch.zeros(128, 64, dtype=torch.int32)}),
+        "mlp_fc1 is w4a16, which this version knows as w4a4",
+    ),
+    "weight-only-without-zeros": (lambda t: t.pop(f"{NORM}.wzeros"), "norm1.linear.wzeros is missing"),
+    "weight-only-of-another-shape": (
+        lambda t: t.update({f"{NORM}.wscales": t[f"{NORM}.wscales"][:1]}),
+        "norm1.linear.wscales is",
+    ),
+    "integers-for-a-norm": (
+        lambda t: t.update({"norm_out.linear.bias": torch.ones(256, dtype=torch.int32)}),
+        "has another dtype than the model's",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_damaged_file_is_refused_whole(tmp_path: Path, kind: str) -> None:
+    change, message = CHANGES[kind]
+    refused(tmp_path, changed(change), None, message)
+
+
+METADATA = {
+    "another-class": ({"model_class": "NunchakuFoo"}, "of a NunchakuFoo, a class that this version has no key map for"),
+    "a-wrong-class": ({"model_class": "NunchakuQwenImageTransformer2DModel"}, "have the names of FLUX models"),
+    "another-rank": ({"quantization_config": '{"rank": 64}'}, "says rank 64, and its tensors have 32"),
+    "another-precision": (
+        {"quantization_config": '{"weight": {"dtype": "fp4_e2m1_all"}}'},
+        "says 'fp4_e2m1_all' weights, and its tensors are int4",
+    ),
+    "an-unknown-precision": ({"quantization_config": '{"weight": {"dtype": "int3"}}'}, "says 'int3' weights"),
+    "a-precision-of-another-type": ({"quantization_config": '{"weight": {"dtype": [1]}}'}, r"says \[1\] weights"),
+    "no-json": ({"quantization_config": "{"}, "its quantization_config is no JSON"),
+    "a-list": ({"config": "[]"}, "its config is no JSON object"),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_that_does_not_fit_is_refused(tmp_path: Path, kind: str) -> None:
+    change, message = METADATA[kind]
+    w, model_class = made("flux")
+    refused(tmp_path, w, w.metadata(model_class) | change, message)
+
+
+@pytest.mark.parametrize("cut", [1, 1000, 0.5])
+def test_a_truncated_file_is_refused(tmp_path: Path, cut: float) -> None:
+    _, file = saved(tmp_path, "flux")
+    content = file.read_bytes()
+    file.write_bytes(content[: -cut if isinstance(cut, int) else int(len(content) * cut)])
+    still_refused(file, "not a whole safetensors file")
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    _, file = saved(tmp_path, "qwen-image")
+    still_refused(file, "the file is of a QwenImageTransformer2DModel, the model a FluxTransformer2DModel")
+
+
+def test_a_bias_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
+    w, _ = made("sdxl")
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_qkv.bias"
+    w.tensors[name] = torch.ones_like(w.tensors[name])
+    refused(tmp_path, w, None, f"tensor {name} is a bias, and .* has none", "sdxl")
+
+
+@pytest.mark.parametrize("wanted", ["nvfp4", "w8a8", "int3", "auto"])
+def test_a_precision_that_the_file_cannot_give(tmp_path: Path, wanted: str) -> None:
+    _, file = saved(tmp_path, "flux")
+    with pytest.raises(OptionError, match=f"precision='{wanted}': .* has int4 linears"):
+        loaded("flux", file, precision=wanted)
+
+
+LITE_CHANGES = {
+    "a-target-that-is-not-quantized": (
+        lambda c: c["svdq_w4a4"]["targets"].append("x_embedder"),
+        "x_embedder quantized",
+    ),
+    "a-target-that-is-not-named": (lambda c: c["svdq_w4a4"]["targets"].pop(), "which its config.json does not say"),
+    "another-rank": (lambda c: c["svdq_w4a4"].update(rank=16), "says rank 16"),
+    "another-precision": (lambda c: c["svdq_w4a4"].update(precision="nvfp4"), "says 'nvfp4', and its tensors are int4"),
+    "targets-of-another-type": (lambda c: c["svdq_w4a4"].update(targets="all"), "has no list of targets"),
+}
+
+
+@pytest.mark.parametrize("kind", LITE_CHANGES)
+def test_a_lite_folder_whose_configuration_does_not_fit(tmp_path: Path, kind: str) -> None:
+    lite_folder(tmp_path, "int4")
+    change, message = LITE_CHANGES[kind]
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    still_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "missing.safetensors"])
+def test_an_index_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
+    lite_folder(tmp_path / "a", "int4")
+    index = {"weight_map": {"x": "diffusion_pytorch_model.safetensors", "y": name}}
+    (tmp_path / "a" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    still_refused(tmp_path / "a", "which is no file of this folder")
+
+
+def test_a_sharded_lite_folder(tmp_path: Path) -> None:
+    w = lite_folder(tmp_path, "int4")
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    names = sorted(w.tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in shards.items():
+        writer.write({n: w.tensors[n] for n in own}, tmp_path / file)
+    index = {"weight_map": {n: file for file, own in shards.items() for n in own}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    check(w, loaded("flux", tmp_path))
+
+
+# ** what cannot be exported **
+
+
+def test_linears_that_do_not_share_their_input_are_not_one(tmp_path: Path) -> None:
+    model = flux().to(torch.bfloat16)
+    svdq.quantize(model, precision="int4", progress=False)
+    with pytest.raises(Exception, match="are one linear in Nunchaku's files, and here each has its own smoothing"):
+        svdq.export_nunchaku(model, tmp_path / "x.safetensors", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "w4a8"}, "is w4a8, which Nunchaku has not: quantize the model with precision='int4'"),
+        ({"precision": "int4", "skip": ["*.to_out.0"]}, r"attn\.to_out\.0 is 16-bit, and Nunchaku has it in 4 bits"),
+    ],
+    ids=["w4a8", "skipped"],
+)
+def test_what_nunchaku_has_no_place_for(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        svdq.export_nunchaku(quantized(**options), tmp_path / "x.safetensors", progress=False)
+
+
+def test_other_models_go_into_a_lite_folder(tmp_path: Path) -> None:
+    make = lambda: diffusers.SD3Transformer2DModel(  # noqa: E731
+        num_layers=1,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=64,
+    )
+    model = make().to(torch.bfloat16).eval()
+    svdq.quantize(model, precision="int4", progress=False)
+    with pytest.raises(OptionError, match="this is a SD3Transformer2DModel: give a folder, for nunchaku_lite"):
+        svdq.export_nunchaku(model, tmp_path / "x.safetensors", progress=False)
+    svdq.export_nunchaku(model, tmp_path / "x", progress=False)
+    again = packs(svdq.load(make(), tmp_path / "x", progress=False))
+    assert len(again) > 5
+    for name, packed in again.items():
+        assert all(same_bits(a, b) for a, b in zip(packed.plain_weight, packs(model)[name].plain_weight, strict=True))
