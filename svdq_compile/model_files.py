@@ -84,6 +84,11 @@ def empty_model(source: str, *, config: Path | None = None, component: str | Non
     return _on_meta(str(path), _model_class(path, content.get("_class_name")), content, _dtype(path))
 
 
+def model_of_config(source: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A model on the meta device of a class of diffusers, as a file's own configuration describes it."""
+    return _on_meta(str(source), _model_class(source, name or None), dict(config), torch.bfloat16)
+
+
 def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):

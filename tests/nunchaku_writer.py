@@ -273,7 +273,7 @@ class Writer:
         self.model, self.precision, self.rank, self.h = model, precision, rank, h
         self.old = False
         self.both = False
-        self.padding = 128 if precision == "int4" else 64
+        self.padding = 128  # of K, as the engine wants it; the converter pads nvfp4 to 64
         self.tensors: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}

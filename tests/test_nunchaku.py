@@ -1,6 +1,8 @@
 """Nunchaku's checkpoints: what an independent writer has written is loaded number by number, or refused whole."""
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from nunchaku_writer import AwqTruth, Truth, Writer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import svdq_compile as svdq
 from svdq_compile import nunchaku_layout as layout
+from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused, OptionError
 from svdq_compile.kernels.formats import nibbles
 from svdq_compile.parameter import QuantizedWeight
@@ -57,7 +61,7 @@ def sdxl() -> nn.Module:
         cross_attention_dim=64,
         attention_head_dim=(1, 3),
         use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=1,
     )
 
 
@@ -92,15 +96,24 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def made(name: str, precision: str = "int4", **options) -> tuple[Writer, str]:
-    """A writer with a whole file in it, and the class of its metadata."""
+@cache
+def _made(name: str, precision: str, rank: int, h: torch.dtype) -> tuple[Writer, str]:
+    torch.manual_seed(0)
     make, write = MODELS[name]
-    w = Writer(make().to(torch.bfloat16), precision, **options)
+    w = Writer(make().to(torch.bfloat16), precision, rank, h)
     return w, write(w)
 
 
-def saved(folder: Path, name: str, precision: str = "int4", **options) -> tuple[Writer, Path]:
-    w, kind = made(name, precision, **options)
+def made(name: str, precision: str = "int4", rank: int = 32, h: torch.dtype = torch.bfloat16) -> tuple[Writer, str]:
+    """A writer with a whole file in it, whose tensors may be changed, and the class of its metadata."""
+    w, kind = _made(name, precision, rank, h)
+    w = copy.copy(w)
+    w.tensors = {name: tensor.clone() for name, tensor in w.tensors.items()}
+    return w, kind
+
+
+def saved(folder: Path, name: str, *options) -> tuple[Writer, Path]:
+    w, kind = made(name, *options)
     return w, writer.write(w.tensors, folder / "svdq.safetensors", w.metadata(kind))
 
 
@@ -162,10 +175,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "flux-new-names"])
 def test_what_is_loaded_and_exported_is_the_file_again(tmp_path: Path, name: str, precision: str) -> None:
-    make, write = MODELS[name]
-    w = Writer(make().to(torch.bfloat16), precision)
-    w.padding = 128  # as the engine wants it
-    file = writer.write(w.tensors, tmp_path / "a.safetensors", w.metadata(write(w)))
+    _, file = saved(tmp_path, name, precision)
     svdq.export_nunchaku(loaded(name, file), tmp_path / "b.safetensors", progress=False)
     before, after = tensors_of(file), tensors_of(tmp_path / "b.safetensors")
     no_bias = {n for n, t in before.items() if n.endswith(".bias") and n not in after}
@@ -347,7 +357,7 @@ def codes_of(t: Truth) -> Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("rank", [0, 16, 48])
 def test_integers_scales_smoothing_and_branch_are_the_files(tmp_path: Path, precision: str, rank: int) -> None:
-    w, file = saved(tmp_path, "qwen-image", precision, rank=rank)
+    w, file = saved(tmp_path, "qwen-image", precision, rank)
     model = loaded("qwen-image", file)
     name = "transformer_blocks.0.attn.to_out.0"
     t, packed = w.truths[name], svdq.packed(model.get_submodule(name).weight)
@@ -390,7 +400,7 @@ def test_after_gelu_the_input_is_shifted_and_its_codes_unsigned(tmp_path: Path) 
 
 def test_float16_files(tmp_path: Path) -> None:
     """Their scales have more digits than bfloat16 holds, and keep them."""
-    w, file = saved(tmp_path, "flux", h=torch.float16)
+    w, file = saved(tmp_path, "flux", "int4", 32, torch.float16)
     model = loaded("flux", file)
     for name, expected in w.weights.items():
         assert close(svdq.packed(model.get_submodule(name).weight).dequantize(torch.float32), expected, FP32), name
@@ -447,11 +457,17 @@ def refused(tmp_path: Path, w: Writer, metadata: dict[str, str] | None, message:
     still_refused(file, message, name)
 
 
-def still_refused(file: Path, message: str, name: str = "flux", **options) -> None:
+@cache
+def untouched(name: str) -> tuple[nn.Module, dict[str, tuple[Tensor, int, Tensor]]]:
+    """A model that nothing ever changes, and its Parameters, as they are."""
     model = MODELS[name][0]()
-    before = {n: (p, p._version, p.clone()) for n, p in model.named_parameters()}
+    return model, {n: (p, p._version, p.detach().clone()) for n, p in model.named_parameters()}
+
+
+def still_refused(file: Path, message: str, name: str = "flux") -> None:
+    model, before = untouched(name)
     with pytest.raises(FileRefused, match=message):
-        svdq.load(model, file, progress=False, **options)
+        svdq.load(model, file, progress=False)
     after = dict(model.named_parameters())
     assert all(after[n] is p and p._version == v and torch.equal(p, old) for n, (p, v, old) in before.items())
 
@@ -508,7 +524,10 @@ CHANGES = {
         "not of one rank",
     ),
     "codes-too-short": (lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"][:384]}), "mlp_fc1.qweight is"),
-    "codes-turned": (lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"].t()}), "mlp_fc1.qweight is"),
+    "codes-turned": (
+        lambda t: t.update({f"{FC1}.qweight": t[f"{FC1}.qweight"].t().contiguous()}),
+        "mlp_fc1.qweight is",
+    ),
     "scales-too-few": (lambda t: t.update({f"{FC1}.wscales": t[f"{FC1}.wscales"][:1]}), "mlp_fc1.wscales is"),
     "smoothing-too-long": (lambda t: t.update({f"{FC1}.smooth": torch.ones(256).bfloat16()}), "mlp_fc1.smooth is"),
     "bias-of-another-length": (lambda t: t.update({f"{QKV}.bias": torch.ones(256).bfloat16()}), "qkv_proj.bias is"),
@@ -685,3 +704,64 @@ def test_other_models_go_into_a_lite_folder(tmp_path: Path) -> None:
     assert len(again) > 5
     for name, packed in again.items():
         assert all(same_bits(a, b) for a, b in zip(packed.plain_weight, packs(model)[name].plain_weight, strict=True))
+
+
+def test_the_converters_own_padding(tmp_path: Path) -> None:
+    """It rounds K of nvfp4 to 64 where the engine wants 128."""
+    w = Writer(sana().to(torch.bfloat16), "nvfp4")
+    w.padding = 64
+    writer.sana(w)
+    check(w, loaded("sana", writer.write(w.tensors, tmp_path / "x")))
+
+
+# ** the command line **
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_inspect_and_convert(tmp_path: Path) -> None:
+    w, file = saved(tmp_path, "flux")
+    told = run("inspect", file, "--layers")
+    for expected in ("Nunchaku, single file", "FluxTransformer2DModel", "12 modules, int4, rank 32", "3 modules, int4"):
+        assert expected in told
+    assert "attn.to_q, attn.to_k, attn.to_v" in told
+    ours, again, folder = tmp_path / "ours.safetensors", tmp_path / "again.safetensors", tmp_path / "lite"
+    run("convert", file, ours)
+    check(w, loaded("flux", ours))
+    w.model.save_config(tmp_path / "config")
+    run("convert", ours, again, "--to", "nunchaku", "--model", tmp_path / "config")
+    kept = {n: t for n, t in tensors_of(file).items() if n.endswith(("qweight", "lora_up", "smooth", ".bias"))}
+    assert all(same_bits(tensors_of(again)[n], t) for n, t in kept.items())
+    run("convert", again, folder, "--to", "nunchaku-lite")
+    assert "nunchaku_lite" in run("inspect", folder)
+    run("convert", folder, tmp_path / "w4a8.safetensors", "--precision", "w4a8")
+    assert "w4a8" in run("inspect", tmp_path / "w4a8.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x", "--to", "gguf"], "option to='gguf': it can be svdq, nunchaku, nunchaku-lite"),
+        (["x", "--to", "nunchaku"], "has a name that ends in .safetensors"),
+        (["x.safetensors", "--to", "nunchaku-lite"], "is a folder, and this is the name of a file"),
+        (["x.safetensors"], "does not say how its model is built: give --model"),
+    ],
+    ids=["unknown-format", "not-a-file", "not-a-folder", "no-configuration"],
+)
+def test_convert_says_what_is_wrong(tmp_path: Path, options: list[str], message: str) -> None:
+    w, _ = made("flux")
+    file = writer.write(w.tensors, tmp_path / "file")
+    result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / options[0]), *options[1:]])
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_a_precision_for_a_file_of_ours(tmp_path: Path) -> None:
+    _, file = saved(tmp_path, "flux")
+    svdq.save(loaded("flux", file), tmp_path / "ours", progress=False)
+    with pytest.raises(OptionError, match="precision='w4a8' goes with Nunchaku's files"):
+        loaded("flux", tmp_path / "ours", precision="w4a8")
