@@ -14,7 +14,7 @@ from .checkpoint import serve_libraries
 from .errors import FileRefused, OptionError
 from .kernels.formats.groups import padded
 from .kernels.runtime.target import is_hopper
-from .layers import layers
+from .layers import layers, matrices
 from .nunchaku_file import LITE, NunchakuFile, Piece, opened
 from .nunchaku_keys import W4A4, W4A16, Rule
 from .nunchaku_layout import TILE, deinterleave, unpack_vector
@@ -25,6 +25,7 @@ from .progress import say, steps
 from .summary import tell_to_compile, title
 
 IN_FILE = "16-bit in the file"
+JOINT = 64  # input channels: linears are joined where groups of any format end
 RECODED = "w4a8"  # what a 4-bit linear may be coded anew as
 
 
@@ -123,7 +124,11 @@ def _planned(file: NunchakuFile, model: nn.Module) -> _Plan:
     halves: dict[tuple[str, ...], list[Piece]] = {}
     for piece in file.pieces:
         halves.setdefault(piece.parts, []).append(piece)
+    linears = {layer.name for layer in matrices(model) if layer.is_linear}
     for parts, pieces in halves.items():
+        for part in parts:
+            if part not in linears:
+                raise file.refuse(f"the model has no linear {part}, which {pieces[0].name} is for ({hint})")
         plan.jobs.append(_job(file, state, parts, pieces, hint))
     held = {f"{part}.weight" for job in plan.jobs for part in job.linears}
     for job in plan.jobs:
@@ -146,11 +151,6 @@ def _planned(file: NunchakuFile, model: nn.Module) -> _Plan:
 
 
 def _job(file: NunchakuFile, state: dict[str, Tensor], parts: tuple[str, ...], pieces: list[Piece], hint: str) -> _Job:
-    for part in parts:
-        if f"{part}.weight" not in state:
-            raise file.refuse(f"the model has no linear {part}, which {pieces[0].name} is for ({hint})")
-        if state[f"{part}.weight"].dim() not in (2, 4):
-            raise file.refuse(f"{part} of the model is no linear, and {pieces[0].name} is one ({hint})")
     shapes = [tuple(state[f"{part}.weight"].flatten(1).shape) for part in parts]
     rows, k = tuple(n for n, _ in shapes), shapes[0][1]
     if any(shape[1] != k for shape in shapes):
@@ -163,8 +163,8 @@ def _job(file: NunchakuFile, state: dict[str, Tensor], parts: tuple[str, ...], p
         if len(order) != 2 or any(writer not in state for writer in writers):
             raise file.refuse(f"{parts[0]} is split in two in the file, and only {pieces[0].name} is there")
         widths = tuple(state[writer].shape[0] for writer in writers)
-        if sum(widths) != k:
-            raise file.refuse(f"{parts[0]} of the model reads {k} channels, and its halves {widths} ({hint})")
+        if sum(widths) != k or widths[0] % JOINT:
+            raise file.refuse(f"{parts[0]} of the model reads {k} channels, which the file has as {widths} ({hint})")
     elif len(pieces) > 1:
         raise file.refuse(f"{parts[0]} is in the file twice: as {pieces[0].name} and as {pieces[1].name}")
     for piece, width in zip(pieces, widths, strict=True):

@@ -87,6 +87,8 @@ def export_nunchaku(model: nn.Module, path: str | os.PathLike, *, progress: bool
 
 
 def _write_single(model: nn.Module, path: Path, progress: bool) -> None:
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder, and has the name of a file: give {LITE} another one")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: there is no such folder to write {path.name} to")
     architecture = _architecture(model)
@@ -354,7 +356,7 @@ def _tell(model: nn.Module, path: Path, content: _Content, dtype: torch.dtype, p
     text = f"svdquant: {title(model)}: {len(content.modules)} linears of 4 bits in {path}"
     if rounded:
         text += f"; scales or smoothing factors of {len(rounded)} were rounded to {str(dtype).removeprefix('torch.')}"
-    text += _list_of("coded anew for few rows, without a branch", content.recoded)
+    text += _list_of("coded anew", content.recoded)
     if content.expanded:
         text += f"; {len(content.expanded)} that are 16-bit there were expanded"
     say(text, progress)

@@ -271,8 +271,8 @@ def _architecture(path: str | os.PathLike, modules: Mapping[str, Mapping[str, st
         stranger = next(name for name in modules if best.rule(name) is None and not best.ignores(name))
         titles = ", ".join(candidate.title for candidate in ARCHITECTURES)
         raise FileRefused(path, f"the quantized module {stranger} is in no key map of this version ({titles})")
-    if told is not None and told not in best.engines:
-        by_class = {engine: candidate for candidate in ARCHITECTURES for engine in candidate.engines}
+    if told is not None and told not in (*best.engines, best.stock):
+        by_class = {name: candidate for candidate in ARCHITECTURES for name in (*candidate.engines, candidate.stock)}
         if told not in by_class:
             raise FileRefused(path, f"it is of a {told}, a class that this version has no key map for")
         if known(by_class[told]) < len(modules):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -233,8 +234,8 @@ def test_what_was_quantized_here_is_the_same_after_a_round_trip(tmp_path: Path, 
 LITE = {"flux": (".attn.to_q", ".attn.to_k", ".attn.to_out.0", "ff.net.2", "single_transformer_blocks.0.proj_out")}
 
 
-def lite_folder(folder: Path, precision: str) -> Writer:
-    w = Writer(flux().to(torch.bfloat16), precision)
+def lite_folder(folder: Path, precision: str, rank: int = 32) -> Writer:
+    w = Writer(flux().to(torch.bfloat16), precision, rank)
     linears = [n for n, m in w.model.named_modules() if isinstance(m, nn.Linear) and n.endswith(LITE["flux"])]
     config = writer.lite(w, linears, ["transformer_blocks.0.norm1.linear"])
     w.model.save_config(folder)
@@ -765,3 +766,97 @@ def test_a_precision_for_a_file_of_ours(tmp_path: Path) -> None:
     svdq.save(loaded("flux", file), tmp_path / "ours", progress=False)
     with pytest.raises(OptionError, match="precision='w4a8' goes with Nunchaku's files"):
         loaded("flux", tmp_path / "ours", precision="w4a8")
+
+
+# ** sisters of what is above **
+
+
+def test_codes_of_minus_eight_are_taken(tmp_path: Path) -> None:
+    """No quantizer makes them, and the format has them."""
+    w, _ = made("flux")
+    w.tensors[f"{FC1}.qweight"].view(-1)[:8] = 0x88 - 256
+    model = loaded("flux", writer.write(w.tensors, tmp_path / "x"))
+    qweight, *_ = svdq.packed(model.transformer_blocks[0].ff.net[0].proj.weight).plain_weight
+    assert int((nibbles.unpack(qweight) == 0).sum()) == 16
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["a-scale-each", "a-scale-a-row"])
+def test_halves_of_one_linear_keep_their_own_scales(tmp_path: Path, alike: bool) -> None:
+    """In nvfp4 they may differ above the groups' scales; together they are exact still, and come apart again."""
+    w, _ = made("flux", "nvfp4")
+    block = "single_transformer_blocks.0"
+    halves = [w.truths[f"{block}.{name}"] for name in ("out_proj", "mlp_fc2")]
+    if not alike:
+        halves = [copy.copy(t) for t in halves]
+        for name, t in zip(("out_proj", "mlp_fc2"), halves, strict=True):
+            assert isinstance(t, Truth)
+            t.above = (torch.rand(128) + 0.5).to(torch.bfloat16)
+            del w.tensors[f"{block}.{name}.wtscale"]
+            w.add(f"{block}.{name}", writer.w4a4(t))
+    file = writer.write(w.tensors, tmp_path / "a.safetensors")
+    model = loaded("flux", file)
+    expected = torch.cat([t.weight() for t in halves], 1)
+    got = svdq.packed(model.get_submodule(f"{block}.proj_out").weight).dequantize(torch.float32)
+    assert close(got, expected, FP32)
+    svdq.export_nunchaku(model, tmp_path / "b.safetensors", progress=False)
+    again = tensors_of(tmp_path / "b.safetensors")
+    assert all(same_bits(again[n], t) for n, t in w.tensors.items() if block in n and n.endswith(("scale", "scales")))
+    svdq.export_nunchaku(model, tmp_path / "lite", progress=False)
+    got = packs(loaded("flux", tmp_path / "lite"))[f"{block}.proj_out.weight"].dequantize(torch.float32)
+    assert close(got, expected, 0.2)  # one scale above all of them: coded anew
+
+
+def test_a_lite_folder_without_branches(tmp_path: Path) -> None:
+    w = lite_folder(tmp_path, "int4", rank=0)
+    for name in [n for n in w.tensors if n.endswith("qweight") and "norm1" not in n]:
+        module, (n, half) = name.removesuffix(".qweight"), w.tensors[name].shape
+        w.tensors |= {
+            f"{module}.proj_down": torch.zeros(2 * half, 0).bfloat16(),
+            f"{module}.proj_up": torch.zeros(n, 0).bfloat16(),
+        }
+    writer.write(w.tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    check(w, loaded("flux", tmp_path))
+
+
+@pytest.mark.parametrize("target", ["norm_out.norm", "transformer_blocks.0", "no.such"])
+def test_a_lite_target_that_is_no_linear(tmp_path: Path, target: str) -> None:
+    w = lite_folder(tmp_path, "int4")
+    name = "transformer_blocks.0.attn.to_q"
+    moved = {n.replace(name, target, 1): t for n, t in w.tensors.items() if n.startswith(f"{name}.")}
+    writer.write(w.tensors | moved, tmp_path / "diffusion_pytorch_model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["svdq_w4a4"]["targets"].append(target)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    still_refused(tmp_path, f"the model has no linear {target}, which {target} is for")
+
+
+def test_the_documents_formulas() -> None:
+    """docs/files.md gives each element's place; they are those of the packed tensors."""
+    text = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (.+?) \| `\[.*?\| (?:.*?word |)`([^`]+)`", text, re.MULTILINE))
+    n, k, r = torch.arange(256), torch.arange(128), torch.arange(32)
+    sizes = {"N": 256, "K": 128, "R": 32}
+
+    def places(row: str, **index: Tensor) -> Tensor:
+        return eval(re.sub(r"(?<!/)/(?!/)", "//", rows[row]), sizes | index)
+
+    def number(pack, *shape: int) -> Tensor:
+        """Where the packed tensor has each element."""
+        packed = pack(torch.arange(shape[0] * shape[1]).reshape(shape)).reshape(-1)
+        return packed.argsort().reshape(shape)
+
+    assert torch.equal(places("`wscales`, int4", n=n[:, None], k=64 * r[None, :2]), number(layout.pack_scales, 256, 2))
+    assert torch.equal(places("`proj_down`", r=r[:, None], k=k[None]), number(layout.pack_down, 32, 128))
+    assert torch.equal(places("`proj_up`", n=n[:, None], r=r[None]), number(layout.pack_up, 256, 32))
+    fp8 = layout._FP8_SCALES
+    expected = fp8.pack(torch.arange(256 * 8).reshape(256, 8)).argsort().reshape(256, 8)
+    assert torch.equal(places("`wscales`, nvfp4", n=n[:, None], k=16 * r[None, :8]), expected)
+    word = places("`qweight`", n=n[:, None], k=k[None])
+    assert torch.equal(
+        word * 8 + k % 8, layout._CODES.pack(torch.arange(256 * 128).reshape(256, 128)).argsort().reshape(256, 128)
+    )
+    word = places("AWQ `qweight`", n=n[:, None], k=k[None])
+    assert torch.equal(
+        word * 4 + k % 32 // 8,
+        layout._AWQ_CODES.pack(torch.arange(256 * 128).reshape(256, 128)).argsort().reshape(256, 128),
+    )
