@@ -202,11 +202,8 @@ def _check_shapes(file: NunchakuFile, piece: Piece, rows: tuple[int, ...], k: in
     group = 16 if file.precision == "nvfp4" else 64
     check("qweight", *((n, width // 2) for width in inner))
     check("wscales", *((width // group, n) for width in inner))
-    check(
-        "smooth_factor",
-        *((padded(width, TILE),) for width in inner),
-        *((width,) for width in inner if not width % TILE),
-    )
+    for name in ("smooth_factor", "smooth_factor_orig"):
+        check(name, *((padded(width, TILE),) for width in inner))
     if file.rank % RANK_STEP:
         raise file.refuse(f"its low-rank branches are of rank {file.rank}, not a multiple of {RANK_STEP}")
     check("proj_down", *((width, file.rank) for width in inner))
@@ -233,6 +230,8 @@ def _place_plain(
             raise file.refuse(
                 f"tensor {tensor} has another dtype than the model's {name}, {state[name].dtype} ({hint})"
             )
+        if file.is_16_bit(tensor) and not file.is_16_bit(tensor, file.dtype):
+            raise file.refuse(f"tensor {tensor} is of another 16-bit dtype than the linears, {file.dtype}")
         rows = state[name].shape[0] if state[name].dim() else 1
         plan.plain[name] = tensor, rule, start, rows
         start += rows

@@ -121,6 +121,10 @@ class NunchakuFile:
     def is_float(self, name: str) -> bool:
         return self._views[name].dtype in (*_H, "F32", "F64")
 
+    def is_16_bit(self, name: str, *dtypes: str) -> bool:
+        """Whether a tensor is of one of these dtypes, by default of any with 16 bits."""
+        return self._views[name].dtype in (dtypes or _H)
+
     def refuse(self, reason: str) -> FileRefused:
         """The error to raise."""
         return FileRefused(self.path, reason)

@@ -3,8 +3,11 @@
 import copy
 import json
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 
 import diffusers
 import nunchaku_writer as writer
@@ -560,6 +563,10 @@ CHANGES = {
         lambda t: t.update({f"{NORM}.wscales": t[f"{NORM}.wscales"][:1]}),
         "norm1.linear.wscales is",
     ),
+    "a-float16-norm": (
+        lambda t: t.update({"norm_out.linear.bias": torch.ones(256).half()}),
+        "tensor norm_out.linear.bias is of another 16-bit dtype than the linears, BF16",
+    ),
     "integers-for-a-norm": (
         lambda t: t.update({"norm_out.linear.bias": torch.ones(256, dtype=torch.int32)}),
         "has another dtype than the model's",
@@ -571,6 +578,32 @@ CHANGES = {
 def test_a_damaged_file_is_refused_whole(tmp_path: Path, kind: str) -> None:
     change, message = CHANGES[kind]
     refused(tmp_path, changed(change), None, message)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(PRECISIONS))
+def test_a_header_that_was_changed_is_refused_or_loaded(draw: Random, precision: str) -> None:
+    """Never an error of Python's."""
+    w, kind = made("flux", precision)
+    with TemporaryDirectory() as folder:
+        file = writer.write(w.tensors, Path(folder) / "x", w.metadata(kind))
+        content = file.read_bytes()
+        size = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:size])
+        told, name = header["__metadata__"], draw.choice([name for name in header if name != "__metadata__"])
+        entry, other = header.pop(name), draw.choice(["lost", f"{name}.0", f"{name}.qweight"])
+        told[draw.choice(list(told))] = draw.choice(
+            ["", "{}", "[]", "null", '{"rank": "a"}', '{"weight": {"dtype": {}}}']
+        )
+        shape = draw.choice([entry["shape"][::-1], [1, *entry["shape"]], [torch.Size(entry["shape"]).numel()], []])
+        dtype = draw.choice(["BF16", "F16", "I8", "U8", "F8_E4M3", "F8_E5M2"])
+        header |= draw.choice(
+            [{}, {other: entry}, {name: entry}, {name: {**entry, "shape": shape}}, {name: {**entry, "dtype": dtype}}]
+        )
+        changed_header = json.dumps(header).encode()
+        file.write_bytes(len(changed_header).to_bytes(8, "little") + changed_header + content[size:])
+        with suppress(FileRefused):
+            svdq.load(on_meta("flux"), file, progress=False)
 
 
 METADATA = {

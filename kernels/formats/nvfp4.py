@@ -55,7 +55,7 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     g = groups.split(w, GROUP_SIZE)
     cover = groups.span(g) / E2M1_MAX
     wtscale = (cover.amax() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-    wtscale = (wtscale * (1 + 2**-8)).to(torch.bfloat16).float()  # rounded up: files of others hold it in 16 bits
+    wtscale = wtscale.to(torch.bfloat16).float()  # files of others hold it in 16 bits; a group's scale is far coarser
     candidates = (_e4m3(cover * share / wtscale) for share in CLIP)
     weights = None if importance is None else groups.split(importance, GROUP_SIZE)
 
