@@ -260,7 +260,9 @@ def _quantized(model: nn.Module, name: str) -> Linear:
         raise OptionError(
             f"{name} is {packed.precision}, which Nunchaku has not: quantize the model with precision='int4' or 'nvfp4'"
         )
-    return unpack(packed, bias)
+    linear = unpack(packed, bias)
+    # A shift that is taken out leaves nothing but rounding where the module has no bias.
+    return linear if bias is not None else replace(linear.unshifted(), bias=None)
 
 
 def _for_few_rows(model: nn.Module, content: _Content, name: str) -> Linear:

@@ -192,9 +192,15 @@ def test_what_is_loaded_and_exported_is_the_file_again(tmp_path: Path, name: str
     assert before.keys() - no_bias == after.keys()
 
 
-def quantized(precision: str = "int4", **options) -> nn.Module:
+def without_a_bias() -> nn.Module:
+    model = flux()
+    model.transformer_blocks[0].ff.net[2].bias = None
+    return model
+
+
+def quantized(precision: str = "int4", make=flux, **options) -> nn.Module:
     """FLUX, quantized here, with the linears that share an input found by tracing."""
-    model = flux().to(torch.bfloat16).eval()
+    model = make().to(torch.bfloat16).eval()
     inputs = {
         "hidden_states": torch.randn(1, 64, 16, dtype=torch.bfloat16),
         "encoder_hidden_states": torch.randn(1, 64, 64, dtype=torch.bfloat16),
@@ -893,3 +899,20 @@ def test_the_documents_formulas() -> None:
         word * 4 + k % 32 // 8,
         layout._AWQ_CODES.pack(torch.arange(256 * 128).reshape(256, 128)).argsort().reshape(256, 128),
     )
+
+
+@pytest.mark.parametrize("target", ["x.safetensors", "x"])
+def test_a_shifted_linear_without_a_bias(tmp_path: Path, target: str) -> None:
+    """The single file has the shift's correction in a bias; nunchaku_lite has no shift, so no bias either."""
+    model = quantized(make=without_a_bias)
+    svdq.export_nunchaku(model, tmp_path / target, progress=False)
+    again = svdq.load(without_a_bias(), tmp_path / target, progress=False)
+    name = "transformer_blocks.0.ff.net.2"
+    linear, other = model.get_submodule(name), again.get_submodule(name)
+    assert other.bias is None
+    x = torch.nn.functional.gelu(torch.randn(8, 512)).to(torch.bfloat16)
+    exact = x.float() @ svdq.packed(linear.weight).dequantize(torch.float32).t()
+    for got in (linear(x), other(x)):
+        assert close(got, exact, 0.2)  # activations of 15 or 16 steps
+    if target == "x.safetensors":
+        assert close(other(x), linear(x), 2 * BF16)  # the correction is rounded to 16 bits
