@@ -800,6 +800,15 @@ def test_convert_says_what_is_wrong(tmp_path: Path, options: list[str], message:
     assert message in " ".join(result.output.split())
 
 
+def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
+    _, file = saved(tmp_path, "flux")
+    lite_folder(tmp_path / "lite", "int4")
+    for source in (file, tmp_path / "lite"):
+        result = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "out.safetensors")])
+        assert result.exit_code == 1
+        assert "this is quantized already, by Nunchaku: svdq convert" in " ".join(result.output.split())
+
+
 def test_a_precision_for_a_file_of_ours(tmp_path: Path) -> None:
     _, file = saved(tmp_path, "flux")
     svdq.save(loaded("flux", file), tmp_path / "ours", progress=False)
