@@ -146,7 +146,8 @@ def check(w: Writer, model: nn.Module) -> None:
         assert close(packed.dequantize(torch.float32), expected, FP32), name
         bias = torch.zeros(len(expected)) if module.bias is None else module.bias.float()
         assert close(bias, w.biases[name], BF16), name
-    state = {name: p for name, p in model.state_dict().items() if name not in w.used}
+    linears = {f"{name}.{leaf}" for name in w.weights for leaf in ("weight", "bias")}
+    state = {name: p for name, p in model.state_dict().items() if name not in linears}
     assert state
     original = w.model.state_dict()
     assert all(torch.equal(value, original[name]) for name, value in state.items())
