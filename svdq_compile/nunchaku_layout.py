@@ -3,9 +3,9 @@
 Its tensors lie as the registers of a warp load them, so the shapes in a file are nominal. An order here is the list of
 what an element's place in memory counts, outermost first, and the same axes sorted into the matrix's rows and columns:
 
-    n = 128 N + 16 a + 8 p + l      row "N a p l"
-    k = 64 K + 32 q + 8 m + e       column "K q m e"
-    place = ((((((N K + a) l + l) ...                  memory "N K a l m p q e"
+    n = 128 N + 16 a + 8 p + l                        row "N a p l"
+    k = 64 K + 32 q + 8 m + e                         column "K q m e"
+    code 8 (2 (2 (4 (8 (8 (Ks N + K) + a) + l) + m) + p) + q) + e      memory "N K a l m p q e", of Ks values of K
 
 N and K, in capitals, are as many as there are; the other axes' sizes are in `_Order.sizes`.
 """
