@@ -126,6 +126,8 @@ def quantize(
 
 
 def _gemm_why_not(o: Gemm) -> str | None:
+    if o.precision == "int4" and o.weight[1].dtype != torch.bfloat16:
+        return f"its scales are {o.weight[1].dtype}"  # of a file from elsewhere
     return f"the low-rank branch is {o.up.dtype}" if o.up.shape[1] and o.up.dtype not in _SIXTEEN_BIT else None
 
 
@@ -142,7 +144,8 @@ def _no_offset(o: Gemm) -> str | None:
 def _nvfp4_why_not(o: Gemm) -> str | None:
     from ..kernels.portable import gemm_nvfp4
 
-    return _gemm_why_not(o) or _no_offset(o) or gemm_nvfp4.why_not(o.qx.device)
+    above = "the scale above its scales is not one number" if o.weight[2].dim() else None
+    return _gemm_why_not(o) or _no_offset(o) or above or gemm_nvfp4.why_not(o.qx.device)
 
 
 def _hopper_w4a8(o: Gemm, epilogue: Generated | None) -> Tensor:
@@ -253,6 +256,8 @@ def _gemv_why_not(o: Gemv) -> str | None:
     from ..kernels.portable.gemv import MAX_ROWS
 
     rows = o.x.shape[:-1].numel()
+    if o.weight[1].dtype != torch.bfloat16:
+        return f"its scales are {o.weight[1].dtype}"
     return _expanded_why_not(o) or (f"{rows} rows, more than {MAX_ROWS}" if rows > MAX_ROWS else None)
 
 

@@ -6,11 +6,13 @@
 The other names below are for quantizing ahead of time, for files, and for looking at what was done.
 """
 
-from .checkpoint import load, save
+from .checkpoint import save
 from .compile_model import compile
 from .config import Config
 from .doctor import Diagnosis, doctor
 from .errors import SvdqError
+from .loading import load
+from .nunchaku_export import export_nunchaku
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .report import report
@@ -22,6 +24,7 @@ __all__ = [
     "SvdqError",
     "compile",
     "doctor",
+    "export_nunchaku",
     "load",
     "packed",
     "quantize",

@@ -33,9 +33,9 @@ from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
-from .lowering.torch_private import shell
-from .parameter import QuantizedWeight, become_quantized
-from .passes.peft_names import is_adapter, without_adapters, wrapped_layer
+from .parameter import QuantizedWeight
+from .passes.peft_names import is_adapter, without_adapters
+from .placing import assign, device_of, owner_of, put_plain, put_quantized
 from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
 from .summary import tell_to_compile, title
@@ -103,7 +103,7 @@ class Header:
         told = {
             True: "calibrated, on inputs that were observed",
             False: "by the weights alone",
-            None: "unknown: an older version wrote the file",
+            None: "unknown: the file does not say",
         }
         if len(kinds) == 1:
             return told[next(iter(kinds))]
@@ -124,14 +124,14 @@ def save(
     Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
     weight of the model is quantized: before anything is written.
     """
-    _check_order(model, path, "save")
+    check_order(model, path, "save")
     model = model_in(model, "save")
     if Path(path).is_dir():
         raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
     tensors, metadata = _contents(model, None if config is None else Config.of(config))
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
         host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
@@ -144,7 +144,8 @@ def serve_libraries() -> None:
     serve_save_pretrained(lambda model, path: save(model, path, progress=False))
 
 
-def _check_order(model: object, path: object, function: str) -> None:
+def check_order(model: object, path: object, function: str) -> None:
+    """That a model and a path were given, in this order. Raises OptionError."""
     call = f"svdq_compile.{function}(model, path)"
     if isinstance(path, nn.Module):
         raise OptionError(f"the model comes first, then the file: {call}")
@@ -220,7 +221,7 @@ def _checksum(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole, at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -304,13 +305,13 @@ def load(
     No 16-bit form of a quantized weight is made anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
     FileRefused, naming the tensor: before the model is changed.
     """
-    _check_order(model, path, "load")
+    check_order(model, path, "load")
     given, model = model, model_in(model, "load")
     path = _file_of(path)
     serve_libraries()
     header = read_header(path)
     _check_fit(model, header, path)
-    target = _device_of(model) if device is None else device_in(device)
+    target = device_of(model) if device is None else device_in(device)
     with _opened(path) as file:
         for name in steps(header.checksums, f"checking {path}", progress):
             if _checksum(file.get_tensor(name)) != header.checksums[name]:
@@ -331,14 +332,21 @@ def load(
                 tensors.get("offset"),
                 expanded=entry.expanded,
             )
-            _put_quantized(model, entry, packed, header.calibrated.get(entry.weight))
+            put_quantized(
+                model,
+                entry.weight,
+                packed,
+                getattr(torch, entry.dtype),
+                error=entry.error,
+                calibrated=header.calibrated.get(entry.weight),
+            )
         for name in header.checksums.keys() - _quantized_names(header):
-            _put_plain(model, name, file.get_tensor(name).to(target))
+            put_plain(model, name, file.get_tensor(name).to(target))
     for name, buffer in list(without_adapters(model.named_buffers())):
-        _put_plain(model, name, buffer.to(target))
+        put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
         module, _, leaf = name.rpartition(".")
-        _assign(model, alias, _owner(model, module).get_parameter(leaf))
+        assign(model, alias, owner_of(model, module).get_parameter(leaf))
     for layer in layers(model):
         if layer.name in header.others:
             decisions.leave_alone(layer.weight, header.others[layer.name])
@@ -350,11 +358,6 @@ def load(
 
 def _quantized_names(header: Header) -> set[str]:
     return {name for entry in header.layers for name in entry.names()}
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
@@ -384,30 +387,3 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
         raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
     for name in header.checksums.keys() - _quantized_names(header) - state.keys():
         raise FileRefused(path, f"the model has no tensor {name} ({hint})")
-
-
-def _put_quantized(model: nn.Module, entry: LayerEntry, packed: PackedLinear, calibrated: bool | None) -> None:
-    module, _, leaf = entry.weight.rpartition(".")
-    old = _owner(model, module).get_parameter(leaf)
-    empty = shell(old.shape, old.stride(), getattr(torch, entry.dtype), packed.device)
-    parameter = nn.Parameter(empty, old.requires_grad)
-    _assign(model, entry.weight, become_quantized(parameter, packed, entry.name, entry.error, calibrated))
-
-
-def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    owner = _owner(model, module)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    else:
-        _assign(model, name, nn.Parameter(tensor, owner.get_parameter(leaf).requires_grad))
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, or the one that PEFT's stands around."""
-    return wrapped_layer(model.get_submodule(name))
-
-
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    module, _, leaf = name.rpartition(".")
-    setattr(_owner(model, module), leaf, parameter)

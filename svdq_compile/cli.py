@@ -1,4 +1,4 @@
-"""The command line: `svdq quantize`, `svdq inspect`, `svdq doctor`, `svdq demo`."""
+"""The command line: `svdq quantize`, `svdq inspect`, `svdq convert`, `svdq doctor`, `svdq demo`."""
 
 import importlib.util
 import sys
@@ -22,13 +22,18 @@ from .config import PRECISIONS, Config
 from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .kernels.formats import FORMATS
-from .model_files import Source, empty_model, open_source
+from .model_files import Source, empty_model, model_of_config, open_source
+from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened
+from .nunchaku_keys import W4A4
 from .tables import names
 
 DEFAULT = Config()
 PRECISION_HELP = "; ".join(
     ("auto: what the device runs fastest", *(f"{f.name}: {f.summary}" for f in FORMATS.values()))
 )
+
+
+OURS, NUNCHAKU, NUNCHAKU_LITE = _KINDS = ("svdq", "nunchaku", "nunchaku-lite")
 
 
 class _Commands(TyperGroup):
@@ -173,10 +178,17 @@ def _calibration(source: Source, prompts: list[str], steps: int) -> Callable[[An
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that svdq quantize or svdq_compile.save wrote.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A file that svdq quantize or svdq_compile.save wrote, or Nunchaku's."),
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="Every linear, in a table.")] = False,
 ) -> None:
     """Show what is in a quantized file, from its metadata alone."""
+    if is_nunchaku(file):
+        with opened(file) as theirs:
+            _inspect_nunchaku(theirs, layers)
+        return
     header = read_header(file)
     console = _console(names=[*(entry.name for entry in header.layers), *header.others] if layers else ())
     facts = Table.grid(padding=(0, 2))
@@ -193,6 +205,72 @@ def inspect(
         console.print(_quantized_table(header, console.width))
         console.print(_others_table(header, console.width))
     console.print(_totals(header))
+
+
+def _inspect_nunchaku(file: NunchakuFile, layers: bool) -> None:
+    console = _console(names=[piece.name for piece in file.pieces] if layers else ())
+    many = sum(piece.packing == W4A4 for piece in file.pieces)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("file", f"{file.path} ({_mib(file.nbytes)} MiB)")
+    facts.add_row("format", LITE if file.packaging == LITE else f"Nunchaku, {file.packaging}")
+    facts.add_row("model class", file.stock_class or "unknown: it does not say")
+    facts.add_row("quantized", f"{many} modules, {file.precision}, rank {file.rank}" if many else "none in W4A4")
+    facts.add_row("weights only", f"{len(file.pieces) - many} modules, int4 with zero points")
+    facts.add_row("16-bit tensors", str(len(file.plain)))
+    console.print(facts)
+    if layers:
+        table = Table(names("module", [piece.name for piece in file.pieces], console.width), "packing", "holds")
+        for piece in file.pieces:
+            kind = file.precision if piece.packing == W4A4 else piece.packing
+            table.add_row(piece.name, kind, ", ".join(piece.rule.parts))
+        console.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A quantized file: one of ours, or a file or folder of Nunchaku's.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="What to write: a file, or a folder for nunchaku-lite.")
+    ],
+    to: Annotated[str, typer.Option(metavar="|".join(_KINDS), help="The format of OUTPUT.")] = OURS,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model's folder (config.json is enough) or class, for files of ours, which do not say it.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="w4a8", help="Of Nunchaku's: code its 4-bit linears anew. Without: as they are."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+) -> None:
+    """Turn a quantized file into another format; integers and scales stay as they are."""
+    if to not in _KINDS:
+        raise OptionError(f"option to={to!r}: it can be {', '.join(_KINDS)}")
+    if to == NUNCHAKU and output.suffix != ".safetensors":
+        raise OptionError(f"{output}: a single file of Nunchaku's has a name that ends in .safetensors")
+    if to == NUNCHAKU_LITE and output.suffix == ".safetensors":
+        raise OptionError(f"{output}: {LITE} is a folder, and this is the name of a file")
+    if to != NUNCHAKU_LITE or not output.is_dir():
+        _check_output(source, output, force)
+    empty = _model_for(source) if model is None else empty_model(model)
+    svdq.load(empty, source, precision=precision)
+    if to == OURS:
+        svdq.save(empty, output)
+    else:
+        svdq.export_nunchaku(empty, output)
+
+
+def _model_for(source: Path) -> Any:
+    """A model without weights, as a file of Nunchaku's describes it."""
+    if is_nunchaku(source):
+        with opened(source) as theirs:
+            config, name = theirs.config, theirs.stock_class
+        if config:
+            return model_of_config(source, name, config)
+    raise OptionError(f"{source} does not say how its model is built: give --model, a folder with its config.json")
 
 
 def _totals(header: Header) -> Table:

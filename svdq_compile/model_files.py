@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .checkpoint import FORMAT
 from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
+from .nunchaku_file import is_nunchaku
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -82,6 +83,11 @@ def empty_model(source: str, *, config: Path | None = None, component: str | Non
         raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
     content = _read_json(path / "config.json")
     return _on_meta(str(path), _model_class(path, content.get("_class_name")), content, _dtype(path))
+
+
+def model_of_config(source: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A model on the meta device of a class of diffusers, as a file's own configuration describes it."""
+    return _on_meta(str(source), _model_class(source, name or None), dict(config), torch.bfloat16)
 
 
 def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -149,7 +155,13 @@ def _code_of_components(path: Path, index: Mapping[str, Any]) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def _refuse_nunchaku(path: Path) -> None:
+    if is_nunchaku(path):
+        raise FileRefused(path, f"this is quantized already, by Nunchaku: svdq convert {path} OUTPUT takes it")
+
+
 def _load_model(path: Path) -> nn.Module:
+    _refuse_nunchaku(path)
     if not (path / "config.json").is_file():
         raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
     kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
@@ -209,6 +221,7 @@ def _opened(path: Path) -> Any:
 
 
 def _load_state_dict(path: Path) -> nn.Module:
+    _refuse_nunchaku(path)
     with _opened(path) as file:
         metadata = file.metadata() or {}
     if metadata.get("format") == FORMAT:

@@ -78,7 +78,9 @@ def quantize_group(
 
 
 def _smoothing(weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config) -> Tensor:
-    """[K] fp32: (input span)^alpha / (weight span)^(1 - alpha), around 1; a channel with no span keeps 1."""
+    """[K] fp32: (input span)^alpha / (weight span)^(1 - alpha), around 1; a channel with no span keeps 1. Of the
+    weights' dtype, in which files of others hold it.
+    """
     ones = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     if not config.smooth or FORMATS[precision].quantize_activation is None:
         return ones
@@ -88,7 +90,7 @@ def _smoothing(weights: Sequence[Tensor], statistics: InputStatistics, precision
     usable = torch.isfinite(smooth) & (smooth > 0)
     smooth = smooth / smooth[usable].log().mean().exp() if bool(usable.any()) else ones
     # Outside this range a 16-bit D = D' / smooth would lose what it is for.
-    return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3)
+    return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3).to(weights[0].dtype).float()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ y[m, n] = wtscale * sum_g ascales[m, g] * wscales[n, g] * sum_{k in g} qx[m, k] 
 
 qweight  [N, Kp/2]       uint8           e2m1 codes (sign in bit 3), two a byte; Kp = K rounded up to groups of 16
 wscales  [N, Kp/16]      float8_e4m3fn
-wtscale  []              fp32
+wtscale  []              fp32            of files from elsewhere also [N, 1], [1, Kp/16] or [N, Kp/16]
 qx       [..., Kp/2]     uint8           e2m1 codes, two a byte
 ascales  [..., Kp/16]    float8_e4m3fn   no scale above them: activations are not known in advance
 """
@@ -55,6 +55,7 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     g = groups.split(w, GROUP_SIZE)
     cover = groups.span(g) / E2M1_MAX
     wtscale = (cover.amax() / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    wtscale = wtscale.to(torch.bfloat16).float()  # files of others hold it in 16 bits; a group's scale is far coarser
     candidates = (_e4m3(cover * share / wtscale) for share in CLIP)
     weights = None if importance is None else groups.split(importance, GROUP_SIZE)
 
@@ -68,6 +69,8 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
 
 def dequantize_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
     """[N, Kp] fp32."""
+    if wtscale.dim():
+        return dequantize_activation(qweight, wscales.float() * wtscale)
     return dequantize_activation(qweight, wscales) * wtscale
 
 

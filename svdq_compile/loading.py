@@ -1,0 +1,44 @@
+"""Loading a quantized file: one of `svdq_compile.save`, or one of Nunchaku's. Which one it is, its content says."""
+
+import os
+
+import torch
+from torch import nn
+
+from . import checkpoint, nunchaku
+from .errors import OptionError
+from .given import device_in, model_in
+from .nunchaku_file import is_nunchaku
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike,
+    device: str | int | torch.device | None = None,
+    *,
+    precision: str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model,
+    in eval mode.
+
+    path       a file that `save` wrote or the folder of `save_pretrained`; or Nunchaku's: a single file, a folder with
+               transformer_blocks.safetensors, a folder of diffusers' nunchaku_lite
+    device     where the tensors go; by default where the model is, or the CPU for a model on the meta device
+    precision  of Nunchaku's files: "w4a8" codes their 4-bit linears anew, which is faster on many GPUs, and says by how
+               much the weights change. By default their integers and scales are taken as they are
+
+    No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
+    FileRefused, naming the tensor: before the model is changed.
+    """
+    checkpoint.check_order(model, path, "load")
+    inner = model_in(model, "load")
+    if is_nunchaku(path):
+        target = None if device is None else device_in(device)
+        nunchaku.load(inner, path, target, precision=precision, progress=progress)
+        return model
+    if precision is not None:
+        raise OptionError(
+            f"precision={precision!r} goes with Nunchaku's files, and {path} is none: a file of ours is loaded as it is"
+        )
+    return checkpoint.load(model, path, device, progress=progress)

@@ -1,0 +1,46 @@
+"""Putting what a file holds into a model, a tensor at a time; past the wrappers that adapters leave."""
+
+import torch
+from torch import Tensor, nn
+
+from .lowering.packed import PackedLinear
+from .lowering.torch_private import shell
+from .parameter import become_quantized
+from .passes.peft_names import wrapped_layer
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is; the CPU for one on the meta device."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def put_quantized(
+    model: nn.Module, weight: str, packed: PackedLinear, dtype: torch.dtype, *, error: float, calibrated: bool | None
+) -> None:
+    """Let a Parameter be a quantized one. dtype, error, calibrated: what it tells of itself."""
+    module, _, leaf = weight.rpartition(".")
+    old = owner_of(model, module).get_parameter(leaf)
+    parameter = nn.Parameter(shell(old.shape, old.stride(), dtype, packed.device), old.requires_grad)
+    assign(model, weight, become_quantized(parameter, packed, module, error, calibrated))
+
+
+def put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Let a Parameter or a buffer have these values."""
+    module, _, leaf = name.rpartition(".")
+    owner = owner_of(model, module)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        assign(model, name, nn.Parameter(tensor, owner.get_parameter(leaf).requires_grad))
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or the one that PEFT's stands around."""
+    return wrapped_layer(model.get_submodule(name))
+
+
+def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a Parameter in the place of another."""
+    module, _, leaf = name.rpartition(".")
+    setattr(owner_of(model, module), leaf, parameter)
