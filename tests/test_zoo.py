@@ -5,7 +5,6 @@
 
 import argparse
 import inspect
-import json
 import time
 
 import diffusers
