@@ -192,6 +192,8 @@ ENTRIES = (
         "kandinsky3",
         "Kandinsky3UNet",
         _kandinsky3,
+        tolerance=3.6,
+        note="amplifies: noise of the layers' own size moves the 16-bit output by 0.79",
         float32_on_cpu=True,
         time_embedding_dim=WIDTH,
         attention_head_dim=WIDTH // 2,
