@@ -21,7 +21,7 @@ that computes right: an interruption (Ctrl-C) may come between any two. A Quanti
 a plain Parameter always its memory; memory that nobody reads, or a 4-bit form on a plain Parameter, may be left behind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -220,10 +220,10 @@ def become_quantized(
     return parameter
 
 
-def _check_export(model: nn.Module) -> None:
-    for weight in model.parameters():
-        if isinstance(weight, QuantizedWeight):
-            raise ExportRefused(weight._svdq_name)
+def _check_export(use: str, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, QuantizedWeight):
+            raise ExportRefused(tensor._svdq_name, use)
 
 
 def originals(weight: QuantizedWeight, use: str = "restoring", remedy: str = SOURCE) -> Tensor:
