@@ -16,7 +16,7 @@ from ..kernels.operands import Attention, Gemm, Gemv
 from . import fused, heads, join, launch
 from .packed import PackedLinear
 from .replay import Recorder, Replayed, Site
-from .transforms import keep_from_autocast, map_over_rows, refuse_gradients
+from .transforms import keep_from_autocast, map_over_rows
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
 Quantized = tuple[Tensor, Tensor, Tensor]  # qx, ascales, xd
@@ -45,7 +45,6 @@ def _define(
     _LIBRARY.impl(name, replayed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
     keep_from_autocast(_LIBRARY, name)
-    refuse_gradients(_LIBRARY, name)
     if rows:
         map_over_rows(_LIBRARY, name, rows)
 

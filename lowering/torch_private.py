@@ -78,6 +78,12 @@ def eagerly(gm: fx.GraphModule) -> Callable:
     return run
 
 
+def transforms_in(gm: fx.GraphModule) -> set[str]:
+    """Which transforms of torch.func a graph of Dynamo's works out itself: "grad" (vjp too), "jvp", "vmap"."""
+    names = (getattr(node.target, "__name__", "") for node in gm.graph.nodes if node.op == "call_function")
+    return {n.removeprefix("_").removesuffix("_increment_nesting") for n in names if n.endswith("_increment_nesting")}
+
+
 def are_differentiated(values: Iterable[Any]) -> bool:
     """Whether forward-mode differentiation (torch.func.jvp, forward_ad) is at work on some of these tensors."""
     if forward_ad._current_level < 0:

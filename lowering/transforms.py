@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import Library
 from torch.utils._pytree import tree_leaves
 
@@ -20,11 +18,6 @@ def keep_from_autocast(library: Library, name: str) -> None:
     """An operator computes in the dtypes that it says: integer products in fp16 would overflow."""
     for key in _AUTOCAST:
         library.impl(name, partial(_without_autocast, _operator(library, name)), key)
-
-
-def refuse_gradients(library: Library, name: str) -> None:
-    """An operator has no derivative. torch by itself would take it for a constant, and give wrong gradients."""
-    library.impl(name, partial(_without_gradients, _operator(library, name)), "Autograd")
 
 
 def map_over_rows(library: Library, name: str, rows: int) -> None:
@@ -40,20 +33,6 @@ def _operator(library: Library, name: str) -> Callable[..., Any]:
 
 def _without_autocast(operator: Callable[..., Any], *args: Any) -> Any:
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-        return operator(*args)
-
-
-def _without_gradients(operator: Callable[..., Any], *args: Any) -> Any:
-    for value in tree_leaves(args):
-        if isinstance(value, Tensor) and (
-            (torch.is_grad_enabled() and value.requires_grad)
-            or forward_ad.unpack_dual(value, level=0).tangent is not None
-        ):
-            raise RuntimeError(
-                f"{operator} has no derivative: differentiate the model in 16-bit, after "
-                "svdq_compile.restore(model, state_dict)"
-            )
-    with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
