@@ -271,10 +271,10 @@ def _set_data(weight: Tensor, data: Tensor) -> None:
 
 def _made_like(weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """What `make` gives, made under inference_mode if the weight was, and else not, whoever asks: with data of the
-    other kind a Parameter has no version of which torch's linear could make sure.
+    other kind a Parameter has no version, which torch's linear asks for.
     """
-    with torch.inference_mode(weight.is_inference()):
-        return make()
+    # On one line: an interruption before the next would leave the mode on.
+    with torch.inference_mode(weight.is_inference()): return make()  # noqa: E701  # fmt: skip
 
 
 def _shell_of(weight: Tensor, device: torch.device | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -473,39 +473,29 @@ def halve(module: nn.Module, args: tuple, *_: Any) -> Any:
     return (args[0] * 0.5, *args[1:])
 
 
-@pytest.fixture(params=["of a layer", "of a block", "of the model", "of all modules"])
-def hook(request: pytest.FixtureRequest) -> Callable[[Net], Any]:
-    places: dict[str, Callable[[Net], Any]] = {
-        "of a layer": lambda m: m.blocks[0].up.register_forward_pre_hook(halve),
-        "of a block": lambda m: m.blocks[0].register_forward_pre_hook(halve),
-        "of the model": lambda m: m.register_forward_pre_hook(halve),
-        "of all modules": lambda _: nn.modules.module.register_module_forward_pre_hook(
-            lambda module, args: halve(module, args) if isinstance(module, nn.Linear) else None
-        ),
-    }
-    return places[request.param]
+HOOKS: dict[str, Callable[[Net], Any]] = {
+    "of a layer": lambda m: m.blocks[0].up.register_forward_pre_hook(halve),
+    "of a block": lambda m: m.blocks[0].register_forward_pre_hook(halve),
+    "of the model": lambda m: m.register_forward_pre_hook(halve),
+}
 
 
-def test_hooks_that_replace_inputs_come_and_go(hook: Callable[[Net], Any]) -> None:
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_that_replace_inputs(name: str, when: str) -> None:
+    """torch looks for hooks that come or go after compiling only if it is told to (docs/faq.md)."""
     model, twin = net(), net()
-    svdq.compile(model, **quiet())
-    for _ in range(2):
-        model(*inputs())
-    for handles in _placed(hook, model, twin):
-        assert 1e-3 < relative_error(model(*inputs()), twin(*inputs())) < 0.09, handles
-    assert is_close(model(*inputs()))
-
-
-def _placed(hook: Callable[[Net], Any], *models: Net) -> Iterator[int]:
-    """While the hook is there, once for them all if it is everybody's."""
-    before = torch.equal(models[-1](*inputs()), net()(*inputs()))
-    handles = [hook(models[0])]
-    if torch.equal(models[-1](*inputs()), net()(*inputs())):
-        handles += [hook(model) for model in models[1:]]
-    assert before
-    yield len(handles)
-    for handle in handles:
-        handle.remove()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=when == "before"):
+        if when == "before":
+            HOOKS[name](model)
+        svdq.compile(model, **quiet())
+        for _ in range(2):
+            model(*inputs())
+        if when == "after":
+            HOOKS[name](model)
+        HOOKS[name](twin)
+        assert relative_error(twin(*inputs()), net()(*inputs())) > 0.1 or name == "of the model"
+        assert 1e-3 < relative_error(model(*inputs()), twin(*inputs())) < 0.09
 
 
 def test_meta_models_are_refused_and_compiled_twice_is_once() -> None:
