@@ -16,6 +16,7 @@ from ..kernels.operands import Attention, Gemm, Gemv
 from . import fused, heads, join, launch
 from .packed import PackedLinear
 from .replay import Recorder, Replayed, Site
+from .transforms import keep_from_autocast, map_over_rows
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
 Quantized = tuple[Tensor, Tensor, Tensor]  # qx, ascales, xd
@@ -30,10 +31,12 @@ def _define(
     compiled: Callable[..., Any] | None = None,
     recorder: Recorder | None = None,
     layout: torch.Tag = torch.Tag.flexible_layout,
+    rows: int = 0,
 ) -> None:
     """compiled: what Inductor's code calls instead where sizes are fixed; recorder: see `Replayed`.
 
     layout  flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced
+    rows    how many of the operands, the first ones, are rows with any number of leading dimensions: vmap adds one
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
@@ -41,6 +44,9 @@ def _define(
     IMPLEMENTATIONS[f"svdq.{name}.default"] = compiled or replayed
     _LIBRARY.impl(name, replayed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
+    keep_from_autocast(_LIBRARY, name)
+    if rows:
+        map_over_rows(_LIBRARY, name, rows)
 
 
 def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> Quantized:
@@ -79,18 +85,21 @@ _define(
     " -> (Tensor qx, Tensor ascales, Tensor xd)",
     launch.quantize,
     _fake_quantize,
+    rows=1,
 )
 _define(
     "gemm(Tensor qx, Tensor ascales, Tensor xd, Tensor[] weight, Tensor up, Tensor? bias, Tensor? offset,"
     " str precision, ScalarType out_dtype) -> Tensor",
     launch.gemm,
     _fake_gemm,
+    rows=3,
 )
 _define(
     "gemv(Tensor x, Tensor? xd, Tensor[] weight, Tensor? up, Tensor? bias, str precision, ScalarType out_dtype)"
     " -> Tensor",
     launch.gemv,
     _fake_gemv,
+    rows=2,
 )
 
 _define(

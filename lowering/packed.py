@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS, layout
 from . import launch
+from .locks import free_in_child
 from .torch_private import without_fake_tensors
 
 MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as the weight
 
-_LOCK = threading.Lock()
+_LOCK = free_in_child(threading.Lock())
 
 
 @dataclass(frozen=True, eq=False)

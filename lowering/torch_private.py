@@ -4,7 +4,9 @@ versions that were tried.
 What it changes for the whole process, all of it; each leaves other models as they are:
 
     torch._dynamo.convert_frame._compile   converts the frames of our backend by settings of ours (`_settings`)
-    torch.export._trace._export            refuses a model that holds a quantized weight, once there is one
+    torch.export._trace._export, torch._dynamo.variables.builder._clone_input,
+    torch.jit._recursive.create_script_module
+                                           refuse what holds a quantized weight, once there is one
     CUSTOM_EXTERN_KERNEL_CODEGEN           Inductor's: how to write calls of our operators (inductor.py)
     torch.library                          our operators, in a namespace of their own (ops.py)
 
@@ -15,7 +17,7 @@ quantizes, loads or saves a model needs neither.
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ from torch import Tensor, fx, nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._dynamo.guards import _reinterpret_tensor  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import forward_ad
 
+from .locks import open_in_child
 from .stack import frames
 
 LINEAR_TARGETS = frozenset({torch.nn.functional.linear, torch._C._nn.linear})
@@ -72,6 +76,20 @@ def eagerly(gm: fx.GraphModule) -> Callable:
             return gm(*args)
 
     return run
+
+
+def transforms_in(gm: fx.GraphModule) -> set[str]:
+    """Which transforms of torch.func a graph of Dynamo's works out itself: "grad" (vjp too), "jvp", "vmap"."""
+    names = (getattr(node.target, "__name__", "") for node in gm.graph.nodes if node.op == "call_function")
+    return {n.removeprefix("_").removesuffix("_increment_nesting") for n in names if n.endswith("_increment_nesting")}
+
+
+def are_differentiated(values: Iterable[Any]) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp, forward_ad) is at work on some of these tensors."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def source_name(node: fx.Node) -> str:
@@ -218,8 +236,14 @@ def compilations_under_way() -> Iterator[Any]:
 
 def while_nothing_is_traced() -> AbstractContextManager:
     """A lock: as long as it is held no other thread traces or makes guards, so what they look at may change."""
-    dynamo = sys.modules.get("torch._dynamo.convert_frame")
-    return nullcontext() if dynamo is None else dynamo.compile_lock
+    return _compile_lock() or nullcontext()
+
+
+def _compile_lock() -> Any:
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+
+
+open_in_child(_compile_lock)  # held while weights are quantized, which may take a minute
 
 
 # Dynamo's limits on how many graphs one function may have. Each set of active adapters is a graph of its own, and so is
@@ -354,21 +378,36 @@ def leave_to_python(function: Callable) -> None:
 
 
 @cache
-def refuse_export(check: Callable[[nn.Module], None]) -> None:
-    """Have torch.export hand each model to `check`, which raises, before it touches the parameters.
+def refuse_export(check: Callable[[str, Iterable[Tensor]], None]) -> None:
+    """Have all that writes a model down as a program hand its tensors to `check`, which raises, before they are read.
+    `check` is told what it is for.
 
-    Its fake copy of a weight does not know the weight's class; the strict way clones weights in C++, past everything.
+    torch.export's fake copy of a weight does not know the weight's class. Dynamo's export (the strict way, in which
+    weights may stand in a list or a closure too) clones tensors in C++, past everything, and so does TorchScript.
     """
+    from torch._dynamo.variables import builder
     from torch.export import _trace
 
-    export = _trace._export
+    export, clone, script = _trace._export, builder._clone_input, torch.jit._recursive.create_script_module
 
     @wraps(export)
-    def checked(mod: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        check(mod)
+    def checked_export(mod: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check("torch.export", mod.parameters())
         return export(mod, *args, **kwargs)
 
-    _trace._export = checked
+    @wraps(clone)
+    def checked_clone(value: Any, fake_mode: Any) -> Any:
+        check("torch.export", (value,))
+        return clone(value, fake_mode)
+
+    @wraps(script)
+    def checked_script(nn_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_tracing"):  # a trace has the operators in it
+            check("torch.jit.script", nn_module.parameters())
+        return script(nn_module, *args, **kwargs)
+
+    _trace._export, builder._clone_input = checked_export, checked_clone
+    torch.jit._recursive.create_script_module = checked_script
 
 
 def is_for_dynamo(error: Exception) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from . import decisions
 from .compiled import EAGERLY, CompiledGraph
 from .config import Config
-from .errors import GradientsNeeded
+from .errors import GradientsNeeded, TangentsNeeded
 from .fallback import go_on
-from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly
+from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly, transforms_in
 from .parameter import QuantizedWeight
 from .roots import find_weights, model_of, models_of
 from .stages import compiling, tracing
@@ -61,6 +61,12 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
 
 
 def _refuse_gradients(gm: fx.GraphModule) -> None:
+    """Or forward derivatives, that the call would record or that the graph itself works out (torch.func)."""
+    works_out = transforms_in(gm)
+    if "jvp" in works_out:
+        raise TangentsNeeded
+    if "grad" in works_out:
+        raise GradientsNeeded
     outputs = torch.utils._pytree.tree_leaves(gm.graph.output_node().args)
     values = (node.meta.get("example_value") for node in outputs if isinstance(node, fx.Node))
     # A Parameter that is handed on, to what follows a graph break, wants gradients and records none.

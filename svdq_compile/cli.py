@@ -66,7 +66,7 @@ def main() -> None:
 def _console(stderr: bool = False, names: Iterable[str] = ()) -> Console:
     """names  of layers, in a column of a table"""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else tables.width_for(names)
+    width = None if stream is not None and stream.isatty() else tables.width_for(names)
     return Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, fx
 
 from .config import Config
-from .errors import WeightsReleased
+from .errors import TangentsNeeded, WeightsReleased
 from .fallback import cause_of, go_on, is_out_of_memory
 from .lowering import kernel_table
 from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
-from .lowering.torch_private import clone_dynamo_graph, eagerly
+from .lowering.torch_private import are_differentiated, clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
@@ -61,6 +61,8 @@ class CompiledGraph:
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
 
     def __call__(self, *args: Any) -> Any:
+        if are_differentiated(args):
+            raise TangentsNeeded
         packs = []
         for i in self._weights:
             weight = args[i]

@@ -1,7 +1,10 @@
 """The options, in one frozen dataclass; validating them happens here and nowhere else."""
 
 import difflib
+import numbers
+import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -76,17 +79,17 @@ class Config:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("mode", self.mode, MODES)
-        _whole("rank", self.rank, 0, MAX_RANK)
-        _whole("refine", self.refine, 0, 1000)
-        _whole("calibration_steps", self.calibration_steps, 0, 1_000_000)
+        for name, most in (("rank", MAX_RANK), ("refine", 1000), ("calibration_steps", 1_000_000)):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), most))
         for name in ("smooth", "progress", "fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         budget = self.error_budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+        if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget <= 1:
             raise OptionError(
                 f"option error_budget={budget!r}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"
             )
+        object.__setattr__(self, "error_budget", float(budget))
         if isinstance(self.skip, str):
             raise OptionError(f"option skip={self.skip!r}: must be a list, as in skip=[{self.skip!r}]")
         patterns = _iterable(self.skip)
@@ -156,9 +159,15 @@ def _one_of(name: str, value: object, known: tuple) -> None:
         raise OptionError(f"option {name}={value!r:.60}: {hint}it can be {', '.join(map(repr, known))}")
 
 
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"option {name}={value!r}: must be a whole number from {low} to {high}")
+def _whole(name: str, value: Any, most: int) -> int:
+    """As Python's own, NumPy's too."""
+    number = -1
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            number = operator.index(value)
+    if not 0 <= number <= most:
+        raise OptionError(f"option {name}={value!r}: must be a whole number from 0 to {most}")
+    return number
 
 
 def _iterable(value: object) -> list:

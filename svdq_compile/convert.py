@@ -14,7 +14,7 @@ from torch import nn
 from . import decisions
 from .checkpoint import serve_libraries
 from .config import Config
-from .errors import UnsupportedDevice
+from .errors import OptionError, UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
@@ -72,6 +72,8 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
     missing: Exception | None = None
     weights = [weight for task in tasks for weight, _ in _undecided(task)]
+    if config.weights == "keep":
+        _check_versions(weights)
     with quantizing(weights, config.calibration_steps == 0, config.progress):
         for task in tasks:
             try:
@@ -85,6 +87,18 @@ def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> 
     decided(decisions.model_of(weights))
     if missing is not None:
         raise missing
+
+
+def _check_versions(weights: Iterable[nn.Parameter]) -> None:
+    """Kept values may be written to, which their version tells."""
+    for weight in weights:
+        try:
+            weight._version  # noqa: B018
+        except RuntimeError:
+            raise OptionError(
+                "option weights='keep' needs to know when weights are written to, which torch does not tell of those "
+                "made under torch.inference_mode(): make the model under torch.no_grad(), or take weights='offload'"
+            ) from None
 
 
 def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .input_statistics import InputStatistics
 from .layers import matrices
+from .lowering.locks import free_in_child
 from .lowering.torch_private import compilations, compilations_under_way
 from .parameter import QuantizedWeight, has_quantized
 from .passes.scope import OUTSIDE
@@ -27,7 +28,7 @@ RESTORED = "restored to 16-bit"  # until somebody asks for 4 bits again
 
 # Held while weights change their form. What is done with it stands on its line: an interruption before the next would
 # leave it locked, and other threads waiting for ever.
-LOCK = threading.RLock()
+LOCK = free_in_child(threading.RLock())
 
 _PLACES = WeakIdKeyDictionary()  # Parameter -> Place
 _STATISTICS = WeakIdKeyDictionary()  # weight -> InputStatistics of its input, while it is observed

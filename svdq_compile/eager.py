@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .errors import GradientsNeeded
+from .errors import GradientsNeeded, TangentsNeeded
 from .lowering import ops
 from .lowering.packed import PackedLinear, expand
+from .lowering.torch_private import are_differentiated
 from .passes.linears import LINEAR, POINTWISE_CONV, is_over_channels
 
 log = logging.getLogger("svdq_compile")
@@ -49,13 +50,15 @@ def linear_call(func: Callable, args: tuple, kwargs: dict) -> LinearCall | None:
 
 
 def run(call: LinearCall, packed: PackedLinear) -> Tensor:
-    """The 4-bit result, of the dtype that the 16-bit linear would give. Raises GradientsNeeded, and RuntimeError for
-    operands that do not fit.
+    """The 4-bit result, of the dtype that the 16-bit linear would give. Raises GradientsNeeded, TangentsNeeded, and
+    RuntimeError for operands that do not fit.
     """
     operands = [t for t in (call.input, call.weight, call.bias) if t is not None]
     _check(call, packed)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         raise GradientsNeeded
+    if are_differentiated(operands):
+        raise TangentsNeeded
     return product(call.input, packed, call.bias, call.channel_dim)
 
 

@@ -23,6 +23,16 @@ class AlreadyWrapped(SvdqError):
         )
 
 
+class TangentsNeeded(SvdqError):
+    """The model is run with forward-mode differentiation; 4-bit weights are for inference."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "svdquant is for inference only, but this call would be differentiated (torch.func.jvp or forward_ad). "
+            "Differentiate the model in 16-bit, after svdq_compile.restore(model, state_dict)."
+        )
+
+
 class GradientsNeeded(SvdqError):
     """The model is run with gradients; 4-bit weights are for inference."""
 
@@ -64,11 +74,11 @@ class WeightsReleased(SvdqError):
 
 
 class ExportRefused(SvdqError):
-    """torch.export would write down a weight without its values."""
+    """torch.export or torch.jit.script would write down a weight without its values."""
 
-    def __init__(self, layer: str) -> None:
+    def __init__(self, layer: str, use: str) -> None:
         super().__init__(
-            f"torch.export cannot hold {layer}, which is quantized to 4 bits. "
+            f"{use} cannot hold {layer}, which is quantized to 4 bits. "
             "Export the model in 16-bit, after svdq_compile.restore(model, state_dict)."
         )
 

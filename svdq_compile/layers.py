@@ -57,7 +57,8 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
     found = _matrices(modules)
     blocks = _blocks(modules, found)
     for name, (weight, is_linear) in found.items():
-        never = why_never(name, weight) or (OUTSIDE if is_beside(name, blocks) else None)
+        beside = OUTSIDE if is_beside(name, blocks) else None
+        never = _why_not_ours(weight) or why_never(name, weight) or beside
         yield Layer(name, weight, never, is_linear, expanded=_is_convolution(modules.get(name)) and not is_linear)
 
 
@@ -90,6 +91,13 @@ def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, 
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
     flat = {name: w for name, (w, _) in found.items() if all(size == 1 for size in w.shape[2:])}
     return repeated_blocks(own, {name: w.numel() for name, w in flat.items() if not is_adapter(name)})
+
+
+def _why_not_ours(weight: Tensor) -> str | None:
+    """Of a weight whose class another library has made, for a form of its own: its values are not where we look."""
+    kind = type(weight)
+    is_ours = kind in (nn.Parameter, QuantizedWeight, Tensor) or nn.parameter.is_lazy(weight)
+    return None if is_ours else f"it is in the form of another library already ({kind.__name__})"
 
 
 def _plain(name: str) -> str:

@@ -21,7 +21,9 @@ that computes right: an interruption (Ctrl-C) may come between any two. A Quanti
 a plain Parameter always its memory; memory that nobody reads, or a 4-bit form on a plain Parameter, may be left behind.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ from .passes.expanded import PRODUCTS, STEPS
 from .passes.linears import QUANTIZABLE_DTYPES
 from .passes.subgraphs import FIRST_OPERAND
 from .released import KEEP_A_COPY, RESTORE, SAVE, SOURCE, refused
+
+log = logging.getLogger("svdq_compile")
 
 _DATA_GET, _DATA_SET = data_property_calls()
 
@@ -141,7 +145,7 @@ class QuantizedWeight(nn.Parameter):
     def __deepcopy__(self, memo: dict) -> "QuantizedWeight":
         """A second weight with the same packed tensors, which nothing ever writes to."""
         if id(self) not in memo:
-            values = originals(self).clone() if is_kept(self) else _shell_of(self)
+            values = _made_like(self, lambda: originals(self).clone() if is_kept(self) else _shell_of(self))
             twin = nn.Parameter(values, self.requires_grad)
             memo[id(self)] = become_quantized(
                 twin,
@@ -196,7 +200,7 @@ def freeze(
     storage, keeps its values.
     """
     original = parameter.detach().cpu().clone() if weights == "offload" else None
-    empty = None if weights == "keep" else shell(parameter.shape, parameter.stride(), parameter.dtype, packed.device)
+    empty = None if weights == "keep" else _made_like(parameter, lambda: _shell_of(parameter, packed.device))
     become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep")
     if empty is not None:
         _set_data(parameter, empty)
@@ -220,10 +224,10 @@ def become_quantized(
     return parameter
 
 
-def _check_export(model: nn.Module) -> None:
-    for weight in model.parameters():
-        if isinstance(weight, QuantizedWeight):
-            raise ExportRefused(weight._svdq_name)
+def _check_export(use: str, tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, QuantizedWeight):
+            raise ExportRefused(tensor._svdq_name, use)
 
 
 def originals(weight: QuantizedWeight, use: str = "restoring", remedy: str = SOURCE) -> Tensor:
@@ -246,8 +250,9 @@ def thaw(weight: QuantizedWeight, values: Tensor | None = None) -> nn.Parameter:
         return _become_plain(weight, None)
     if values is None or isinstance(values, QuantizedWeight):
         values = originals(weight if values is None else values)
+    source = values.detach()
     # A copy, or the Parameter would write into the offloaded original or into the caller's tensor.
-    return _become_plain(weight, values.detach().to(weight._svdq.device, weight.dtype, copy=True))
+    return _become_plain(weight, _made_like(weight, lambda: source.to(weight._svdq.device, weight.dtype, copy=True)))
 
 
 def _become_plain(weight: QuantizedWeight, values: Tensor | None) -> nn.Parameter:
@@ -262,6 +267,14 @@ def _become_plain(weight: QuantizedWeight, values: Tensor | None) -> nn.Paramete
 
 def _set_data(weight: Tensor, data: Tensor) -> None:
     plainly(_DATA_SET, weight, data)
+
+
+def _made_like(weight: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, made under inference_mode if the weight was, and else not, whoever asks: with data of the
+    other kind a Parameter has no version, which torch's linear asks for.
+    """
+    # On one line: an interruption before the next would leave the mode on.
+    with torch.inference_mode(weight.is_inference()): return make()  # noqa: E701  # fmt: skip
 
 
 def _shell_of(weight: Tensor, device: torch.device | None = None) -> Tensor:
@@ -408,9 +421,23 @@ def _overwrite(weight: QuantizedWeight, func: Callable, args: tuple, kwargs: dic
     if isinstance(source, QuantizedWeight):
         source = originals(source, "copying it into another weight", KEEP_A_COPY)
     if func == _DATA_SET:
+        if is_kept(weight) and (source.dtype, source.device) != (weight.dtype, weight.device):
+            _tell_of_kept()
         _become_plain(weight, source.detach())
         return None
-    values = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight._svdq.device)
-    with torch.no_grad():
-        values.copy_(source, *args[2:], **kwargs)
-    return _become_plain(weight, values)
+
+    def copied() -> Tensor:
+        values = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight._svdq.device)
+        with torch.no_grad():
+            return values.copy_(source, *args[2:], **kwargs)
+
+    return _become_plain(weight, _made_like(weight, copied))
+
+
+@cache
+def _tell_of_kept() -> None:
+    """Say once that what was quantized is so no more."""
+    log.warning(
+        "svdquant: casting or moving a model with weights='keep' turns its layers back to 16-bit: the kept values are "
+        "what moves. A compiled model quantizes them again in its next calls, svdq_compile.quantize(model) at once"
+    )

@@ -193,6 +193,9 @@ def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any], visible: 
 
 def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
     """Observe a twin of the model on the meta device, which shows shapes and who shares an input."""
+    for layer in matrices(model):
+        if layer.never is not None and decisions.is_undecided(layer.weight):
+            decisions.leave_alone(layer.weight, layer.never)  # its twin does not tell
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): _on_meta(t) for t in tensors}
     twins = [(memo[id(parameter)], parameter) for parameter in model.parameters()]
