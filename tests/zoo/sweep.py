@@ -189,7 +189,9 @@ def _difference(whole: frozenset[str], regional: frozenset[str]) -> str:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     if is_right(row):
-        return f"{name}: ok, {row['layers'][0]} layers, {row['pct_4bit']} %, error {row['rel_err']}, {row['seconds'][0]} s"
+        return (
+            f"{name}: ok, {row['layers'][0]} layers, {row['pct_4bit']} %, error {row['rel_err']}, {row['seconds'][0]} s"
+        )
     return f"{name}: whole: {row['whole']}; by blocks: {row['regional']}"
 
 
