@@ -46,9 +46,7 @@ pytestmark = pytest.mark.usefixtures("without_inductor")
 
 CPU = torch.device("cpu")
 OPTIONS = quiet(rank=16, refine=0)
-CLOSE = (
-    0.12  # of a few steps of these models in 4 bits: 0.04 to 0.10, depending on the guidance; another layer's: 0.3 up
-)
+CLOSE = 0.1  # of a few steps of these models in 4 bits: 0.03 to 0.08; without an adapter or a control picture 0.15 up
 
 SAME = 3e-3  # the same arithmetic on tensors that lie otherwise: where rounding differs a few int8 codes flip
 
@@ -218,7 +216,7 @@ def test_a_step_cache_of_a_quantized_model(kind: str) -> None:
     acts_as_in_16_bit(pipe, kind)
 
 
-@pytest.mark.parametrize(("kind", "when"), [("first block", "before"), ("taylor", "after")])
+@pytest.mark.parametrize(("kind", "when"), [("first block", "before"), ("pyramid", "after")])
 def test_a_step_cache_of_a_compiled_model(kind: str, when: str) -> None:
     """Its hooks break the graphs of the blocks."""
     pipe = flux()
@@ -605,7 +603,7 @@ def lora() -> dict[str, Tensor]:
         layer = f"transformer.transformer_blocks.0.attn.{name}"
         state |= {
             f"{layer}.lora_A.weight": random(4, WIDTH, seed=i),
-            f"{layer}.lora_B.weight": random(WIDTH, 4, seed=i + 9),
+            f"{layer}.lora_B.weight": random(WIDTH, 4, seed=i + 9) / 4,
         }
     return state
 
