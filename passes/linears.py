@@ -156,6 +156,11 @@ def why_not_in(dtype: torch.dtype) -> str | None:
     return None if dtype in QUANTIZABLE_DTYPES else f"its weight is {dtype}"
 
 
+def is_storage(dtype: torch.dtype) -> bool:
+    """Whether weights are only stored in this dtype, and a hook casts them for each use (layerwise casting): fp8."""
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
 def reads_as_weight(user: fx.Node, weight: fx.Node) -> bool:
     """Whether it is a linear, or a convolution over channels alone, of this weight."""
     is_linear = user.target in LINEAR or (user.target in POINTWISE_CONV and not is_spatial_conv(user))

@@ -365,6 +365,9 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     state: dict[str, Tensor] = dict(without_adapters(named))
     hint = f"the file is of a {header.model_class}, the model a {type(model).__name__}"
+    if header.model_class == type(model).__name__:
+        hint += "; before it was saved that was changed, or made of another configuration: do the same first, such as "
+        hint += "fuse_qkv_projections, or loading an IP-Adapter"
     entries = {entry.weight: entry for entry in header.layers}
     for name, entry in entries.items():
         if name not in state:

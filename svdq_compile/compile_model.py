@@ -16,6 +16,7 @@ from .layers import matrices
 from .lowering.torch_private import compile_in_place
 from .parameter import QuantizedWeight, has_quantized
 from .progress import say
+from .report import why_nothing
 
 T = TypeVar("T")
 
@@ -51,10 +52,7 @@ def _check(name: str, model: nn.Module) -> None:
     if hasattr(model, "_orig_mod"):
         raise AlreadyWrapped(f"pipe.{name}" if name else "model")
     if not any(isinstance(matrix.weight, QuantizedWeight) or matrix.never is None for matrix in matrices(model)):
-        raise NothingToQuantize(
-            f"{type(model).__name__} has no linear layer that can be quantized: svdq_compile.report(model) says why "
-            "for each; torch.compile(model) compiles it in 16-bit"
-        )
+        raise NothingToQuantize(f"{why_nothing(model)} torch.compile(model) compiles it as it is.")
 
 
 def _compile(name: str, model: nn.Module, config: Config) -> str:
@@ -67,8 +65,8 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
     if not blocks:
         compile_in_place(model, backend="svdquant", options=options)
         return f"{place} compiled as a whole"
-    for block in blocks:
-        block.compile(backend="svdquant", fullgraph=True, options=options)
+    for block in blocks:  # not fullgraph=True: hooks break graphs, as those of step caches do, and may come later
+        block.compile(backend="svdquant", options=options)
     kinds = Counter(type(block).__name__ for block in blocks)
     return f"{place} compiled by its blocks ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
 

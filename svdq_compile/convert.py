@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import decisions
 from .checkpoint import serve_libraries
@@ -120,7 +120,7 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
     if at.type not in ("cpu", "cuda"):
         raise UnsupportedDevice(names[0], str(at))
     try:
-        matrices = [as_matrix(weight.detach().to(at)) for weight, _ in chosen]
+        matrices = [as_matrix(_in_arithmetic(weight.detach().to(at))) for weight, _ in chosen]
         with torch.autocast(at.type, enabled=False):
             quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
         for (weight, name), result in zip(chosen, quantized, strict=True):
@@ -134,6 +134,11 @@ def _convert_group(task: Task, config: Config, device: torch.device | None) -> N
         go_on(error, f"quantizing {', '.join(names)}", "what is left of it stays 16-bit", config)
         for weight, _ in _undecided(task):
             decisions.leave_alone(weight, f"quantizing it failed: {type(error).__name__}")
+
+
+def _in_arithmetic(weight: Tensor) -> Tensor:
+    """In a dtype that can be computed in: a hook that casts the weight for its use casts the branch too."""
+    return weight.bfloat16() if linears.is_storage(weight.dtype) else weight
 
 
 def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config, calibrated: bool) -> None:

@@ -16,11 +16,12 @@ from weakref import ref
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .foreign import is_plain
 from .input_statistics import InputStatistics
 from .layers import matrices
 from .lowering.locks import free_in_child
 from .lowering.torch_private import compilations, compilations_under_way
-from .parameter import QuantizedWeight, has_quantized
+from .parameter import has_quantized
 from .passes.scope import OUTSIDE
 from .passes.weight_groups import WeightInputs
 
@@ -198,4 +199,4 @@ def forget_reason(weight: nn.Parameter) -> None:
 
 def is_undecided(weight: object) -> bool:
     """Whether a graph input is a weight still to be quantized or left alone."""
-    return isinstance(weight, nn.Parameter) and not isinstance(weight, QuantizedWeight) and weight not in _REASONS
+    return is_plain(weight) and weight not in _REASONS

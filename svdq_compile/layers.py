@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .blocks import is_beside, repeated_blocks
+from .foreign import foreign_weights
 from .lowering.packed import MIN_FEATURES, features
 from .parameter import QuantizedWeight
-from .passes.linears import is_over_channels, why_never, why_not_in
+from .passes.linears import is_over_channels, is_storage, why_never, why_not_in
 from .passes.peft_names import is_adapter, without_wrapper
 from .passes.scope import OUTSIDE
 
@@ -37,7 +38,7 @@ class Layer:
     @property
     def reason(self) -> str | None:
         """Why it stays 16-bit as it is now, None if it may be quantized."""
-        return self.never or why_not_in(self.weight.dtype)
+        return self.never or (None if is_storage(self.weight.dtype) else why_not_in(self.weight.dtype))
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
@@ -55,10 +56,9 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
     """Every weight of a model that a product may read, in order, each once."""
     modules = _modules(model)
     found = _matrices(modules)
-    blocks = _blocks(modules, found)
+    blocks, foreign = _blocks(modules, found), foreign_weights(modules.values())
     for name, (weight, is_linear) in found.items():
-        beside = OUTSIDE if is_beside(name, blocks) else None
-        never = _why_not_ours(weight) or why_never(name, weight) or beside
+        never = foreign.get(id(weight)) or why_never(name, weight) or (OUTSIDE if is_beside(name, blocks) else None)
         yield Layer(name, weight, never, is_linear, expanded=_is_convolution(modules.get(name)) and not is_linear)
 
 
@@ -91,13 +91,6 @@ def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, 
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
     flat = {name: w for name, (w, _) in found.items() if all(size == 1 for size in w.shape[2:])}
     return repeated_blocks(own, {name: w.numel() for name, w in flat.items() if not is_adapter(name)})
-
-
-def _why_not_ours(weight: Tensor) -> str | None:
-    """Of a weight whose class another library has made, for a form of its own: its values are not where we look."""
-    kind = type(weight)
-    is_ours = kind in (nn.Parameter, QuantizedWeight, Tensor) or nn.parameter.is_lazy(weight)
-    return None if is_ours else f"it is in the form of another library already ({kind.__name__})"
 
 
 def _plain(name: str) -> str:

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
-from .report import Report, report
+from .report import Report, report, why_nothing
 from .roots import find_weights
 from .summary import forget, tell_again, tell_to_compile
 
@@ -69,7 +68,7 @@ def quantize(
         tasks = []
     tasks += _by_weights_alone(model, tasks)
     if not has_quantized(model) and not _eligible(tasks):
-        raise NothingToQuantize(_why_nothing(model))
+        raise NothingToQuantize(why_nothing(model))
     convert(tasks, chosen, target)
     if was_quantized and not tasks and (options or config is not None or calibrate is not None):
         log.warning(
@@ -127,15 +126,6 @@ def _parameters(model: nn.Module) -> str:
 
 def _eligible(tasks: list[Task]) -> list[nn.Parameter]:
     return [w for task in tasks for w in task.weights if decisions.is_undecided(w)]
-
-
-def _why_nothing(model: nn.Module) -> str:
-    reasons = Counter(row.reason for row in report(model))
-    text = f"{type(model).__name__} has no linear layer that can be quantized"
-    if not reasons:
-        return f"{text}: it has no nn.Linear and no convolution"
-    most = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common(3))
-    return f"{text}. It has {reasons.total()} linears; {most}. svdq_compile.report(model) says why for each."
 
 
 @dataclass(eq=False)

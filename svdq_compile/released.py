@@ -29,11 +29,16 @@ class _Asker:
 
 
 _FUSING = ("merge", "unmerge", "merge_and_unload", "merge_adapter", "fuse_lora", "unfuse_lora")
+_AT_ONCE = "It need not be: linears that read one input are one product here. Or fuse before the model is quantized."
+_GROUPS = "Leave out offload_to_disk_path and use_stream, or offload otherwise."
 _LORA = "A LoRA need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."
 _ASKERS = (
     _Asker("peft", "dora.py", (), "a DoRA adapter", "Fuse it into the 16-bit model, then quantize what comes out."),
     _Asker("peft", "", _FUSING, "fusing an adapter", _LORA),
     _Asker("diffusers", "", _FUSING, "fusing an adapter", _LORA),
+    _Asker("diffusers", "", ("fuse_projections", "fuse_qkv_projections"), "fusing q, k and v", _AT_ONCE),
+    _Asker("diffusers", "group_offloading.py", (), "group offloading through a file or a stream", _GROUPS),
+    _Asker("torchao", "", (), "quantizing with torchao", RESTORE),
     _Asker("safetensors", "torch.py", (), "writing a safetensors file", SAVE),
     _Asker("torch", "serialization.py", ("save",), "torch.save", SAVE),
     _Asker("", "", ("save_pretrained",), "save_pretrained", SAVE),
@@ -41,10 +46,10 @@ _ASKERS = (
 
 
 def refused(layer: str, use: str, remedy: str = KEEP_A_COPY) -> WeightsReleased:
-    """The error, for the one who asks, if it is known, or for this use."""
-    for frame in frames():
-        parts, function = frame.f_code.co_filename.replace("\\", "/").split("/"), frame.f_code.co_name
-        for asker in _ASKERS:
+    """The error, for the first of `_ASKERS` that is on the stack, or for this use."""
+    calls = [(f.f_code.co_filename.replace("\\", "/").split("/"), f.f_code.co_name) for f in frames()]
+    for asker in _ASKERS:
+        for parts, function in calls:
             is_there = (not asker.package or asker.package in parts) and asker.file in ("", parts[-1])
             if is_there and (not asker.functions or function in asker.functions):
                 return WeightsReleased(layer, asker.use, asker.remedy)

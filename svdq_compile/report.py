@@ -1,5 +1,6 @@
 """What became of each linear of a model, as a table."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,6 +88,16 @@ def report(model: nn.Module) -> Report:
     compiled = _compiled_weights(model)
     shown = {id(layer.weight) for layer in layers(inner)}
     return Report(tuple(_row(x, compiled) for x in matrices(inner) if id(x.weight) in shown or _was_asked_for(x)))
+
+
+def why_nothing(model: nn.Module) -> str:
+    """Of a model that has no linear layer to quantize: what it has, and the commonest reasons."""
+    reasons = Counter(row.reason for row in report(model))
+    text = f"{type(model).__name__} has no linear layer that can be quantized"
+    if not reasons:
+        return f"{text}: it has no nn.Linear and no convolution."
+    most = "; ".join(f"{count} of them: {reason}" for reason, count in reasons.most_common(3))
+    return f"{text}. It has {reasons.total()} linears; {most}. svdq_compile.report(model) says why for each."
 
 
 def _was_asked_for(layer: Layer) -> bool:
