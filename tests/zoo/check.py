@@ -141,7 +141,8 @@ def check(name: str, way: Way) -> Outcome:
             graphs.append(count[0])
 
     drift = _relative(outputs[0], expected[0])
-    assert drift < EXACT[way.dtype], f"the observed call is off by {drift:.2g}"
+    exact = WORST_LAYER[way.precision] if entry.read_again and way.regional else EXACT[way.dtype]
+    assert drift < exact, f"the observed call is off by {drift:.2g}"
     rows = [row for row in svdq.report(model) if row.error is not None]
     assert len(rows) >= FEWEST_LAYERS, f"{len(rows)} layers are quantized: {svdq.report(model)}"
     worst = max(rows, key=lambda row: row.error)

@@ -120,6 +120,7 @@ ENTRIES = (
         "dit",
         "DiTTransformer2DModel",
         _dit,
+        read_again=True,
         **HEADS,
         in_channels=4,
         out_channels=8,

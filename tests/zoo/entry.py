@@ -106,6 +106,8 @@ class Entry:
     batch   of the call that `make` prepares: 1 where guidance is distilled into the model, 2 where it doubles the batch
     tolerance  times the error of the output that most models stay below (`check.py`)
     note    what is particular about it, for tables
+    read_again  whether eager code reads layers of the blocks once more after the blocks have run: by blocks they are in
+                4 bits by then, in the observed call too
     float32_on_cpu  whether a CPU has no 16-bit code for it, or takes ten times as long (convolutions)
     """
 
@@ -117,6 +119,7 @@ class Entry:
     tolerance: float = 1.0
     note: str = ""
     float32_on_cpu: bool = False
+    read_again: bool = False
 
     @property
     def regional(self) -> bool:
@@ -139,10 +142,13 @@ def entry(
     tolerance: float = 1.0,
     note: str = "",
     float32_on_cpu: bool = False,
+    read_again: bool = False,
     **config: Any,
 ) -> Entry:
     """An entry for a class of diffusers, which is imported when it is built."""
-    return Entry(name, title, partial(_build, title, **config), inputs, batch, tolerance, note, float32_on_cpu)
+    return Entry(
+        name, title, partial(_build, title, **config), inputs, batch, tolerance, note, float32_on_cpu, read_again
+    )
 
 
 def _build(title: str, **config: Any) -> nn.Module:
