@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
-from .given import device_in, model_in
+from .given import model_in
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -290,28 +290,21 @@ def _opened(path: str | os.PathLike) -> Iterator[Any]:
 
 
 def load(
-    model: nn.Module,
-    path: str | os.PathLike,
-    device: str | int | torch.device | None = None,
-    *,
-    progress: bool = True,
-) -> nn.Module:
-    """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model,
-    in eval mode.
+    model: nn.Module, path: str | os.PathLike, device: torch.device | None = None, *, progress: bool = True
+) -> None:
+    """Load a file of `save` into a model of the same class, on the meta device or with any weights.
 
     path    the file, or the folder that `save_pretrained` of a quantized model has made
     device  where the tensors go; by default where the model is, or the CPU for a model on the meta device
 
-    No 16-bit form of a quantized weight is made anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
-    FileRefused, naming the tensor: before the model is changed.
+    No 16-bit form of a quantized weight is made anywhere. Raises FileNotFoundError, and FileRefused, naming the tensor:
+    before the model is changed.
     """
-    check_order(model, path, "load")
-    given, model = model, model_in(model, "load")
     path = _file_of(path)
     serve_libraries()
     header = read_header(path)
     _check_fit(model, header, path)
-    target = device_of(model) if device is None else device_in(device)
+    target = device_of(model) if device is None else device
     with _opened(path) as file:
         for name in steps(header.checksums, f"checking {path}", progress):
             if _checksum(file.get_tensor(name)) != header.checksums[name]:
@@ -353,7 +346,6 @@ def load(
     decisions.place(model)
     model.eval()  # a model that was made on the meta device is in training mode
     tell_to_compile(model, progress)
-    return given
 
 
 def _quantized_names(header: Header) -> set[str]:

@@ -33,12 +33,13 @@ def load(
     """
     checkpoint.check_order(model, path, "load")
     inner = model_in(model, "load")
+    target = None if device is None else device_in(device)
     if is_nunchaku(path):
-        target = None if device is None else device_in(device)
         nunchaku.load(inner, path, target, precision=precision, progress=progress)
         return model
     if precision is not None:
         raise OptionError(
             f"precision={precision!r} goes with Nunchaku's files, and {path} is none: a file of ours is loaded as it is"
         )
-    return checkpoint.load(model, path, device, progress=progress)
+    checkpoint.load(inner, path, target, progress=progress)
+    return model
