@@ -19,9 +19,10 @@ from torch._inductor.codegen.wrapper import ExternKernelAllocLine
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_iter
 
 from .. import kernels
-from .ops import BORROWING, IMPLEMENTATIONS, site
+from .ops import BORROWING, IMPLEMENTATIONS, sites
 
 
 def compile_with_inductor(
@@ -35,6 +36,8 @@ def compile_with_inductor(
     """
     _call_by_sites()
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+    # Our operators' shapes are as their shape functions say, and what a call gets, Dynamo's guards have looked at.
+    patches |= {"size_asserts": False, "alignment_asserts": False}
     if rewrite is not None:
         patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)
     if torch.__version__ < "2.13" and not all(isinstance(value, torch.Tensor) for value in inputs):
@@ -45,22 +48,34 @@ def compile_with_inductor(
 
 @cache
 def _call_by_sites() -> None:
-    """Have Inductor's code call our operators through a `Site` each where sizes are fixed, past torch's dispatcher,
-    which takes longer than a launch; and leave alone the memory of results that are not its own.
+    """Have Inductor's code call each of our operators through `Sites` of its own, past torch's dispatcher, which takes
+    longer than a launch; and leave alone the memory of results that are not its own.
     """
 
     def generate(node: Any, writeline: Callable[[Any], None]) -> None:
         wrapper, name = V.graph.wrapper_code, f"svdq_{node.get_name()}"
-        if not any(getattr(size, "free_symbols", ()) for t in node.inputs for size in (*t.get_size(), *t.get_stride())):
-            wrapper.add_import_once(f"from {site.__module__} import site")
-            wrapper.add_import_once(f"{name} = site({str(node.op_overload)!r})")
-            node.python_kernel_name = name
+        symbols = sorted(map(str, _symbols(node)))
+        if all(symbol.startswith("s") for symbol in symbols):  # backed: known when the code is entered
+            wrapper.add_import_once(f"from {sites.__module__} import sites")
+            if symbols:
+                wrapper.add_import_once(f"{name} = sites({str(node.op_overload)!r})")
+                node.python_kernel_name = f"{name}({', '.join(symbols)})"
+            else:
+                wrapper.add_import_once(f"{name} = sites({str(node.op_overload)!r})()")
+                node.python_kernel_name = name
         if str(node.op_overload) in BORROWING:
             V.graph.never_reuse_buffers.update(buffer.get_name() for buffer in (node, *node.outputs))
         writeline(ExternKernelAllocLine(wrapper, node))
 
     for operator in IMPLEMENTATIONS:
         CUSTOM_EXTERN_KERNEL_CODEGEN[f"torch.ops.{operator}"] = CustomCodegen(python=generate)
+
+
+def _symbols(node: Any) -> set[Any]:
+    """What the sizes of a call's operands depend on, and the numbers among them."""
+    sizes = (size for t in node.inputs for size in (*t.get_size(), *t.get_stride()))
+    numbers = tree_iter((node.constant_args, node.kwargs))
+    return {symbol for value in (*sizes, *numbers) for symbol in getattr(value, "free_symbols", ())}
 
 
 def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:

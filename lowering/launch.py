@@ -444,14 +444,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | N
         return ATTENTION.run(Attention(q, k, v, is_causal, scale, order))
 
 
-def record_attention(function: Callable[..., Any], operands: tuple) -> tuple[Tensor, Callable[..., Tensor]]:
-    """As `replay.record`: a row is chosen, and from then on called. What it launches is torch's affair."""
-    o = Attention(*operands)
-    with _on(o.q.device):
-        run = ATTENTION.choose(o).run
-        return run(o), lambda *operands: run(Attention(*operands))
-
-
 # ** round_weight **
 
 

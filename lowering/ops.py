@@ -6,6 +6,7 @@ same operator with what the graph did just before or after it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS, codes_of
 from ..kernels.operands import Attention, Gemm, Gemv
-from . import fused, heads, join, launch
+from . import fused, heads, join, launch, sequences
 from .packed import PackedLinear
-from .replay import Recorder, Replayed, Site
+from .replay import Replayed, Sites
 from .transforms import keep_from_autocast, map_over_rows
 
 _LIBRARY = torch.library.Library("svdq", "DEF")
@@ -29,18 +30,17 @@ def _define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     compiled: Callable[..., Any] | None = None,
-    recorder: Recorder | None = None,
     layout: torch.Tag = torch.Tag.flexible_layout,
     rows: int = 0,
 ) -> None:
-    """compiled: what Inductor's code calls instead where sizes are fixed; recorder: see `Replayed`.
+    """compiled: what Inductor's code calls instead.
 
     layout  flexible_layout: or Inductor would copy inputs into the strides that they had when the model was traced
     rows    how many of the operands, the first ones, are rows with any number of leading dimensions: vmap adds one
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, layout))
-    replayed = Replayed(implementation, recorder)
+    replayed = Replayed(implementation)
     IMPLEMENTATIONS[f"svdq.{name}.default"] = compiled or replayed
     _LIBRARY.impl(name, replayed, "CompositeExplicitAutograd")
     torch.library.register_fake(f"svdq::{name}", fake, lib=_LIBRARY)
@@ -128,10 +128,14 @@ _define(
     "attention(Tensor q, Tensor k, Tensor v, bool is_causal, float? scale, int[] order) -> Tensor",
     launch.attention,
     lambda *operands: Attention(*operands).empty_result(),
-    recorder=launch.record_attention,
     layout=torch.Tag.needs_fixed_stride_order,  # torch's kernels want the channels of a head side by side
 )
 _define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, join.empty_result, join.joined)
+_define(
+    "sequence(Tensor[] tensors, SymInt[] sizes, str program) -> Tensor[]",
+    partial(sequences.run, operators=sequences.namespace(IMPLEMENTATIONS)),  # of those above
+    sequences.run,
+)
 
 # Whose result, in compiled code, may be an operand's memory: nothing else may be written there once it has been read.
 BORROWING = frozenset({"svdq.joined.default"})
@@ -145,12 +149,15 @@ head_region = torch.ops.svdq.head_region.default
 row_moments = torch.ops.svdq.row_moments.default
 joined = torch.ops.svdq.joined.default
 attention = torch.ops.svdq.attention.default
+sequence = torch.ops.svdq.sequence.default
 
 
-def site(name: str) -> Callable[..., Any]:
-    """One place in Inductor's code that calls the operator `name`, "svdq.gemm.default" say, with fixed sizes."""
+def sites(name: str) -> Callable[..., Callable[..., Any]]:
+    """One place in Inductor's code that calls the operator `name`, "svdq.gemm.default" say: `sites(name)(*sizes)` is
+    what it calls where the symbols that the operands depend on have these values.
+    """
     found = IMPLEMENTATIONS[name]
-    return Site(found) if isinstance(found, Replayed) else found
+    return Sites(found).of if isinstance(found, Replayed) else lambda *sizes: found
 
 
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,18 @@ def allocator(device: torch.device) -> Callable[[tuple, tuple, torch.dtype], Ten
     return quick or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))
 
 
+def reinterpret(tensor: Tensor, shape: tuple, strides: tuple, offset: int) -> Tensor:
+    """Its memory as a tensor of this form, which begins `offset` elements later; what Inductor's code calls, too."""
+    return _reinterpret_tensor(tensor, shape, strides, offset)
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Bring the nodes into an order in which each stands after all that it reads, and otherwise as they were."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+
+
 def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function as if no tensor had a __torch_function__.
 

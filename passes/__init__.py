@@ -16,6 +16,7 @@ from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
+from .group_sequences import group_sequences
 from .join_parts import join_parts
 from .measure_rows import measure_rows
 from .merge_siblings import merge_siblings
@@ -49,7 +50,8 @@ FUSING: dict[str, Pass] = {
     "rows": measure_rows,  # before what it measures becomes part of a prologue
     "prologues": fuse_prologues,
     "joins": join_parts,  # after: it asks who reads what
-    "attention": replace_attention,  # last: the others know torch's operators
+    "attention": replace_attention,  # after: the others know torch's operators
+    "sequences": group_sequences,  # last: the others know these operators one by one
 }
 
 

@@ -62,7 +62,8 @@ class Started(NamedTuple):
 
 
 _started: dict[tuple, Started] = {}
-# While lowering/replay.py looks on: `calls`, a list of what is launched how, and `counters`, how many were asked for.
+# While lowering/replay.py looks on: `on_launch`, which is told what is launched how; `counters`, how many were asked for;
+# `has_measured`, whether tiles were tried.
 recording = threading.local()
 
 COUNTERS = 66 * 1024  # for kernels/hopper/quantize.py: 64 rows and two counters of each of 1024 row blocks
@@ -83,9 +84,9 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
     _read(arguments, entries, values)
     key = tuple(entries)
     known = _started.get(key)
-    calls = getattr(recording, "calls", None)
-    if calls is not None:
-        calls.append((known and known.direct, grid, arguments))
+    on_launch = getattr(recording, "on_launch", None)
+    if on_launch is not None:
+        on_launch(known and known.direct, grid, arguments)
     if known is None:
         compiled = kernel[grid](*[_described(a) for a in arguments], *constants, **options)
         if compiled is not None:  # None from the interpreter

@@ -20,6 +20,8 @@ import torch
 import triton
 from triton.runtime import errors
 
+from .launcher import recording
+
 SECONDS = 5.0
 REPEATS = 7
 
@@ -79,6 +81,7 @@ def _may_measure() -> bool:
 def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
     """Index of the candidate with the smallest median time; one that fails to compile or cannot run is out."""
     global _spent
+    recording.has_measured = True
     begin = time.perf_counter()
     times = []
     for candidate in candidates:
