@@ -131,7 +131,8 @@ class _Program:
         self._lines.append(f"{self._names[node]} = {_called(node)}({', '.join(given)})")
 
     def text(self, results: list[fx.Node]) -> str:
-        return "; ".join([*self._lines, f"return [{', '.join(map(self._name, results))}]"])
+        given_back = ", ".join(map(self._name, results))  # first: it may add lines
+        return "; ".join([*self._lines, f"return [{given_back}]"])
 
     def _argument(self, a: Any) -> str:
         if isinstance(a, fx.Node):
