@@ -17,6 +17,10 @@ of Python, the plan, and from the third on the same kernels are started with the
 What a call allocates and does not return lies in one piece of scratch memory, at places that others had before or get
 after it. Operators of torch's (attention, a library's product) are called again, on tensors of the same form.
 
+A launch still costs 10 to 20 us, and a denoising loop gets the same memory from torch's allocator step after step. So
+where several kernels start at the addresses that they have started at before, they are one CUDA graph from then on
+(`Repeated`). It is only launched where every address is the one in it: nothing is copied, and nothing kept for it.
+
 Compiled code calls an operator through a `Site` of its own for each set of sizes: there the operands look alike at
 every call, so the plan is at hand. Elsewhere it is looked up by what the operands look like.
 
@@ -26,6 +30,7 @@ runs as ever. Not noticed are numbers read from elsewhere, so a launcher must de
 """
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ..kernels.runtime.target import has_kernels
+from .cuda_graphs import captured, is_capturing
 from .torch_private import allocator, reinterpret
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ log = logging.getLogger("svdq_compile.lowering")
 MAX_PLANS = 4096  # for each operator
 MAX_ADDRESSES = 2048  # whose descriptors a plan keeps, for each of its parameters
 ATTEMPTS = 3  # at recording: the first may meet a measurement of tiles
+MAX_GRAPHS = 512  # of each run of launches: one for each block, and what else changes addresses
 ALIGNMENT = 256  # of what lies in scratch memory, in bytes
 
 _ALLOCATIONS = (
@@ -212,7 +219,7 @@ class Site:
 
 
 class Sites:
-    """A place in compiled code for any sizes: a `Site` for each set of the symbols that its operands' sizes depend on."""
+    """A place in compiled code for any sizes: a `Site` for each value of the symbols that the operands depend on."""
 
     def __init__(self, operator: Replayed) -> None:
         self._operator = operator
@@ -247,7 +254,7 @@ def _tensors(values: Any) -> list[Tensor]:
 def _is_recordable(operands: tuple) -> bool:
     if not all(t.is_cuda and has_kernels(t.device) for t in _tensors(operands)):
         return False
-    return not _launcher().is_observed() and not torch.cuda.is_current_stream_capturing()
+    return not _launcher().is_observed() and not is_capturing()
 
 
 def record(function: Callable[..., Any], operands: tuple) -> tuple[Any, Plan | None]:
@@ -280,10 +287,13 @@ def _plan(operands: tuple, watch: _Watch, result: Any) -> Plan:
     results = [result] if isinstance(result, Tensor) else list(result)
     text = _Text(watch, uses, results, counters, count)
     lines = [*text.unpacking(operands), *text.conditions(), *text.beginning()]
-    for i, step in enumerate(watch.steps):
-        lines += [*text.allocating(i), *text.step(step), *text.freeing(i)]
+    for _, run in itertools.groupby(range(len(watch.steps)), lambda i: i if isinstance(watch.steps[i], Call) else -1):
+        places = list(run)
+        lines += [line for i in places for line in text.allocating(i)]
+        lines += text.steps([watch.steps[i] for i in places])
+        lines += [line for i in places for line in text.freeing(i)]
     returned = ", ".join(map(text.tensor, results)) + ("" if isinstance(result, Tensor) else ",")
-    return text.function(len(operands), [*lines, f"return {returned}"])
+    return text.plan(len(operands), [*lines, f"return {returned}"])
 
 
 def _places(watch: _Watch, step: Step) -> Iterator[int]:
@@ -318,6 +328,7 @@ class _Text:
         self._spans = _spans(uses)
         self._returned = self._check_results(results)
         self._objects: dict[str, Any] = {}
+        self._used: set[str] = set()  # names of addresses in the launches since it was emptied
         called = {place for step, places in zip(watch.steps, uses, strict=True) if isinstance(step, Call)
                   for place in places}  # fmt: skip
         inner = [p for p in self._spans if p in watch.allocated and p not in self._returned and p not in called]
@@ -350,6 +361,7 @@ class _Text:
         base = f"p{place}"
         if place in self._offsets:
             base, offset = "s", self._offsets[place] + offset
+        self._used.add(base)
         return f"{base} + {offset}" if offset else base
 
     def unpacking(self, operands: tuple) -> list[str]:
@@ -393,7 +405,7 @@ class _Text:
                 yield from self._allocation(place)
 
     def _form(self, place: int) -> Tensor:
-        """What shape, strides and dtype t0, t1, ... have: what is allocated and returned, those that it is returned in."""
+        """What shape, strides and dtype t0, t1, ... have: of what is allocated and returned, those of the result."""
         source = self._watch.sources[place]
         return self._returned.get(place, source) if place in self._watch.allocated else source
 
@@ -412,8 +424,17 @@ class _Text:
         own = len(self._watch.operands) <= place < self._counters
         return own and place not in self._returned and place not in self._offsets
 
-    def step(self, step: Step) -> list[str]:
-        return self._call(step) if isinstance(step, Call) else [self._launch(step)]
+    def steps(self, steps: list[Step]) -> list[str]:
+        """Of one call, or of launches that follow one another."""
+        if isinstance(steps[0], Call):
+            return self._call(steps[0])
+        self._used = {"stream"}
+        lines = [self._launch(step) for step in steps if isinstance(step, Launch)]
+        if len(lines) == 1:
+            return lines
+        given = ", ".join(sorted(self._used, key=lambda name: (name != "stream", name)))
+        launching = self._function("launching", given, lines)
+        return [f"{self.name(Repeated(launching, self._device))}({given})"]
 
     def _launch(self, step: Launch) -> str:
         if step.direct is None:
@@ -465,10 +486,48 @@ class _Text:
             return f"t{place}"
         return f"{self.name(reinterpret)}(t{place}, {tuple(tensor.shape)}, {tensor.stride()}, {offset})"
 
-    def function(self, parameters: int, lines: list[str]) -> Plan:
-        source = "\n    ".join([f"def plan({', '.join(f'a{i}' for i in range(parameters))}):", *lines])
-        exec(compile(source, "<an svdq operator, replayed>", "exec"), self._objects)
-        return self._objects["plan"]
+    def plan(self, parameters: int, lines: list[str]) -> Plan:
+        return self._function("plan", ", ".join(f"a{i}" for i in range(parameters)), lines)
+
+    def _function(self, name: str, parameters: str, lines: list[str]) -> Callable[..., Any]:
+        source = "\n    ".join([f"def {name}({parameters}):", *lines])
+        exec(compile(source, f"<an svdq operator, {name}>", "exec"), self._objects)
+        return self._objects[name]
+
+
+class Repeated:
+    """Launches of kernels, as a CUDA graph where they are at the addresses of an earlier call.
+
+    launch  (stream, *addresses): starts them one by one
+    """
+
+    def __init__(self, launch: Callable[..., None], device: torch.device) -> None:
+        self._launch, self._device = launch, device
+        self._graphs: dict[tuple[int, ...], Callable[[], None] | None] = {}  # None: met once
+        self._can = True
+
+    def __call__(self, *given: int) -> None:
+        graph = self._graphs.get(given)
+        if graph is not None and not is_capturing():
+            graph()
+        elif graph is None and given in self._graphs and self._can and not is_capturing():
+            self._capture(given)
+        else:
+            if len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.clear()
+            self._graphs.setdefault(given)
+            self._launch(*given)
+
+    def _capture(self, given: tuple[int, ...]) -> None:
+        try:
+            graph = captured(lambda stream: self._launch(stream, *given[1:]), self._device)
+        except RuntimeError as error:
+            log.info("launches stay apart, they cannot be a CUDA graph: %s", error)
+            self._can = False
+            self._launch(*given)
+        else:
+            self._graphs[given] = graph
+            graph()
 
 
 def _spans(uses: list[set[int]]) -> dict[int, tuple[int, int]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ..kernels.runtime.target import has_kernels
 from ..lowering import ops
@@ -50,8 +51,7 @@ def group_sequences(gm: fx.GraphModule) -> int:
 
 
 def _runs_kernels(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.target in _GROUPED and any(has_kernels(t.device) for t in ([value] if isinstance(value, Tensor) else value))
+    return node.target in _GROUPED and all(has_kernels(t.device) for t in tree_leaves(node.meta["val"]))
 
 
 def _is_grouped(node: fx.Node) -> bool:
@@ -156,7 +156,8 @@ class _Program:
         if not _is_free(node):
             return False
         if node.target is operator.getitem:
-            return node.args[0] in self._inside or node.args[0].target in _VIEWS  # type: ignore[union-attr]
+            (several,) = node.all_input_nodes
+            return several in self._inside or several.target in _VIEWS
         return node.target in _VIEWS or any(self._comes_from_inside(n) for n in node.all_input_nodes)
 
     def _comes_from_inside(self, node: fx.Node) -> bool:

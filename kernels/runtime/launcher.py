@@ -62,8 +62,8 @@ class Started(NamedTuple):
 
 
 _started: dict[tuple, Started] = {}
-# While lowering/replay.py looks on: `on_launch`, which is told what is launched how; `counters`, how many were asked for;
-# `has_measured`, whether tiles were tried.
+# While lowering/replay.py looks on: `on_launch`, which is told what is launched how; `counters`, how many were asked
+# for; `has_measured`, whether tiles were tried.
 recording = threading.local()
 
 COUNTERS = 66 * 1024  # for kernels/hopper/quantize.py: 64 rows and two counters of each of 1024 row blocks
