@@ -49,11 +49,11 @@ def _common(randn: Randn, batch: int, text: int, width: int, *latents: int) -> d
     }
 
 
-def _flux(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1] += torch.arange(side)[:, None]
-    ids[..., 2] += torch.arange(side)[None, :]
-    return _common(randn, batch, text, config.joint_attention_dim, side * side, config.in_channels) | {
+def _flux(randn: Randn, config: Any, height: int, width: int, text: int, batch: int) -> dict[str, Any]:
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)[None, :]
+    return _common(randn, batch, text, config.joint_attention_dim, height * width, config.in_channels) | {
         "pooled_projections": randn(batch, config.pooled_projection_dim),
         "timestep": torch.full((batch,), 0.5, dtype=DTYPE),
         "guidance": torch.full((batch,), 4.0),  # times 1000 exact in bf16 too, where eager rounds and Inductor does not
@@ -100,11 +100,11 @@ MODELS = {
         "FluxTransformer2DModel",
         "FLUX.1-dev shape, 1024x1024, 4096 + 512 tokens, batch 1",
         {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38},
-        {"side": 64, "text": 512, "batch": 1},
+        {"height": 64, "width": 64, "text": 512, "batch": 1},
         _TINY_HEADS
         | {"num_single_layers": 2, "joint_attention_dim": 128, "pooled_projection_dim": 64, "guidance_embeds": True}
         | {"axes_dims_rope": (16, 24, 24)},
-        {"side": 8, "text": 16, "batch": 1},
+        {"height": 8, "width": 8, "text": 16, "batch": 1},
         _flux,
     ),
     "sd3.5-large": Model(
@@ -206,15 +206,17 @@ def _draw(weight: Tensor, generator: torch.Generator) -> None:
         weight.normal_(generator=generator, mean=constant, std=0.02)
 
 
-def inputs(name: str, tiny: bool, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Random inputs of one step, the same every time."""
+def inputs(
+    name: str, tiny: bool, model: nn.Module, device: torch.device, size: dict[str, int] | None = None, seed: int = 1
+) -> dict[str, Any]:
+    """Random inputs of one step, for a seed the same every time; size: what differs from the model's own."""
     spec = MODELS[name]
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=DTYPE)
 
-    call = spec.inputs(randn, model.config, **(spec.tiny_size if tiny else spec.size))
+    call = spec.inputs(randn, model.config, **(spec.tiny_size if tiny else spec.size) | (size or {}))
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), call)
 
 

@@ -20,7 +20,7 @@ from .vocabulary import aten, cat_of, operation, prims, value_of
 
 _VIEWS = (aten.view.default, aten.reshape.default, aten.slice.Tensor, aten.permute.default, aten.unsqueeze.default,
           aten.squeeze.dim, prims.convert_element_type.default)  # fmt: skip
-_REDUCTIONS = (aten.var_mean.correction, aten.mean.dim)
+_ASKING = (aten.var_mean.correction, aten.mean.dim, aten.sym_size.int)
 
 
 def join_parts(gm: fx.GraphModule) -> int:
@@ -53,7 +53,7 @@ def _is_only_read(node: fx.Node) -> bool:
         if user.target in _VIEWS:
             if not _is_only_read(user):
                 return False
-        elif not (_is_svdq(user) or user.target in _REDUCTIONS or operation(user) is not None):
+        elif not (_is_svdq(user) or user.target in _ASKING or operation(user) is not None):
             return False
     return True
 
