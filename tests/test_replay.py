@@ -12,7 +12,7 @@ from test_launch import GRID, SIGNATURE, Kernel, described, driver, flat  # noqa
 
 from svdq_compile.kernels.runtime import launcher
 from svdq_compile.kernels.runtime.launcher import launch
-from svdq_compile.lowering import replay
+from svdq_compile.lowering import cuda_graphs, plan, replay
 
 pytestmark = compiled
 
@@ -24,6 +24,7 @@ def fake(request, monkeypatch):
     monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
     monkeypatch.setattr(launcher, "zeroed_counters", lambda device, count: counters)
     monkeypatch.setattr(launcher, "gpu", lambda: (lambda: None, recorder.get_current_stream))
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
     return recorder
 
 
@@ -117,11 +118,12 @@ ELSEWHERE = torch.zeros(6, 128, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("work", [
-    lambda x, y, z: (y + 1, z), lambda x, y, z: (y.clone(), z), lambda x, y, z: (y, z.fill_(0)),
     lambda x, y, z: (y[:, :1], z), lambda x, y, z: (x, z), lambda x, y, z: (y, y), lambda x, y, z: (ELSEWHERE, z),
-    lambda x, y, z: (torch.zeros(4), z), lambda x, y, z: (y, z) if torch.empty(4, device="meta").numel() else None,
-    lambda x, y, z: (y, z)[: 2 + int(y.sum() > 1e30)],
-])  # fmt: skip
+    lambda x, y, z: (ELSEWHERE.view_as(y) + y, z),
+    lambda x, y, z: (y, z) if torch.empty(4, device="meta").add(1).numel() else None,
+    lambda x, y, z: (y, z)[: 2 + int(x.sum() > 1e30)], lambda x, y, z: (y, x.nonzero()),
+], ids=["part", "operand", "twice", "elsewhere", "reads-elsewhere", "another-device", "number",
+        "shape-by-values"])  # fmt: skip
 def test_anything_else_runs_as_ever(fake, work):
     op = Impure(fake, work)
     fast = replay.Replayed(op)
@@ -130,20 +132,127 @@ def test_anything_else_runs_as_ever(fake, work):
     assert op.calls == 6
 
 
+def attended(x):
+    heads = x.view(2, -1, 2, x.shape[-1] // 2).transpose(1, 2).float()
+    return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).half()
+
+
+@pytest.mark.parametrize("work", [
+    lambda x: x + 1, lambda x: x.clone(), lambda x: x.float().sum(0), lambda x: torch.cat((x[:, :2], x[:, :2]), 1),
+    lambda x: x.new_empty(x.shape).copy_(x).mul_(2), lambda x: x.new_empty(x.shape).fill_(3)[:, :1] + x,
+    lambda x: (x.transpose(0, 1) @ x.new_ones(128, 4)).relu(), attended, lambda x: attended(x).contiguous(),
+    lambda x: x.unbind(1)[1] * x.split([1, 2], 1)[0][:, 0],
+], ids=["add", "clone", "sum", "cat", "in-place", "filled", "product", "attention",
+        "attention-copied", "parts"])  # fmt: skip
+def test_operators_of_torch_are_called_again(fake, monkeypatch, work):
+    """On other tensors, on memory of theirs and of the call's own; whether a CUDA graph does it or not."""
+    graphs = []
+
+    def captured(run, stream, device):
+        graphs.append(1)
+        return lambda: run(stream)
+
+    monkeypatch.setattr(cuda_graphs, "_captured", captured)
+    op = Impure(fake, lambda x, y, z: (y, work(x)))
+    fast = replay.Replayed(op)
+    same = operands()
+    for i in range(9):
+        given = same if i > 5 else operands()
+        y, result = fast(*given)
+        want = work(given[0])
+        assert y.shape == given[0].shape
+        assert (result.shape, result.stride(), result.dtype) == (want.shape, want.stride(), want.dtype)
+        torch.testing.assert_close(result, want, rtol=0, atol=0)
+    assert op.calls == 2
+
+
+def test_scratch_memory_of_two_never_overlaps_while_both_are_in_use():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        count = int(torch.randint(1, 12, (), generator=generator))
+        sizes = dict(enumerate(torch.randint(1, 4000, (count,), generator=generator).tolist()))
+        begins = torch.randint(0, 10, (count,), generator=generator)
+        lasts = begins + torch.randint(0, 5, (count,), generator=generator)
+        spans = {i: (int(begins[i]), int(lasts[i])) for i in range(count)}
+        offsets, total = plan.arrange(sizes, spans)
+        assert set(offsets) == set(sizes)
+        for a in sizes:
+            assert offsets[a] % plan.ALIGNMENT == 0
+            assert offsets[a] + sizes[a] <= total
+            for b in range(a):
+                meet = spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]
+                apart = offsets[a] + sizes[a] <= offsets[b] or offsets[b] + sizes[b] <= offsets[a]
+                assert apart or not meet
+        most = max(sum(s for i, s in sizes.items() if spans[i][0] <= t <= spans[i][1]) for t in range(16))
+        assert total <= 2 * most + count * plan.ALIGNMENT, "memory is used again"
+
+
+def test_a_graph_stands_for_the_addresses_it_was_made_at(monkeypatch):
+    ran, launched = [], []
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: capturing)
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: launched.append(run.__closure__))
+    capturing = False
+    repeated = cuda_graphs.Repeated(lambda tensors, *addresses: ran.append(addresses), torch.device("cpu"))
+    repeated((), 7, 16, 32)
+    repeated((), 7, 16, 48)
+    repeated((), 8, 16, 32)
+    assert (ran, launched) == ([(7, 16, 32), (7, 16, 48), (8, 16, 32)], []), "met once; another stream is another"
+    repeated((), 7, 16, 32)
+    repeated((), 7, 16, 32)
+    assert (len(ran), len(launched)) == (3, 2)
+    capturing = True
+    repeated((), 7, 16, 32)
+    assert (len(ran), len(launched)) == (4, 2), "within somebody's capture kernels are launched one by one"
+
+
+def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
+    ran, tried = [], []
+
+    def refuse(run, stream, device):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
+    monkeypatch.setattr(cuda_graphs, "_captured", refuse)
+    repeated = cuda_graphs.Repeated(lambda tensors, *addresses: ran.append(addresses), torch.device("cpu"))
+    for _ in range(6):
+        repeated((), 1, 2)
+    assert (len(ran), len(tried)) == (6, 1)
+
+
+def test_sites_of_sizes(fake):
+    op = Operator(fake)
+    sites = replay.Sites(replay.Replayed(op))
+    for _ in range(4):
+        for rows in (3, 5):
+            y, _ = sites.of(rows)(*operands(rows))
+            assert y.shape == (2, rows, 128)
+    assert op.calls == 4, "for each size one to compile, one to record"
+    assert sites.of(3) is sites.of(3) is not sites.of(5)
+
+
 @pytest.mark.parametrize("below_autograd", [False, True])
 @pytest.mark.parametrize("copied", [
     lambda x: x.reshape(-1, 128), lambda x: x.flatten(0, 1), lambda x: x.contiguous(),
     lambda x: x.reshape(-1, 128).view(2, 3, 128),
 ], ids=["reshape", "flatten", "contiguous", "viewed"])  # fmt: skip
-def test_rows_that_are_copied_run_as_ever(fake, copied, below_autograd):
+def test_rows_that_are_copied_are_copied_again(fake, copied, below_autograd):
     """There the dispatcher calls an operator from a graph with dynamic sizes; a copy is no operator of its own then."""
     op = Operator(fake)
-    fast = replay.Replayed(lambda x, *others: op(copied(x), *others))
+
+    def function(x, *others):
+        rows = copied(x)
+        return op(rows, *others)[0], rows + 0
+
+    fast = replay.Replayed(function)
     for _ in range(6):
         wide, (_, *others) = normal(2, 5, 128), operands()
+        fake.passed.clear()
         with torch._C._AutoDispatchBelowAutograd() if below_autograd else nullcontext():
-            fast(wide[:, :3], *others)
-    assert op.calls == 6
+            _, rows = fast(wide[:, :3], *others)
+        torch.testing.assert_close(rows.view(2, 3, 128), wide[:, :3], rtol=0, atol=0)
+        assert wide.data_ptr() not in flat(fake.passed), "the kernel reads the copy"
+    assert op.calls == 2
 
 
 def test_one_tensor_as_two_operands(fake):
