@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.runtime.target import has_kernels
 from .cuda_graphs import is_capturing
 from .plan import Call, Launch, Memory, NotReplayable, Plan, Step, launcher, make_plan, tensors_in
+from .torch_private import below_autograd
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -113,6 +114,10 @@ class Replayed:
         """The result, and the plan for such operands if there is one by now."""
         if getattr(_nested, "is_recorded", False):
             return self._function(*operands), None
+        with below_autograd():  # a site calls past the dispatcher
+            return self._run(operands)
+
+    def _run(self, operands: tuple) -> tuple[Any, Plan | None]:
         entries: list = []
         _read(operands, entries)
         key = tuple(entries)

@@ -62,6 +62,13 @@ def reinterpret(tensor: Tensor, shape: tuple, strides: tuple, offset: int) -> Te
     return _reinterpret_tensor(tensor, shape, strides, offset)
 
 
+def below_autograd() -> AbstractContextManager:
+    """The context in which torch's dispatcher calls an operator. A view made in it does not know what it is a view of,
+    which Dynamo's guards would look at in graphs of any size.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def sort_topologically(graph: fx.Graph) -> None:
     """Bring the nodes into an order in which each stands after all that it reads, and otherwise as they were."""
     from torch._inductor.pattern_matcher import stable_topological_sort

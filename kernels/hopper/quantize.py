@@ -143,7 +143,9 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
     return even, odd
 
 
-@gluon.jit(do_not_specialize=["M", "S"])  # a 1 stays a run-time value: Triton's constants have no methods
+# What depends on M is not compiled in, so a new number of tokens is no new kernel; nor is a 1, as Triton's constants have
+# no methods.
+@gluon.jit(do_not_specialize=["M", "S", "a_row", "a_group"])
 def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr,

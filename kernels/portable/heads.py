@@ -69,7 +69,7 @@ def store_halves(at, a, b, D: tl.constexpr, INTERLEAVED: tl.constexpr):
         tl.store(at + D // 2, b.to(at.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "T"])  # a new number of tokens is no new kernel
 def _heads_kernel(
     x, y, rows, T, x_sample, x_token, x_head, y_sample, y_token, y_head, extra,
     D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,

@@ -18,7 +18,7 @@ from ..runtime.target import launches_early
 MAX_COLUMNS = 8192  # a row is held in the registers of its warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # a new number of tokens is no new kernel
 def _moments_kernel(x, variance, mean, square, M, K, stride, ROWS: tl.constexpr, TK: tl.constexpr, EARLY: tl.constexpr):
     if EARLY:
         gdc_wait()
