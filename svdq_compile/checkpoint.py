@@ -5,7 +5,7 @@
                 everything else                          under the model's own names, buffers included
     metadata    format, format_version, and as JSON: model_class, config, layers (one entry a quantized weight), others
                 (why each remaining linear is 16-bit), tied (alias -> name), calibrated (weight -> whether its inputs
-                were observed; older files have none), checksums (CRC-32 of each tensor)
+                were observed; older files have none), checksums (CRC-32 of each tensor); and digest (of the header)
 
 Nothing is pickled. A file is checked whole before the model is touched.
 """
@@ -13,15 +13,12 @@ Nothing is pickled. A file is checked whole before the model is touched.
 import json
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,6 +26,7 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
 from .given import model_in
+from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, opened, read_header, seal
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -38,76 +36,8 @@ from .passes.peft_names import is_adapter, without_adapters
 from .placing import assign, device_of, owner_of, put_plain, put_quantized
 from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
+from .replacing import replacing
 from .summary import tell_to_compile, title
-
-FORMAT = "svdq-compile"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """One quantized weight in a file.
-
-    weight      the Parameter's name in the model; name: its module's
-    shared      the weight under whose name the input's tensors are stored
-    dtype       of the 16-bit weight it stands for, as in "bfloat16"
-    """
-
-    weight: str
-    name: str
-    precision: str
-    shape: tuple[int, ...]
-    dtype: str
-    rank: int
-    rank_start: int
-    shared: str
-    shift: float
-    has_offset: bool
-    error: float
-    bytes_before: int
-    bytes_after: int
-    expanded: bool = False  # as in PackedLinear
-
-    def own_names(self) -> dict[str, str]:
-        """Field -> tensor name, of the tensors that no other layer uses."""
-        fields = (*FORMATS[self.precision].fields, "up", *(("offset",) if self.has_offset else ()))
-        return {field: f"{self.weight}.{field}" for field in fields}
-
-    def shared_names(self) -> tuple[str, str]:
-        """The tensor names of smooth and down."""
-        return f"{self.shared}.smooth", f"{self.shared}.down"
-
-    def names(self) -> set[str]:
-        """All tensor names the layer is made from."""
-        return {*self.own_names().values(), *self.shared_names()}
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, read without loading a tensor."""
-
-    version: int
-    model_class: str
-    config: dict[str, Any]
-    layers: list[LayerEntry]
-    others: dict[str, str]
-    tied: dict[str, str]
-    calibrated: dict[str, bool | None]
-    checksums: dict[str, int]
-    nbytes: int
-
-    @property
-    def calibration(self) -> str:
-        """What the layers were quantized by."""
-        kinds = Counter(self.calibrated.get(entry.weight) for entry in self.layers)
-        told = {
-            True: "calibrated, on inputs that were observed",
-            False: "by the weights alone",
-            None: "unknown: the file does not say",
-        }
-        if len(kinds) == 1:
-            return told[next(iter(kinds))]
-        return "; ".join(f"{kinds[kind]} layers {text}" for kind, text in told.items() if kind in kinds)
 
 
 def save(
@@ -131,12 +61,14 @@ def save(
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
     tensors, metadata = _contents(model, None if config is None else Config.of(config))
+    metadata["digest"] = UNSEALED
     with replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
         host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
         metadata["checksums"] = json.dumps({n: _checksum(t) for n, t in host.items()})
         save_file(host, temporary, metadata)
+        seal(temporary)
 
 
 def serve_libraries() -> None:
@@ -220,75 +152,6 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, whole, at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_header(path: str | os.PathLike) -> Header:
-    """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
-    path = _file_of(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        tensors = set(file.keys())
-    if metadata.get("format") != FORMAT:
-        raise FileRefused(
-            path,
-            "this is a safetensors file, but svdq_compile.save did not write it; load 16-bit weights into the model "
-            "as ever, then give it to svdq_compile.quantize",
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit():
-        raise FileRefused(path, f"its format version is {version!r}, which is no number")
-    if int(version) > VERSION:
-        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
-    try:
-        entries = [LayerEntry(**{**e, "shape": tuple(e["shape"])}) for e in json.loads(metadata["layers"])]
-        header = Header(
-            version=int(version),
-            model_class=metadata["model_class"],
-            config=json.loads(metadata["config"]),
-            layers=entries,
-            others=json.loads(metadata["others"]),
-            tied=json.loads(metadata["tied"]),
-            calibrated=dict(json.loads(metadata.get("calibrated", "{}"))),
-            checksums=json.loads(metadata["checksums"]),
-            nbytes=Path(path).stat().st_size,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileRefused(path, f"its metadata is damaged ({error!r})") from error
-    for name in header.checksums.keys() ^ tensors:
-        raise FileRefused(path, f"tensor {name} is {'missing' if name not in tensors else 'not in its metadata'}")
-    return header
-
-
-def _file_of(path: str | os.PathLike) -> str | os.PathLike:
-    """A file itself, or the one that `save_pretrained` has put into a folder."""
-    inside = Path(path) / FILE_NAME
-    return inside if inside.is_file() else path
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Any]:
-    if Path(path).is_dir():
-        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
-
-
 def load(
     model: nn.Module, path: str | os.PathLike, device: torch.device | None = None, *, progress: bool = True
 ) -> None:
@@ -300,15 +163,22 @@ def load(
     No 16-bit form of a quantized weight is made anywhere. Raises FileNotFoundError, and FileRefused, naming the tensor:
     before the model is changed.
     """
-    path = _file_of(path)
+    path = file_of(path)
     serve_libraries()
+    before = _state_of(path)
     header = read_header(path)
     _check_fit(model, header, path)
     target = device_of(model) if device is None else device
-    with _opened(path) as file:
+    with opened(path) as file:
+        found: dict[str, Tensor] = {}  # without their values
         for name in steps(header.checksums, f"checking {path}", progress):
-            if _checksum(file.get_tensor(name)) != header.checksums[name]:
+            tensor = file.get_tensor(name)
+            if _checksum(tensor) != header.checksums[name]:
                 raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
+            found[name] = torch.empty_like(tensor, device="meta")
+        _check_shapes(model, header, found, path)
+        if _state_of(path) != before:
+            raise FileRefused(path, "it was written to while it was read: load it again")
         shared: dict[str, SharedInput] = {}
         for entry in steps(header.layers, f"loading {path}", progress):
             tensors = {field: file.get_tensor(name).to(target) for field, name in entry.own_names().items()}
@@ -346,6 +216,24 @@ def load(
     decisions.place(model)
     model.eval()  # a model that was made on the meta device is in training mode
     tell_to_compile(model, progress)
+
+
+def _state_of(path: str | os.PathLike) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    state = os.stat(path) if os.path.exists(path) else None
+    return (state.st_ino, state.st_size, state.st_mtime_ns) if state else ()
+
+
+def _check_shapes(model: nn.Module, header: Header, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """The digest has found damage already: this is for files that have none, or were made by somebody else."""
+    for entry in header.layers:
+        check_layout(entry, found, path)
+    own = dict(without_adapters((*model.named_parameters(remove_duplicate=False), *model.named_buffers())))
+    for name in header.checksums.keys() - _quantized_names(header):
+        if found[name].shape != own[name].shape:
+            raise FileRefused(
+                path, f"{name} is {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            )
 
 
 def _quantized_names(header: Header) -> set[str]:

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import FORMAT
 from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
+from .header import FORMAT
 from .nunchaku_file import is_nunchaku
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads

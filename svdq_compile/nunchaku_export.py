@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import check_order, replacing
+from .checkpoint import check_order
 from .errors import NothingToQuantize, OptionError
 from .given import model_in
 from .kernels.formats import FORMATS
@@ -41,6 +41,7 @@ from .passes.activations import GELU_SHIFT
 from .passes.peft_names import is_adapter, without_adapters
 from .placing import owner_of
 from .progress import say, steps
+from .replacing import replacing
 from .summary import title
 
 W4A4_FORMATS = ("int4", "nvfp4")

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 import svdq_compile as svdq
 import zoo
-from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused
+from svdq_compile.header import read_header
 from svdq_compile.layers import layers
 from svdq_compile.model_files import open_source, skeleton
 

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 import svdq_compile as svdq
 from conftest import Net, inputs, logged, net, quiet, relative_error
-from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
 from svdq_compile.errors import (
     ExportRefused,
@@ -36,6 +35,7 @@ from svdq_compile.errors import (
     UnsupportedDevice,
     WeightsReleased,
 )
+from svdq_compile.header import read_header
 from zoo import make
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
