@@ -26,7 +26,7 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
 from .given import model_in
-from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, opened, read_header, seal
+from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, read_header, seal
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -36,8 +36,11 @@ from .passes.peft_names import is_adapter, without_adapters
 from .placing import assign, device_of, owner_of, put_plain, put_quantized
 from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
+from .reading import TensorFile, opened, unchanged
 from .replacing import replacing
 from .summary import tell_to_compile, title
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def save(
@@ -165,46 +168,27 @@ def load(
     """
     path = file_of(path)
     serve_libraries()
-    before = _state_of(path)
-    header = read_header(path)
-    _check_fit(model, header, path)
     target = device_of(model) if device is None else device
-    with opened(path) as file:
-        found: dict[str, Tensor] = {}  # without their values
-        for name in steps(header.checksums, f"checking {path}", progress):
-            tensor = file.get_tensor(name)
-            if _checksum(tensor) != header.checksums[name]:
-                raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
-            found[name] = torch.empty_like(tensor, device="meta")
-        _check_shapes(model, header, found, path)
-        if _state_of(path) != before:
-            raise FileRefused(path, "it was written to while it was read: load it again")
-        shared: dict[str, SharedInput] = {}
-        for entry in steps(header.layers, f"loading {path}", progress):
-            tensors = {field: file.get_tensor(name).to(target) for field, name in entry.own_names().items()}
-            if entry.shared not in shared:
-                smooth, down = (file.get_tensor(name).to(target) for name in entry.shared_names())
-                shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
-            plain = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
-            weight = in_device_order(entry.precision, plain)
-            packed = PackedLinear(
-                shared[entry.shared],
-                weight,
-                tensors["up"],
-                entry.rank_start,
-                tensors.get("offset"),
-                expanded=entry.expanded,
-            )
-            put_quantized(
-                model,
-                entry.weight,
-                packed,
-                getattr(torch, entry.dtype),
-                error=entry.error,
-                calibrated=header.calibrated.get(entry.weight),
-            )
-        for name in header.checksums.keys() - _quantized_names(header):
-            put_plain(model, name, file.get_tensor(name).to(target))
+    with unchanged(path, [path]):
+        header = read_header(path)
+        _check_fit(model, header, path)
+        with opened(path) as file:
+            names = steps(header.checksums, f"loading {path}", progress)
+            tensors = {name: _intact(file, name, header.checksums[name]).to(target) for name in names}
+        _check_tensors(model, header, tensors, path)
+    packs = _packs(header, tensors)
+    # Everything has been read: nothing can be refused any more.
+    for entry, packed in packs:
+        put_quantized(
+            model,
+            entry.weight,
+            packed,
+            getattr(torch, entry.dtype),
+            error=entry.error,
+            calibrated=header.calibrated.get(entry.weight),
+        )
+    for name, tensor in tensors.items():
+        put_plain(model, name, tensor)
     for name, buffer in list(without_adapters(model.named_buffers())):
         put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
@@ -218,22 +202,48 @@ def load(
     tell_to_compile(model, progress)
 
 
-def _state_of(path: str | os.PathLike) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
-    state = os.stat(path) if os.path.exists(path) else None
-    return (state.st_ino, state.st_size, state.st_mtime_ns) if state else ()
+def _intact(file: TensorFile, name: str, checksum: int) -> Tensor:
+    """A tensor as it was saved. Raises FileRefused."""
+    tensor = file.get(name)
+    if _checksum(tensor) != checksum:
+        raise FileRefused(file.path, f"tensor {name} is damaged: its checksum differs")
+    return tensor
 
 
-def _check_shapes(model: nn.Module, header: Header, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """The digest has found damage already: this is for files that have none, or were made by somebody else."""
+def _packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, PackedLinear]]:
+    """The quantized weights; their tensors are taken out."""
+    shared: dict[str, SharedInput] = {}
+    packs = []
     for entry in header.layers:
-        check_layout(entry, found, path)
+        if entry.shared not in shared:
+            smooth, down = (tensors.pop(name) for name in entry.shared_names())
+            shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
+        own = {field: tensors.pop(name) for field, name in entry.own_names().items()}
+        weight = in_device_order(entry.precision, tuple(own[field] for field in FORMATS[entry.precision].fields))
+        packed = PackedLinear(
+            shared[entry.shared], weight, own["up"], entry.rank_start, own.get("offset"), expanded=entry.expanded
+        )
+        packs.append((entry, packed))
+    return packs
+
+
+def _check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """That shapes and dtypes are right. The digest knows of damage already; files of version 1 have none."""
+    inputs: dict[str, LayerEntry] = {}
+    for entry in header.layers:
+        check_layout(entry, tensors, path)
+        other = inputs.setdefault(entry.shared, entry)
+        if (other.precision, other.shift) != (entry.precision, entry.shift):
+            raise FileRefused(path, f"{entry.weight} and {other.weight} share an input, and quantize it differently")
+    dtypes = {getattr(torch, entry.dtype) for entry in header.layers}
     own = dict(without_adapters((*model.named_parameters(remove_duplicate=False), *model.named_buffers())))
-    for name in header.checksums.keys() - _quantized_names(header):
-        if found[name].shape != own[name].shape:
-            raise FileRefused(
-                path, f"{name} is {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-            )
+    for name in tensors.keys() - _quantized_names(header):
+        here, there = tensors[name], own[name]
+        if here.shape != there.shape:
+            raise FileRefused(path, f"{name} is {tuple(here.shape)} in the file, {tuple(there.shape)} in the model")
+        is_other_half = here.dtype in _HALVES and here.dtype not in dtypes | {there.dtype}
+        if here.is_floating_point() != there.is_floating_point() or is_other_half:
+            raise FileRefused(path, f"{name} is {here.dtype} in the file, {there.dtype} in the model")
 
 
 def _quantized_names(header: Header) -> set[str]:
@@ -242,21 +252,25 @@ def _quantized_names(header: Header) -> set[str]:
 
 def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
     """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    state: dict[str, Tensor] = dict(without_adapters(named))
+    parameters: dict[str, Tensor] = dict(without_adapters(model.named_parameters(remove_duplicate=False)))
+    state = parameters | dict(without_adapters(model.named_buffers()))
     hint = f"the file is of a {header.model_class}, the model a {type(model).__name__}"
     if header.model_class == type(model).__name__:
         hint += "; before it was saved that was changed, or made of another configuration: do the same first, such as "
         hint += "fuse_qkv_projections, or loading an IP-Adapter"
     entries = {entry.weight: entry for entry in header.layers}
+    if len(entries) < len(header.layers):
+        raise FileRefused(path, "its metadata is damaged: layers has one weight twice")
     for name, entry in entries.items():
-        if name not in state:
+        if name not in parameters:
             raise FileRefused(path, f"the model has no weight {name} ({hint})")
-        if tuple(state[name].shape) != entry.shape:
-            raise FileRefused(
-                path, f"{name} is {entry.shape} in the file, {tuple(state[name].shape)} in the model ({hint})"
-            )
-        if entry.precision not in FORMATS or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
+        shape = tuple(parameters[name].shape)
+        if shape != entry.shape:
+            raise FileRefused(path, f"{name} is {entry.shape} in the file, {shape} in the model ({hint})")
+        if len(shape) < 2:
+            raise FileRefused(path, f"{name} is quantized in the file, and no matrix: it has the shape {shape}")
+        dtype = getattr(torch, entry.dtype, None)
+        if entry.precision not in FORMATS or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FileRefused(path, f"{name} is {entry.precision!r} of {entry.dtype!r}, unknown to this version")
         for tensor in entry.names() - header.checksums.keys():
             raise FileRefused(path, f"tensor {tensor} is missing")
@@ -270,3 +284,8 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
         raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
     for name in header.checksums.keys() - _quantized_names(header) - state.keys():
         raise FileRefused(path, f"the model has no tensor {name} ({hint})")
+    for alias, name in header.tied.items():
+        if alias not in parameters or name not in parameters:
+            raise FileRefused(path, f"the model has not both {alias} and {name}, which are one in the file ({hint})")
+        if name not in entries and name not in header.checksums:
+            raise FileRefused(path, f"tensor {name} is missing, which {alias} is too")

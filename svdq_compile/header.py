@@ -10,21 +10,20 @@ layers are held against what the format makes of such a weight.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import FileRefused
 from .kernels.formats import FORMATS
 from .lowering.packed import as_matrix
 from .pretrained import FILE_NAME
+from .reading import opened
 
 FORMAT = "svdq-compile"
 VERSION = 2
@@ -51,7 +50,7 @@ class LayerEntry:
     shared: str
     shift: float
     has_offset: bool
-    error: float | None
+    error: float
     bytes_before: int
     bytes_after: int
     expanded: bool = False  # as in PackedLinear
@@ -104,8 +103,7 @@ def read_header(path: str | os.PathLike) -> Header:
     """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
     path = file_of(path)
     with opened(path) as file:
-        metadata = file.metadata() or {}
-        tensors = set(file.keys())
+        metadata, tensors = file.metadata, file.dtypes.keys()
     if metadata.get("format") != FORMAT:
         raise FileRefused(
             path,
@@ -126,7 +124,7 @@ def read_header(path: str | os.PathLike) -> Header:
         layers=_parsed(path, metadata, "layers"),
         others=_parsed(path, metadata, "others"),
         tied=_parsed(path, metadata, "tied"),
-        calibrated=_parsed(path, metadata | {"calibrated": metadata.get("calibrated", "{}")}, "calibrated"),
+        calibrated=_parsed(path, {"calibrated": "{}", **metadata}, "calibrated"),
         checksums=_parsed(path, metadata, "checksums"),
         nbytes=Path(path).stat().st_size,
     )
@@ -185,46 +183,38 @@ def _raw(path: str | os.PathLike) -> bytes:
 
 
 def file_of(path: str | os.PathLike) -> str | os.PathLike:
-    """A file itself, or the one that `save_pretrained` has put into a folder."""
+    """A file itself, or the one that `save_pretrained` has put into a folder. Raises FileRefused."""
     inside = Path(path) / FILE_NAME
-    return inside if inside.is_file() else path
-
-
-@contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Any]:
-    """A safetensors file. Raises FileNotFoundError, FileRefused."""
-    if Path(path).is_dir():
+    if Path(path).is_dir() and not inside.is_file():
         raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
+    return inside if inside.is_file() else path
 
 
 def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """That a layer's tensors are of the shapes and dtypes that its format makes of such a weight. Raises FileRefused.
 
-    found  tensors by name, whose values are not read
+    found  tensors by name
     """
     n, k = as_matrix(torch.empty(entry.shape, device="meta")).shape
     codes = FORMATS[entry.precision].quantize_weight(torch.empty(n, k, device="meta"), None)
     own, (smooth, down) = entry.own_names(), entry.shared_names()
-    wanted = {own[field]: code.shape for field, code in zip(FORMATS[entry.precision].fields, codes, strict=True)}
+    branch = found[own["up"]].dtype
+    wanted = {smooth: ((k,), torch.float32), own["up"]: ((n, entry.rank), branch)}
+    wanted |= {own["offset"]: ((n,), torch.float32)} if entry.has_offset else {}
     for field, code in zip(FORMATS[entry.precision].fields, codes, strict=True):
-        got = found[own[field]]
-        if code.dim() == 0 and got.dim() == 2:  # files from elsewhere may have one for each row or group
-            wanted[own[field]] = got.shape
-        half = code.dtype.itemsize == got.dtype.itemsize == 2 and got.is_floating_point()
-        if got.dtype != code.dtype and not half:
-            raise FileRefused(path, f"tensor {own[field]} is {got.dtype}, where {code.dtype} is wanted")
-    wanted |= {own["up"]: torch.Size((n, entry.rank)), smooth: torch.Size((k,))}
-    wanted |= {own["offset"]: torch.Size((n,))} if entry.has_offset else {}
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
-            raise FileRefused(path, f"tensor {name} is {tuple(found[name].shape)}, where {tuple(shape)} is wanted")
-    rows = found[down].shape
+        shape, got = tuple(code.shape), found[own[field]]
+        if not shape and got.dim() == 2:  # nvfp4 from elsewhere: a scale for each row, or for each row and group
+            shape = tuple(size if size == 1 else whole for size, whole in zip(got.shape, codes[1].shape, strict=True))
+        is_half = code.dtype.itemsize == got.dtype.itemsize == 2 and got.is_floating_point()
+        wanted[own[field]] = shape, got.dtype if is_half else code.dtype
+    for name, (shape, dtype) in wanted.items():
+        got = found[name]
+        if tuple(got.shape) != shape:
+            raise FileRefused(path, f"tensor {name} is {tuple(got.shape)}, where {shape} is wanted")
+        if got.dtype != dtype:
+            raise FileRefused(path, f"tensor {name} is {got.dtype}, where {dtype} is wanted")
+    rows = tuple(found[down].shape)
     if len(rows) != 2 or rows[1] != k or not 0 <= entry.rank_start <= rows[0] - entry.rank:
-        raise FileRefused(path, f"tensor {down} is {tuple(rows)}, which {entry.weight} cannot use")
+        raise FileRefused(path, f"tensor {down} is {rows}, which {entry.weight} cannot use")
+    if found[down].dtype != branch or not branch.is_floating_point:
+        raise FileRefused(path, f"tensor {down} is {found[down].dtype}, and {own['up']} {branch}: they go together")

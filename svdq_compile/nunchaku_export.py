@@ -132,7 +132,8 @@ def _write_lite(model: nn.Module, folder: Path, progress: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / LITE_FILE) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _tell(model, folder, content, dtype, progress)
 
 

@@ -5,6 +5,8 @@ writes holds a lock on that folder, which the system opens when the process ends
 behind by a process that was killed, and the next who writes the same file removes it.
 """
 
+import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -31,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     try:
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, "it is no file")
         _remove_leftovers(target)
         with ExitStack() as held:
             folder = _folder_beside(target, held)
@@ -40,7 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             _place(temporary, target, mode)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+        told = f"cannot write {path}: {error.strerror or error}"
+        raise (type(error)(error.errno, told) if error.errno else OSError(told)) from error
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -48,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def _folder_beside(target: Path, held: ExitStack) -> Path:
     """A new folder, locked as long as this process writes into it."""
     while True:
-        folder = Path(tempfile.mkdtemp(ENDING, f".{target.name}.", target.parent))
+        folder = Path(tempfile.mkdtemp(ENDING, _beginning(target), target.parent))
         with suppress(BlockingIOError, FileNotFoundError):  # before it is locked, others may take it for a leftover
             held.enter_context(_lock(folder))
             if folder.exists():
@@ -104,12 +109,12 @@ def _mode(target: Path, probe: Path) -> int:
 
 
 def _remove_leftovers(target: Path) -> None:
-    for folder in target.parent.glob(f".{_literal(target.name)}.*{ENDING}"):
+    for folder in target.parent.glob(f"{glob.escape(_beginning(target))}*{ENDING}"):
         with suppress(OSError), _lock(folder) as is_left:  # or somebody writes there, or has removed it in between
             if is_left:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _literal(name: str) -> str:
-    """A name for glob to take as it is."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _beginning(target: Path) -> str:
+    """Of the folder's name. A file's name may be as long as the system allows, and more is added here."""
+    return f".{target.name[:40]}."
