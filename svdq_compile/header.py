@@ -196,17 +196,19 @@ def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.
     found  tensors by name
     """
     n, k = as_matrix(torch.empty(entry.shape, device="meta")).shape
-    codes = FORMATS[entry.precision].quantize_weight(torch.empty(n, k, device="meta"), None)
     own, (smooth, down) = entry.own_names(), entry.shared_names()
     branch = found[own["up"]].dtype
     wanted = {smooth: ((k,), torch.float32), own["up"]: ((n, entry.rank), branch)}
     wanted |= {own["offset"]: ((n,), torch.float32)} if entry.has_offset else {}
-    for field, code in zip(FORMATS[entry.precision].fields, codes, strict=True):
-        shape, got = tuple(code.shape), found[own[field]]
-        if not shape and got.dim() == 2:  # nvfp4 from elsewhere: a scale for each row, or for each row and group
-            shape = tuple(size if size == 1 else whole for size, whole in zip(got.shape, codes[1].shape, strict=True))
-        is_half = code.dtype.itemsize == got.dtype.itemsize == 2 and got.is_floating_point()
-        wanted[own[field]] = shape, got.dtype if is_half else code.dtype
+    codes = _codes(entry.precision, k)
+    for field, (columns, dtype) in zip(FORMATS[entry.precision].fields, codes, strict=True):
+        got = found[own[field]]
+        shape = () if columns is None else (n, *columns)
+        if columns is None and got.dim() == 2:  # nvfp4 from elsewhere: a scale for each row, or for each row and group
+            groups = codes[1][0] or ()
+            shape = tuple(size if size == 1 else whole for size, whole in zip(got.shape, (n, *groups), strict=True))
+        is_half = dtype.itemsize == got.dtype.itemsize == 2 and got.is_floating_point()
+        wanted[own[field]] = shape, got.dtype if is_half else dtype
     for name, (shape, dtype) in wanted.items():
         got = found[name]
         if tuple(got.shape) != shape:
@@ -218,3 +220,10 @@ def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.
         raise FileRefused(path, f"tensor {down} is {rows}, which {entry.weight} cannot use")
     if found[down].dtype != branch or not branch.is_floating_point:
         raise FileRefused(path, f"tensor {down} is {found[down].dtype}, and {own['up']} {branch}: they go together")
+
+
+@cache
+def _codes(precision: str, k: int) -> list[tuple[tuple[int, ...] | None, torch.dtype]]:
+    """Of each of a format's tensors, the shape behind its rows (None: it has none) and the dtype."""
+    codes = FORMATS[precision].quantize_weight(torch.zeros(1, k), None)  # a meta tensor would bring Dynamo in: seconds
+    return [(tuple(code.shape[1:]) if code.dim() else None, code.dtype) for code in codes]
