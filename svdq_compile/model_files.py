@@ -94,7 +94,7 @@ def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype)
     try:
         with torch.device("meta"):
             model = kind.from_config(config).eval()
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged one gives rise to any
         raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
     kept = set(kind._keep_in_fp32_modules or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -165,7 +165,16 @@ def _load_model(path: Path) -> nn.Module:
     if not (path / "config.json").is_file():
         raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
     kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
-    return kind.from_pretrained(path, dtype=_dtype(path), local_files_only=True)
+    dtype = _dtype(path)
+    try:
+        model, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # damaged configurations and indices give rise to any
+        raise FileRefused(path, f"diffusers makes no {kind.__name__} of it ({error})") from error
+    for name in found["missing_keys"]:  # diffusers would leave random values there
+        raise FileRefused(path, f"tensor {name} is missing, which a {kind.__name__} of its config.json has")
+    for name in found["unexpected_keys"]:
+        raise FileRefused(path, f"a {kind.__name__} of its config.json has no tensor {name}")
+    return model
 
 
 def _model_class(path: Path, name: Any) -> Any:
