@@ -33,7 +33,7 @@ from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 from .parameter import QuantizedWeight
 from .passes.peft_names import is_adapter, without_adapters
-from .placing import assign, device_of, owner_of, put_plain, put_quantized
+from .placing import assign, device_of, own_buffers, owner_of, put_plain, put_quantized
 from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
 from .reading import TensorFile, opened, unchanged
@@ -55,7 +55,7 @@ def save(
     config  to be noted in the file: a Config or a dict of options
 
     Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
-    weight of the model is quantized: before anything is written.
+    weight of the model is quantized: before anything is written. OSError, which names the path, if it cannot be.
     """
     check_order(model, path, "save")
     model = model_in(model, "save")
@@ -274,13 +274,7 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
             raise FileRefused(path, f"{name} is {entry.precision!r} of {entry.dtype!r}, unknown to this version")
         for tensor in entry.names() - header.checksums.keys():
             raise FileRefused(path, f"tensor {tensor} is missing")
-    temporary = {
-        f"{prefix}.{buffer}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-        if not module.get_buffer(buffer).is_meta
-    }
-    for name in state.keys() - entries.keys() - header.checksums.keys() - header.tied.keys() - temporary:
+    for name in state.keys() - entries.keys() - header.checksums.keys() - header.tied.keys() - own_buffers(model):
         raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
     for name in header.checksums.keys() - _quantized_names(header) - state.keys():
         raise FileRefused(path, f"the model has no tensor {name} ({hint})")

@@ -20,7 +20,7 @@ from .nunchaku_keys import W4A4, W4A16, Rule
 from .nunchaku_layout import TILE, deinterleave, unpack_vector
 from .nunchaku_linear import AWQ_GROUP, RANK_STEP, Linear, Packed, join_columns, own_rows, pack, read
 from .passes.peft_names import is_adapter, without_adapters
-from .placing import device_of, owner_of, put_plain, put_quantized
+from .placing import device_of, own_buffers, owner_of, put_plain, put_quantized
 from .progress import say, steps
 from .summary import tell_to_compile, title
 
@@ -148,13 +148,7 @@ def _planned(file: NunchakuFile, model: nn.Module) -> _Plan:
                 held.add(f"{part}.bias")
     for tensor in file.plain:
         _place_plain(file, state, plan, tensor, held, hint)
-    temporary = {
-        f"{prefix}.{buffer}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-        if not module.get_buffer(buffer).is_meta
-    }
-    for name in state.keys() - held - plan.plain.keys() - temporary:
+    for name in state.keys() - held - plan.plain.keys() - own_buffers(model):
         raise file.refuse(f"tensor {name} of the model is missing ({hint})")
     return plan
 

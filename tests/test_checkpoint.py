@@ -228,6 +228,7 @@ def test_buffers_that_are_never_saved_may_be_missing(tmp_path: Path) -> None:
     _, file = saved(tmp_path)
     model = net(seed=3, dtype=torch.bfloat16)
     model.register_buffer("positions", torch.arange(4.0), persistent=False)
+    model.register_buffer("made_later", None, persistent=False)
     svdq.load(model, file, progress=False)
     assert torch.equal(model.positions, torch.arange(4.0))
     model = on_meta()
