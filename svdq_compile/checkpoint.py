@@ -283,3 +283,5 @@ def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> Non
             raise FileRefused(path, f"the model has not both {alias} and {name}, which are one in the file ({hint})")
         if name not in entries and name not in header.checksums:
             raise FileRefused(path, f"tensor {name} is missing, which {alias} is too")
+        if alias in entries or alias in header.checksums or parameters[alias].shape != parameters[name].shape:
+            raise FileRefused(path, f"{alias} and {name} are one in the file, and cannot be one")

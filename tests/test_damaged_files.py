@@ -250,6 +250,17 @@ def twice(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     metadata["layers"] = json.dumps([layers[0], *layers])
 
 
+def tie(alias: str, name: str) -> Change:
+    """Let a tensor be stored as another one."""
+
+    def apply(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        del tensors[alias]
+        metadata["checksums"] = json.dumps({n: c for n, c in json.loads(metadata["checksums"]).items() if n != alias})
+        metadata["tied"] = json.dumps({alias: name})
+
+    return apply
+
+
 def other_shift(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     layers = json.loads(metadata["layers"])
     assert layers[1]["shared"] == layers[2]["shared"]
@@ -314,6 +325,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "tied to what is not there": (metadata_with(tied='{"embed.weight": "nowhere"}'), "has not both"),
     "tied to a module": (metadata_with(tied='{"embed.weight": "embed"}'), "has not both"),
+    "tied to another shape": (tie("embed.weight", FIRST), "cannot be one"),
+    "tied, and there itself": (metadata_with(tied=f'{{"blocks.1.modulate.weight": "{FIRST}"}}'), "cannot be one"),
+    "tied to what is tied": (tie("blocks.0.up.bias", "blocks.0.up.bias"), "is missing"),
     "a stranger that is tied": (metadata_with(tied='{"nowhere": "embed.weight"}'), "has not both"),
     "a bias of another shape": (tensor("blocks.0.modulate.bias", lambda t: t[:-1]), "in the model"),
 }
