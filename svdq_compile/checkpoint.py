@@ -5,7 +5,7 @@
                 everything else                          under the model's own names, buffers included
     metadata    format, format_version, and as JSON: model_class, config, layers (one entry a quantized weight), others
                 (why each remaining linear is 16-bit), tied (alias -> name), calibrated (weight -> whether its inputs
-                were observed; older files have none), checksums (CRC-32 of each tensor)
+                were observed; older files have none), checksums (CRC-32 of each tensor); and digest (of the header)
 
 Nothing is pickled. A file is checked whole before the model is touched.
 """
@@ -13,15 +13,12 @@ Nothing is pickled. A file is checked whole before the model is touched.
 import json
 import os
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,85 +26,21 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
 from .given import model_in
+from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, read_header, seal
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 from .parameter import QuantizedWeight
 from .passes.peft_names import is_adapter, without_adapters
-from .placing import assign, device_of, owner_of, put_plain, put_quantized
+from .placing import assign, device_of, own_buffers, owner_of, put_plain, put_quantized
 from .pretrained import FILE_NAME, serve_save_pretrained
 from .progress import steps
+from .reading import TensorFile, opened, unchanged
+from .replacing import replacing
 from .summary import tell_to_compile, title
 
-FORMAT = "svdq-compile"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerEntry:
-    """One quantized weight in a file.
-
-    weight      the Parameter's name in the model; name: its module's
-    shared      the weight under whose name the input's tensors are stored
-    dtype       of the 16-bit weight it stands for, as in "bfloat16"
-    """
-
-    weight: str
-    name: str
-    precision: str
-    shape: tuple[int, ...]
-    dtype: str
-    rank: int
-    rank_start: int
-    shared: str
-    shift: float
-    has_offset: bool
-    error: float
-    bytes_before: int
-    bytes_after: int
-    expanded: bool = False  # as in PackedLinear
-
-    def own_names(self) -> dict[str, str]:
-        """Field -> tensor name, of the tensors that no other layer uses."""
-        fields = (*FORMATS[self.precision].fields, "up", *(("offset",) if self.has_offset else ()))
-        return {field: f"{self.weight}.{field}" for field in fields}
-
-    def shared_names(self) -> tuple[str, str]:
-        """The tensor names of smooth and down."""
-        return f"{self.shared}.smooth", f"{self.shared}.down"
-
-    def names(self) -> set[str]:
-        """All tensor names the layer is made from."""
-        return {*self.own_names().values(), *self.shared_names()}
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, read without loading a tensor."""
-
-    version: int
-    model_class: str
-    config: dict[str, Any]
-    layers: list[LayerEntry]
-    others: dict[str, str]
-    tied: dict[str, str]
-    calibrated: dict[str, bool | None]
-    checksums: dict[str, int]
-    nbytes: int
-
-    @property
-    def calibration(self) -> str:
-        """What the layers were quantized by."""
-        kinds = Counter(self.calibrated.get(entry.weight) for entry in self.layers)
-        told = {
-            True: "calibrated, on inputs that were observed",
-            False: "by the weights alone",
-            None: "unknown: the file does not say",
-        }
-        if len(kinds) == 1:
-            return told[next(iter(kinds))]
-        return "; ".join(f"{kinds[kind]} layers {text}" for kind, text in told.items() if kind in kinds)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def save(
@@ -122,7 +55,7 @@ def save(
     config  to be noted in the file: a Config or a dict of options
 
     Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
-    weight of the model is quantized: before anything is written.
+    weight of the model is quantized: before anything is written. OSError, which names the path, if it cannot be.
     """
     check_order(model, path, "save")
     model = model_in(model, "save")
@@ -131,12 +64,14 @@ def save(
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
     tensors, metadata = _contents(model, None if config is None else Config.of(config))
+    metadata["digest"] = UNSEALED
     with replacing(Path(path)) as temporary:
         host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
         # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
         host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
         metadata["checksums"] = json.dumps({n: _checksum(t) for n, t in host.items()})
         save_file(host, temporary, metadata)
+        seal(temporary)
 
 
 def serve_libraries() -> None:
@@ -220,75 +155,6 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, whole, at the end."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_header(path: str | os.PathLike) -> Header:
-    """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
-    path = _file_of(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        tensors = set(file.keys())
-    if metadata.get("format") != FORMAT:
-        raise FileRefused(
-            path,
-            "this is a safetensors file, but svdq_compile.save did not write it; load 16-bit weights into the model "
-            "as ever, then give it to svdq_compile.quantize",
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit():
-        raise FileRefused(path, f"its format version is {version!r}, which is no number")
-    if int(version) > VERSION:
-        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
-    try:
-        entries = [LayerEntry(**{**e, "shape": tuple(e["shape"])}) for e in json.loads(metadata["layers"])]
-        header = Header(
-            version=int(version),
-            model_class=metadata["model_class"],
-            config=json.loads(metadata["config"]),
-            layers=entries,
-            others=json.loads(metadata["others"]),
-            tied=json.loads(metadata["tied"]),
-            calibrated=dict(json.loads(metadata.get("calibrated", "{}"))),
-            checksums=json.loads(metadata["checksums"]),
-            nbytes=Path(path).stat().st_size,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileRefused(path, f"its metadata is damaged ({error!r})") from error
-    for name in header.checksums.keys() ^ tensors:
-        raise FileRefused(path, f"tensor {name} is {'missing' if name not in tensors else 'not in its metadata'}")
-    return header
-
-
-def _file_of(path: str | os.PathLike) -> str | os.PathLike:
-    """A file itself, or the one that `save_pretrained` has put into a folder."""
-    inside = Path(path) / FILE_NAME
-    return inside if inside.is_file() else path
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Any]:
-    if Path(path).is_dir():
-        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
-
-
 def load(
     model: nn.Module, path: str | os.PathLike, device: torch.device | None = None, *, progress: bool = True
 ) -> None:
@@ -300,41 +166,29 @@ def load(
     No 16-bit form of a quantized weight is made anywhere. Raises FileNotFoundError, and FileRefused, naming the tensor:
     before the model is changed.
     """
-    path = _file_of(path)
+    path = file_of(path)
     serve_libraries()
-    header = read_header(path)
-    _check_fit(model, header, path)
     target = device_of(model) if device is None else device
-    with _opened(path) as file:
-        for name in steps(header.checksums, f"checking {path}", progress):
-            if _checksum(file.get_tensor(name)) != header.checksums[name]:
-                raise FileRefused(path, f"tensor {name} is damaged: its checksum differs")
-        shared: dict[str, SharedInput] = {}
-        for entry in steps(header.layers, f"loading {path}", progress):
-            tensors = {field: file.get_tensor(name).to(target) for field, name in entry.own_names().items()}
-            if entry.shared not in shared:
-                smooth, down = (file.get_tensor(name).to(target) for name in entry.shared_names())
-                shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
-            plain = tuple(tensors[field] for field in FORMATS[entry.precision].fields)
-            weight = in_device_order(entry.precision, plain)
-            packed = PackedLinear(
-                shared[entry.shared],
-                weight,
-                tensors["up"],
-                entry.rank_start,
-                tensors.get("offset"),
-                expanded=entry.expanded,
-            )
-            put_quantized(
-                model,
-                entry.weight,
-                packed,
-                getattr(torch, entry.dtype),
-                error=entry.error,
-                calibrated=header.calibrated.get(entry.weight),
-            )
-        for name in header.checksums.keys() - _quantized_names(header):
-            put_plain(model, name, file.get_tensor(name).to(target))
+    with unchanged(path, [path]):
+        header = read_header(path)
+        _check_fit(model, header, path)
+        with opened(path) as file:
+            names = steps(header.checksums, f"loading {path}", progress)
+            tensors = {name: _intact(file, name, header.checksums[name]).to(target) for name in names}
+        _check_tensors(model, header, tensors, path)
+    packs = _packs(header, tensors)
+    # Everything has been read: nothing can be refused any more.
+    for entry, packed in packs:
+        put_quantized(
+            model,
+            entry.weight,
+            packed,
+            getattr(torch, entry.dtype),
+            error=entry.error,
+            calibrated=header.calibrated.get(entry.weight),
+        )
+    for name, tensor in tensors.items():
+        put_plain(model, name, tensor)
     for name, buffer in list(without_adapters(model.named_buffers())):
         put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
@@ -348,37 +202,86 @@ def load(
     tell_to_compile(model, progress)
 
 
+def _intact(file: TensorFile, name: str, checksum: int) -> Tensor:
+    """A tensor as it was saved. Raises FileRefused."""
+    tensor = file.get(name)
+    if _checksum(tensor) != checksum:
+        raise FileRefused(file.path, f"tensor {name} is damaged: its checksum differs")
+    return tensor
+
+
+def _packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, PackedLinear]]:
+    """The quantized weights; their tensors are taken out."""
+    shared: dict[str, SharedInput] = {}
+    packs = []
+    for entry in header.layers:
+        if entry.shared not in shared:
+            smooth, down = (tensors.pop(name) for name in entry.shared_names())
+            shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
+        own = {field: tensors.pop(name) for field, name in entry.own_names().items()}
+        weight = in_device_order(entry.precision, tuple(own[field] for field in FORMATS[entry.precision].fields))
+        packed = PackedLinear(
+            shared[entry.shared], weight, own["up"], entry.rank_start, own.get("offset"), expanded=entry.expanded
+        )
+        packs.append((entry, packed))
+    return packs
+
+
+def _check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """That shapes and dtypes are right. The digest knows of damage already; files of version 1 have none."""
+    inputs: dict[str, LayerEntry] = {}
+    for entry in header.layers:
+        check_layout(entry, tensors, path)
+        other = inputs.setdefault(entry.shared, entry)
+        if (other.precision, other.shift) != (entry.precision, entry.shift):
+            raise FileRefused(path, f"{entry.weight} and {other.weight} share an input, and quantize it differently")
+    dtypes = {getattr(torch, entry.dtype) for entry in header.layers}
+    own = dict(without_adapters((*model.named_parameters(remove_duplicate=False), *model.named_buffers())))
+    for name in tensors.keys() - _quantized_names(header):
+        here, there = tensors[name], own[name]
+        if here.shape != there.shape:
+            raise FileRefused(path, f"{name} is {tuple(here.shape)} in the file, {tuple(there.shape)} in the model")
+        is_other_half = here.dtype in _HALVES and here.dtype not in dtypes | {there.dtype}
+        if here.is_floating_point() != there.is_floating_point() or is_other_half:
+            raise FileRefused(path, f"{name} is {here.dtype} in the file, {there.dtype} in the model")
+
+
 def _quantized_names(header: Header) -> set[str]:
     return {name for entry in header.layers for name in entry.names()}
 
 
 def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
     """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    state: dict[str, Tensor] = dict(without_adapters(named))
+    parameters: dict[str, Tensor] = dict(without_adapters(model.named_parameters(remove_duplicate=False)))
+    state = parameters | dict(without_adapters(model.named_buffers()))
     hint = f"the file is of a {header.model_class}, the model a {type(model).__name__}"
     if header.model_class == type(model).__name__:
         hint += "; before it was saved that was changed, or made of another configuration: do the same first, such as "
         hint += "fuse_qkv_projections, or loading an IP-Adapter"
     entries = {entry.weight: entry for entry in header.layers}
+    if len(entries) < len(header.layers):
+        raise FileRefused(path, "its metadata is damaged: layers has one weight twice")
     for name, entry in entries.items():
-        if name not in state:
+        if name not in parameters:
             raise FileRefused(path, f"the model has no weight {name} ({hint})")
-        if tuple(state[name].shape) != entry.shape:
-            raise FileRefused(
-                path, f"{name} is {entry.shape} in the file, {tuple(state[name].shape)} in the model ({hint})"
-            )
-        if entry.precision not in FORMATS or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
+        shape = tuple(parameters[name].shape)
+        if shape != entry.shape:
+            raise FileRefused(path, f"{name} is {entry.shape} in the file, {shape} in the model ({hint})")
+        if len(shape) < 2:
+            raise FileRefused(path, f"{name} is quantized in the file, and no matrix: it has the shape {shape}")
+        dtype = getattr(torch, entry.dtype, None)
+        if entry.precision not in FORMATS or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise FileRefused(path, f"{name} is {entry.precision!r} of {entry.dtype!r}, unknown to this version")
         for tensor in entry.names() - header.checksums.keys():
             raise FileRefused(path, f"tensor {tensor} is missing")
-    temporary = {
-        f"{prefix}.{buffer}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-        if not module.get_buffer(buffer).is_meta
-    }
-    for name in state.keys() - entries.keys() - header.checksums.keys() - header.tied.keys() - temporary:
+    for name in state.keys() - entries.keys() - header.checksums.keys() - header.tied.keys() - own_buffers(model):
         raise FileRefused(path, f"tensor {name} of the model is missing ({hint})")
     for name in header.checksums.keys() - _quantized_names(header) - state.keys():
         raise FileRefused(path, f"the model has no tensor {name} ({hint})")
+    for alias, name in header.tied.items():
+        if alias not in parameters or name not in parameters:
+            raise FileRefused(path, f"the model has not both {alias} and {name}, which are one in the file ({hint})")
+        if name not in entries and name not in header.checksums:
+            raise FileRefused(path, f"tensor {name} is missing, which {alias} is too")
+        if alias in entries or alias in header.checksums or parameters[alias].shape != parameters[name].shape:
+            raise FileRefused(path, f"{alias} and {name} are one in the file, and cannot be one")

@@ -17,10 +17,10 @@ from typer.core import TyperGroup
 import svdq_compile as svdq
 
 from . import tables
-from .checkpoint import Header, LayerEntry, read_header
 from .config import PRECISIONS, Config
 from .doctor import Plan
 from .errors import OptionError, SvdqError
+from .header import Header, LayerEntry, read_header
 from .kernels.formats import FORMATS
 from .model_files import Source, empty_model, model_of_config, open_source
 from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened

@@ -5,7 +5,7 @@ A model comes in the 16-bit dtype it is stored in, and in bfloat16 if that is fl
 any more, and nobody runs 4-bit weights in float32.
 """
 
-import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import FORMAT
 from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
+from .header import FORMAT
 from .nunchaku_file import is_nunchaku
+from .reading import json_object, opened
 
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -94,7 +94,7 @@ def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype)
     try:
         with torch.device("meta"):
             model = kind.from_config(config).eval()
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged one gives rise to any
         raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
     kept = set(kind._keep_in_fp32_modules or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -165,7 +165,16 @@ def _load_model(path: Path) -> nn.Module:
     if not (path / "config.json").is_file():
         raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
     kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
-    return kind.from_pretrained(path, dtype=_dtype(path), local_files_only=True)
+    dtype = _dtype(path)
+    try:
+        model, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # damaged configurations and indices give rise to any
+        raise FileRefused(path, f"diffusers makes no {kind.__name__} of it ({error})") from error
+    for name in found["missing_keys"]:  # diffusers would leave random values there
+        raise FileRefused(path, f"tensor {name} is missing, which a {kind.__name__} of its config.json has")
+    for name in found["unexpected_keys"]:
+        raise FileRefused(path, f"a {kind.__name__} of its config.json has no tensor {name}")
+    return model
 
 
 def _model_class(path: Path, name: Any) -> Any:
@@ -188,13 +197,7 @@ def _diffusers() -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileRefused(path, f"not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FileRefused(path, "not a JSON object")
-    return content
+    return json_object(path, "it", path.read_bytes())
 
 
 def _dtype(folder: Path) -> torch.dtype:
@@ -206,26 +209,17 @@ def _stored_in(files: Sequence[Path]) -> str:
     """The dtype that holds most of the numbers, by its name in safetensors: "BF16"; "" without files."""
     counts: Counter[str] = Counter()
     for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  (the file is no mapping)
-                view = file.get_slice(name)
-                counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
+        with opened(path) as file:
+            for name, dtype in file.dtypes.items():
+                counts[dtype] += math.prod(file.shapes[name])
     return max(counts, key=lambda dtype: counts[dtype], default="")
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
 
 
 def _load_state_dict(path: Path) -> nn.Module:
     _refuse_nunchaku(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-    if metadata.get("format") == FORMAT:
-        raise FileRefused(path, f"this file is quantized already; see svdq inspect {path}")
+    with opened(path) as file:
+        if file.metadata.get("format") == FORMAT:
+            raise FileRefused(path, f"this file is quantized already; see svdq inspect {path}")
     mapped = load_file(path)  # a tensor's bytes are read when it is used
     tensors = {name: mapped[name] for name in sorted(mapped, key=_in_order)}
     if _stored_in([path]) == "F32":

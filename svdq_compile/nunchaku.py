@@ -18,9 +18,9 @@ from .layers import layers, matrices
 from .nunchaku_file import LITE, NunchakuFile, Piece, opened
 from .nunchaku_keys import W4A4, W4A16, Rule
 from .nunchaku_layout import TILE, deinterleave, unpack_vector
-from .nunchaku_linear import AWQ_GROUP, RANK_STEP, Linear, join_columns, own_rows, pack, read
+from .nunchaku_linear import AWQ_GROUP, RANK_STEP, Linear, Packed, join_columns, own_rows, pack, read
 from .passes.peft_names import is_adapter, without_adapters
-from .placing import device_of, owner_of, put_plain, put_quantized
+from .placing import device_of, own_buffers, owner_of, put_plain, put_quantized
 from .progress import say, steps
 from .summary import tell_to_compile, title
 
@@ -72,19 +72,28 @@ def load(
         target = device_of(model) if device is None else device
         for job in steps(plan.jobs, f"checking {path}", progress):
             _check_values(file, model, job, target, chosen)
-        errors: dict[str, float] = {}
+        packs: dict[str, Packed] = {}
         for job in steps(plan.jobs, f"loading {path}", progress):
-            errors |= _make(file, model, job, target, chosen)
-        for name, (tensor, rule, start, rows) in plan.plain.items():
-            put_plain(model, name, _part(file.get(tensor), rule, start, rows).view(_shape(model, name)).to(target))
+            packs |= _packs(file, model, job, target, chosen)
+        plain = {
+            name: _part(file.get(tensor), rule, start, rows).view(_shape(model, name)).to(target)
+            for name, (tensor, rule, start, rows) in plan.plain.items()
+        }
+    # Everything has been read: nothing can be refused any more.
+    for name, made in packs.items():
+        put_quantized(model, f"{name}.weight", made.packed, made.packed.up.dtype, error=made.error, calibrated=None)
+        if made.bias is not None:
+            put_plain(model, f"{name}.bias", made.bias)
+    for name, tensor in plain.items():
+        put_plain(model, name, tensor)
     for name, buffer in list(without_adapters(model.named_buffers())):
         put_plain(model, name, buffer.to(target))
     for layer in layers(model):
-        if layer.name not in errors and not is_adapter(layer.name):
+        if layer.name not in packs and not is_adapter(layer.name):
             decisions.leave_alone(layer.weight, IN_FILE)
     decisions.place(model)
     model.eval()
-    _tell(model, file, errors, chosen, progress)
+    _tell(model, file, {name: made.error for name, made in packs.items()}, chosen, progress)
     tell_to_compile(model, progress)
 
 
@@ -139,13 +148,7 @@ def _planned(file: NunchakuFile, model: nn.Module) -> _Plan:
                 held.add(f"{part}.bias")
     for tensor in file.plain:
         _place_plain(file, state, plan, tensor, held, hint)
-    temporary = {
-        f"{prefix}.{buffer}".lstrip(".")
-        for prefix, module in model.named_modules()
-        for buffer in module._non_persistent_buffers_set
-        if not module.get_buffer(buffer).is_meta
-    }
-    for name in state.keys() - held - plan.plain.keys() - temporary:
+    for name in state.keys() - held - plan.plain.keys() - own_buffers(model):
         raise file.refuse(f"tensor {name} of the model is missing ({hint})")
     return plan
 
@@ -288,8 +291,8 @@ def _has_bias(model: nn.Module, linear: str) -> bool:
 # ** into the model **
 
 
-def _make(file: NunchakuFile, model: nn.Module, job: _Job, device: torch.device, precision: str) -> dict[str, float]:
-    """Make the linears of one job -> the error of each, by its module's name."""
+def _packs(file: NunchakuFile, model: nn.Module, job: _Job, device: torch.device, precision: str) -> dict[str, Packed]:
+    """The linears of one job, by their modules' names."""
     with torch.no_grad():
         halves = [
             read({name: file.get(t).to(device) for name, t in piece.tensors.items()}, piece.rule, job.rows, width)
@@ -299,11 +302,7 @@ def _make(file: NunchakuFile, model: nn.Module, job: _Job, device: torch.device,
         linears = _split(whole, job.rows)
         wanted = whole.precision if whole.precision == "w4a16" else precision
         packs = pack(linears, [_has_bias(model, name) for name in job.linears], wanted)
-    for name, made in zip(job.linears, packs, strict=True):
-        put_quantized(model, f"{name}.weight", made.packed, made.packed.up.dtype, error=made.error, calibrated=None)
-        if made.bias is not None:
-            put_plain(model, f"{name}.bias", made.bias)
-    return {name: made.error for name, made in zip(job.linears, packs, strict=True)}
+    return dict(zip(job.linears, packs, strict=True))
 
 
 def _split(whole: Linear, rows: tuple[int, ...]) -> list[Linear]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import check_order, replacing
+from .checkpoint import check_order
 from .errors import NothingToQuantize, OptionError
 from .given import model_in
 from .kernels.formats import FORMATS
@@ -41,6 +41,7 @@ from .passes.activations import GELU_SHIFT
 from .passes.peft_names import is_adapter, without_adapters
 from .placing import owner_of
 from .progress import say, steps
+from .replacing import replacing
 from .summary import title
 
 W4A4_FORMATS = ("int4", "nvfp4")
@@ -131,7 +132,8 @@ def _write_lite(model: nn.Module, folder: Path, progress: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / LITE_FILE) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _tell(model, folder, content, dtype, progress)
 
 

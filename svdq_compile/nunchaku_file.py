@@ -7,7 +7,6 @@
 What a checkpoint is is read off its content. What does not fit is refused before a tensor is unpacked.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoint import FORMAT
+from . import reading
 from .errors import FileRefused
+from .header import FORMAT
 from .nunchaku_keys import ARCHITECTURES, W4A4, W4A16, Architecture, Rule
+from .reading import TensorFile, json_object, unchanged
 
 LITE = "nunchaku_lite"
 SINGLE, TWO_FILES = "single file", "two files"
@@ -80,7 +80,7 @@ class Piece:
 class _View:
     """A tensor that is not read yet."""
 
-    file: Any
+    file: TensorFile
     dtype: str
     shape: tuple[int, ...]
 
@@ -110,10 +110,7 @@ class NunchakuFile:
 
     def get(self, name: str) -> Tensor:
         """A tensor, read now."""
-        try:
-            return self._views[name].file.get_tensor(name)
-        except SafetensorError as error:
-            raise FileRefused(self.path, f"tensor {name} cannot be read ({error})") from error
+        return self._views[name].file.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._views[name].shape
@@ -143,22 +140,20 @@ def is_nunchaku(path: str | os.PathLike) -> bool:
     if place.is_dir():
         return (place / BLOCKS).is_file() or _lite_config(place) is not None
     try:
-        with safe_open(path, framework="pt") as file:
-            is_ours = (file.metadata() or {}).get("format") == FORMAT
-            return not is_ours and any(name.endswith(".qweight") for name in file.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
+        with reading.opened(path) as file:
+            return file.metadata.get("format") != FORMAT and any(name.endswith(".qweight") for name in file.dtypes)
+    except (OSError, FileRefused):
         return False
 
 
 def _lite_config(folder: Path) -> dict[str, Any] | None:
     """Its config.json, if that is one of nunchaku_lite."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json_object(folder, "its config.json", (folder / "config.json").read_bytes())
+    except (OSError, FileRefused):
         return None
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
-        return None
-    return config if config["quantization_config"].get("quant_method") == LITE else None
+    told = config.get("quantization_config")
+    return config if isinstance(told, dict) and told.get("quant_method") == LITE else None
 
 
 @contextmanager
@@ -182,8 +177,8 @@ def opened(path: str | os.PathLike) -> Iterator[NunchakuFile]:
                     raise FileRefused(path, f"{file.name} is missing: a folder of Nunchaku's has {BLOCKS} and {REST}")
             views, _ = _views(path, files, stack)
             config_file = place / "config.json"
-            metadata = {"config": config_file.read_text(encoding="utf-8")} if config_file.is_file() else {}
-            yield _engine_file(path, TWO_FILES, views, metadata, sum(file.stat().st_size for file in files))
+            told = {"config": config_file.read_bytes()} if config_file.is_file() else {}
+            yield _engine_file(path, TWO_FILES, views, told, sum(file.stat().st_size for file in files))
 
 
 def _lite_files(folder: Path) -> list[Path]:
@@ -192,7 +187,7 @@ def _lite_files(folder: Path) -> list[Path]:
         if not (folder / LITE_FILE).is_file():
             raise FileRefused(folder, f"it has neither {LITE_FILE} nor {index.name}")
         return [folder / LITE_FILE]
-    names = _json(folder, index.name, index.read_text(encoding="utf-8")).get("weight_map")
+    names = json_object(folder, index.name, index.read_bytes()).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise FileRefused(folder, f"{index.name} has no weight_map of tensors to files")
     for name in sorted(set(names.values())):
@@ -202,37 +197,24 @@ def _lite_files(folder: Path) -> list[Path]:
 
 
 def _views(path: str | os.PathLike, files: list[Path], stack: ExitStack) -> tuple[dict[str, _View], dict[str, str]]:
+    stack.enter_context(unchanged(path, files))
     views: dict[str, _View] = {}
     metadata: dict[str, str] = {}
     for place in files:
-        try:
-            file = stack.enter_context(safe_open(place, framework="pt"))
-        except SafetensorError as error:
-            raise FileRefused(path, f"{place.name} is not a whole safetensors file ({error})") from error
-        metadata |= file.metadata() or {}
-        for name in file.keys():  # noqa: SIM118  (the file is no mapping)
+        file = stack.enter_context(reading.opened(place))
+        metadata |= file.metadata
+        for name, dtype in file.dtypes.items():
             if name in views:
                 raise FileRefused(path, f"tensor {name} is in two of its files")
-            view = file.get_slice(name)
-            views[name] = _View(file, view.get_dtype(), tuple(view.get_shape()))
+            views[name] = _View(file, dtype, file.shapes[name])
     return views, metadata
-
-
-def _json(path: str | os.PathLike, what: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise FileRefused(path, f"its {what} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise FileRefused(path, f"its {what} is no JSON object")
-    return found
 
 
 # ** whose names they are **
 
 
 def _engine_file(
-    path: str | os.PathLike, packaging: str, views: dict[str, _View], metadata: Mapping[str, str], nbytes: int
+    path: str | os.PathLike, packaging: str, views: dict[str, _View], metadata: Mapping[str, Any], nbytes: int
 ) -> NunchakuFile:
     modules = _modules(path, views)
     if not modules:
@@ -253,10 +235,10 @@ def _engine_file(
                 path, f"{name} is {packing}, which this version knows as {rule.packing} in {architecture.title} models"
             )
         pieces.append(Piece(name, block, rule, packing, tensors))
-    config = _json(path, "config", metadata["config"]) if "config" in metadata else {}
+    config = json_object(path, "its config", metadata["config"]) if "config" in metadata else {}
     found_precision, rank, dtype = _check_pieces(path, pieces, views)
     if "quantization_config" in metadata:
-        told = _json(path, "quantization_config", metadata["quantization_config"])
+        told = json_object(path, "its quantization_config", metadata["quantization_config"])
         _check_told(path, told, found_precision, rank)
     plain = _plain(views, pieces, passed)
     return NunchakuFile(

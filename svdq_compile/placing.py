@@ -15,6 +15,18 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def own_buffers(model: nn.Module) -> set[str]:
+    """Names of the buffers that a model has made for itself and that are never saved."""
+    named = ((prefix, name, module) for prefix, module in model.named_modules() for name in module._buffers)
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, name, module in named
+        if name in module._non_persistent_buffers_set
+        and (buffer := module._buffers[name]) is not None
+        and not buffer.is_meta
+    }
+
+
 def put_quantized(
     model: nn.Module, weight: str, packed: PackedLinear, dtype: torch.dtype, *, error: float, calibrated: bool | None
 ) -> None:

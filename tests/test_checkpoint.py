@@ -14,6 +14,7 @@ import svdq_compile as svdq
 from conftest import Net, compiled, inputs, net, quiet
 from svdq_compile import checkpoint
 from svdq_compile.errors import FileRefused, NothingToQuantize
+from svdq_compile.header import UNSEALED, read_header, seal
 from svdq_compile.kernels.formats import FORMATS
 
 
@@ -88,8 +89,8 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 def test_header_reads_without_tensors(tmp_path: Path) -> None:
     _, file = saved(tmp_path, skip=["*.to_k"])
-    header = checkpoint.read_header(file)
-    assert (header.version, header.model_class) == (1, "Net")
+    header = read_header(file)
+    assert (header.version, header.model_class) == (2, "Net")
     assert [entry.name for entry in header.layers][:2] == ["blocks.0.modulate", "blocks.0.to_q"]
     assert header.others["blocks.0.to_k"] == "option skip"
     assert header.nbytes == file.stat().st_size
@@ -158,12 +159,13 @@ def refused(file: Path, message: str) -> None:
     )
 
 
-def rewrite(file: Path, drop: str = "", **changes: str) -> None:
-    """The same file with other metadata, or without a tensor."""
+def rewrite(file: Path, drop: str = "", tensors: dict[str, torch.Tensor] | None = None, **changes: str) -> None:
+    """The same file as somebody else might have made it: other metadata, other tensors, and a digest that is right."""
     with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() | changes
-        tensors = {name: opened.get_tensor(name) for name in opened.keys() if name != drop}  # noqa: SIM118
-    save_file(tensors, file, metadata)
+        metadata = opened.metadata() | changes | {"digest": UNSEALED}
+        own = {name: opened.get_tensor(name) for name in opened.keys() if name != drop}  # noqa: SIM118
+    save_file(own | (tensors or {}), file, metadata)
+    seal(file)
 
 
 def test_truncated_file(tmp_path: Path) -> None:
@@ -190,8 +192,8 @@ def test_foreign_and_newer_files(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(4)}, tmp_path / "foreign")
     refused(tmp_path / "foreign", "did not write it")
     _, file = saved(tmp_path)
-    rewrite(file, format_version="2")
-    refused(file, "format version 2; this svdq-compile reads up to 1")
+    rewrite(file, format_version="3")
+    refused(file, "format version 3; this svdq-compile reads up to 2")
     rewrite(file, format_version="x")
     refused(file, "which is no number")
 
@@ -226,6 +228,7 @@ def test_buffers_that_are_never_saved_may_be_missing(tmp_path: Path) -> None:
     _, file = saved(tmp_path)
     model = net(seed=3, dtype=torch.bfloat16)
     model.register_buffer("positions", torch.arange(4.0), persistent=False)
+    model.register_buffer("made_later", None, persistent=False)
     svdq.load(model, file, progress=False)
     assert torch.equal(model.positions, torch.arange(4.0))
     model = on_meta()

@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 
 import svdq_compile as svdq
 import zoo
-from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused
+from svdq_compile.header import read_header
 from svdq_compile.layers import layers
 from svdq_compile.model_files import open_source, skeleton
 
@@ -244,7 +244,7 @@ def test_sources_that_are_no_models(pipeline: Path, quantized: Path, tmp_path: P
     config.write_text("{}")
     assert "names no _class_name" in says(tmp_path)
     config.write_text("{")
-    assert "not valid JSON" in says(tmp_path)
+    assert "is no JSON" in says(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "unet": ["diffusers", "X"]}')
     (tmp_path / "unet").mkdir()
     assert "there is no pipeline.py" in says(tmp_path, "--prompt", "a dog")

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 import svdq_compile as svdq
 from conftest import Net, inputs, logged, net, quiet, relative_error
-from svdq_compile.checkpoint import read_header
 from svdq_compile.cli import app
 from svdq_compile.errors import (
     ExportRefused,
@@ -36,6 +35,7 @@ from svdq_compile.errors import (
     UnsupportedDevice,
     WeightsReleased,
 )
+from svdq_compile.header import read_header
 from zoo import make
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -546,9 +546,10 @@ def test_inspect_tells_a_calibrated_file(name: str, tmp_path: Path) -> None:
 def test_inspect_of_an_older_file(tmp_path: Path) -> None:
     svdq.save(quantized(), tmp_path / "file", progress=False)
     with safe_open(tmp_path / "file", "pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() | {"format_version": "1"}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert not any(json.loads(metadata.pop("calibrated")).values())
+    del metadata["digest"]
     safetensors.torch.save_file(tensors, tmp_path / "older", metadata)
     assert "unknown: the file does not say" in CliRunner().invoke(app, ["inspect", str(tmp_path / "older")]).output
     assert count(svdq.load(net(), tmp_path / "older", progress=False)) == 10

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import svdq_compile as svdq
 from conftest import WIDTH, quiet
-from svdq_compile import checkpoint
 from svdq_compile.config import FUSIONS
+from svdq_compile.header import read_header
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.operands import Gemm
 from svdq_compile.lowering import launch, ops, reference
@@ -352,7 +352,7 @@ def test_files_are_the_same_and_memory_is_not_doubled(tmp_path, monkeypatch: pyt
     assert weights_of(model)[2].place == 2
     assert memory(weights_of(model)) == size
     svdq.save(model, tmp_path / "together", progress=False)
-    files = [checkpoint.read_header(tmp_path / name) for name in ("apart", "together")]
+    files = [read_header(tmp_path / name) for name in ("apart", "together")]
     assert files[0].checksums == files[1].checksums
     assert abs(files[0].nbytes - files[1].nbytes) < 64  # the header's padding
     again = svdq.load(attention(), tmp_path / "together", progress=False)

@@ -1,0 +1,229 @@
+"""What a quantized file says of itself, checked before anything is believed.
+
+    digest      SHA-256 of the whole header but itself: the metadata, each tensor's name, dtype, shape and place
+    checksums   CRC-32 of each tensor's bytes
+
+Together they cover every byte that means something. Files of version 1 have no digest: the shapes and dtypes of their
+layers are held against what the format makes of such a weight.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .errors import FileRefused
+from .kernels.formats import FORMATS
+from .lowering.packed import as_matrix
+from .pretrained import FILE_NAME
+from .reading import opened
+
+FORMAT = "svdq-compile"
+VERSION = 2
+UNSEALED = "0" * 64  # where the digest will stand, and what it is counted as
+_LENGTH = 8  # bytes
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One quantized weight in a file.
+
+    weight      the Parameter's name in the model; name: its module's
+    shared      the weight under whose name the input's tensors are stored
+    dtype       of the 16-bit weight it stands for, as in "bfloat16"
+    """
+
+    weight: str
+    name: str
+    precision: str
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    rank_start: int
+    shared: str
+    shift: float
+    has_offset: bool
+    error: float
+    bytes_before: int
+    bytes_after: int
+    expanded: bool = False  # as in PackedLinear
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012
+
+    def own_names(self) -> dict[str, str]:
+        """Field -> tensor name, of the tensors that no other layer uses."""
+        fields = (*FORMATS[self.precision].fields, "up", *(("offset",) if self.has_offset else ()))
+        return {field: f"{self.weight}.{field}" for field in fields}
+
+    def shared_names(self) -> tuple[str, str]:
+        """The tensor names of smooth and down."""
+        return f"{self.shared}.smooth", f"{self.shared}.down"
+
+    def names(self) -> set[str]:
+        """All tensor names the layer is made from."""
+        return {*self.own_names().values(), *self.shared_names()}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, read without loading a tensor."""
+
+    version: int
+    model_class: str
+    config: dict[str, Any]
+    layers: list[LayerEntry]
+    others: dict[str, str]
+    tied: dict[str, str]
+    calibrated: dict[str, bool | None]
+    checksums: dict[str, int]
+    nbytes: int
+
+    @property
+    def calibration(self) -> str:
+        """What the layers were quantized by."""
+        kinds = Counter(self.calibrated.get(entry.weight) for entry in self.layers)
+        told = {
+            True: "calibrated, on inputs that were observed",
+            False: "by the weights alone",
+            None: "unknown: the file does not say",
+        }
+        if len(kinds) == 1:
+            return told[next(iter(kinds))]
+        return "; ".join(f"{kinds[kind]} layers {text}" for kind, text in told.items() if kind in kinds)
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
+    path = file_of(path)
+    with opened(path) as file:
+        metadata, tensors = file.metadata, file.dtypes.keys()
+    if metadata.get("format") != FORMAT:
+        raise FileRefused(
+            path,
+            "this is a safetensors file, but svdq_compile.save did not write it; load 16-bit weights into the model "
+            "as ever, then give it to svdq_compile.quantize",
+        )
+    version = metadata.get("format_version", "")
+    if not (version.isascii() and version.isdigit() and len(version) < 9):
+        raise FileRefused(path, f"its format version is {version!r:.40}, which is no number")
+    if int(version) > VERSION:
+        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
+    if "digest" in metadata or int(version) > 1:
+        _check_digest(path, metadata.get("digest", ""))
+    header = Header(
+        version=int(version),
+        model_class=_part(path, metadata, "model_class"),
+        config=_parsed(path, metadata, "config"),
+        layers=_parsed(path, metadata, "layers"),
+        others=_parsed(path, metadata, "others"),
+        tied=_parsed(path, metadata, "tied"),
+        calibrated=_parsed(path, {"calibrated": "{}", **metadata}, "calibrated"),
+        checksums=_parsed(path, metadata, "checksums"),
+        nbytes=Path(path).stat().st_size,
+    )
+    for name in header.checksums.keys() ^ tensors:
+        raise FileRefused(path, f"tensor {name} is {'missing' if name not in tensors else 'not in its metadata'}")
+    return header
+
+
+def _part(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> str:
+    if key not in metadata:
+        raise FileRefused(path, f"its metadata is damaged: it has no {key!r}")
+    return metadata[key]
+
+
+def _parsed(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> Any:
+    """A part of the metadata that is JSON, in the types that `Header` says."""
+    from pydantic import ValidationError
+
+    try:
+        return _schemas()[key].validate_json(_part(path, metadata, key), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        at = "".join(f"[{step!r:.40}]" for step in first["loc"])
+        raise FileRefused(path, f"its metadata is damaged: {key}{at}: {first['msg']}") from error
+
+
+@cache
+def _schemas() -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    return {key: TypeAdapter(kind) for key, kind in get_type_hints(Header).items()}
+
+
+def seal(path: Path) -> None:
+    """Write the digest into a file that has room for it: `UNSEALED` stands in its place."""
+    raw = _raw(path)
+    assert raw.count(UNSEALED.encode()) == 1, "the place of the digest is not the only one of its kind"
+    with open(path, "r+b") as file:
+        file.seek(_LENGTH + raw.index(UNSEALED.encode()))
+        file.write(hashlib.sha256(raw).hexdigest().encode())
+
+
+def _check_digest(path: str | os.PathLike, digest: str) -> None:
+    raw, place = _raw(path), digest.encode()
+    if len(digest) != len(UNSEALED) or raw.count(place) != 1:
+        raise FileRefused(path, "its metadata is damaged: it has no digest")
+    if hashlib.sha256(raw.replace(place, UNSEALED.encode())).hexdigest() != digest:
+        raise FileRefused(path, "its header is damaged: a name, shape, dtype or the metadata is not as it was saved")
+
+
+def _raw(path: str | os.PathLike) -> bytes:
+    """The header of a safetensors file, which begins with its length."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        return file.read(min(length, os.fstat(file.fileno()).st_size))
+
+
+def file_of(path: str | os.PathLike) -> str | os.PathLike:
+    """A file itself, or the one that `save_pretrained` has put into a folder. Raises FileRefused."""
+    inside = Path(path) / FILE_NAME
+    if Path(path).is_dir() and not inside.is_file():
+        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
+    return inside if inside.is_file() else path
+
+
+def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """That a layer's tensors are of the shapes and dtypes that its format makes of such a weight. Raises FileRefused.
+
+    found  tensors by name
+    """
+    n, k = as_matrix(torch.empty(entry.shape, device="meta")).shape
+    own, (smooth, down) = entry.own_names(), entry.shared_names()
+    branch = found[own["up"]].dtype
+    wanted = {smooth: ((k,), torch.float32), own["up"]: ((n, entry.rank), branch)}
+    wanted |= {own["offset"]: ((n,), torch.float32)} if entry.has_offset else {}
+    codes = _codes(entry.precision, k)
+    for field, (columns, dtype) in zip(FORMATS[entry.precision].fields, codes, strict=True):
+        got = found[own[field]]
+        shape = () if columns is None else (n, *columns)
+        if columns is None and got.dim() == 2:  # nvfp4 from elsewhere: a scale for each row, or for each row and group
+            groups = codes[1][0] or ()
+            shape = tuple(size if size == 1 else whole for size, whole in zip(got.shape, (n, *groups), strict=True))
+        is_half = dtype.itemsize == got.dtype.itemsize == 2 and got.is_floating_point()
+        wanted[own[field]] = shape, got.dtype if is_half else dtype
+    for name, (shape, dtype) in wanted.items():
+        got = found[name]
+        if tuple(got.shape) != shape:
+            raise FileRefused(path, f"tensor {name} is {tuple(got.shape)}, where {shape} is wanted")
+        if got.dtype != dtype:
+            raise FileRefused(path, f"tensor {name} is {got.dtype}, where {dtype} is wanted")
+    rows = tuple(found[down].shape)
+    if len(rows) != 2 or rows[1] != k or not 0 <= entry.rank_start <= rows[0] - entry.rank:
+        raise FileRefused(path, f"tensor {down} is {rows}, which {entry.weight} cannot use")
+    if found[down].dtype != branch or not branch.is_floating_point:
+        raise FileRefused(path, f"tensor {down} is {found[down].dtype}, and {own['up']} {branch}: they go together")
+
+
+@cache
+def _codes(precision: str, k: int) -> list[tuple[tuple[int, ...] | None, torch.dtype]]:
+    """Of each of a format's tensors, the shape behind its rows (None: it has none) and the dtype."""
+    codes = FORMATS[precision].quantize_weight(torch.zeros(1, k), None)  # a meta tensor would bring Dynamo in: seconds
+    return [(tuple(code.shape[1:]) if code.dim() else None, code.dtype) for code in codes]

@@ -1,0 +1,96 @@
+"""Reading files that somebody else may have written, damaged, or be writing to: nothing in them is believed.
+
+A tensor's bytes are read into memory of their own. A file that is mapped instead changes a tensor after it was checked,
+and ends the process where it has become shorter.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import FileRefused
+
+_BELOW_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")  # safetensors reads some of these with one backend and not with another
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file.
+
+    dtypes  tensor -> its dtype, as safetensors names it; shapes: likewise
+    """
+
+    path: str | os.PathLike
+    metadata: Mapping[str, str]
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    _file: Any = field(repr=False)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor, read now. Raises FileRefused."""
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise FileRefused(self.path, f"tensor {name} cannot be read ({error})") from error
+
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[TensorFile]:
+    """A safetensors file; nothing but its header is read. Raises FileNotFoundError, FileRefused."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (the file is no mapping)
+            dtypes = {name: view.get_dtype() for name, view in views.items()}
+            for name, dtype in dtypes.items():
+                if dtype in _BELOW_A_BYTE:
+                    raise FileRefused(path, f"tensor {name} is {dtype}: dtypes of less than a byte are not read")
+            shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+            yield TensorFile(path, file.metadata() or {}, dtypes, shapes, file)
+    except SafetensorError as error:
+        raise FileRefused(path, f"not a whole safetensors file ({error})") from error
+
+
+@contextmanager
+def unchanged(path: str | os.PathLike, files: Sequence[str | os.PathLike]) -> Iterator[None]:
+    """While files are read, that nobody writes to them or replaces them. Raises FileRefused, which names `path`, at the
+    end, or instead of what was wrong with them.
+    """
+    before = [_state(file) for file in files]
+    reason = "it was written to while it was read: load it again"
+    try:
+        yield
+    except FileRefused as error:
+        if [_state(file) for file in files] != before:
+            raise FileRefused(path, reason) from error
+        raise
+    if [_state(file) for file in files] != before:
+        raise FileRefused(path, reason)
+
+
+def _state(file: str | os.PathLike) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    try:
+        state = os.stat(file)
+    except FileNotFoundError:
+        return ()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def json_object(path: str | os.PathLike, what: str, text: str | bytes) -> dict[str, Any]:
+    """A JSON object. what: the part of the file that it is, as in "its config". Raises FileRefused."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileRefused(path, f"{what} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise FileRefused(path, f"{what} is no JSON object")
+    return found
