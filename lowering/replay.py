@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels.runtime.target import has_kernels
 from .cuda_graphs import is_capturing
 from .plan import Call, Launch, Memory, NotReplayable, Plan, Step, launcher, make_plan, tensors_in
-from .torch_private import below_autograd
+from .torch_private import without_views
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -114,7 +114,7 @@ class Replayed:
         """The result, and the plan for such operands if there is one by now."""
         if getattr(_nested, "is_recorded", False):
             return self._function(*operands), None
-        with below_autograd():  # a site calls past the dispatcher
+        with without_views():  # or the first calls' results would be views, unlike those of a plan
             return self._run(operands)
 
     def _run(self, operands: tuple) -> tuple[Any, Plan | None]:

@@ -62,11 +62,11 @@ def reinterpret(tensor: Tensor, shape: tuple, strides: tuple, offset: int) -> Te
     return _reinterpret_tensor(tensor, shape, strides, offset)
 
 
-def below_autograd() -> AbstractContextManager:
-    """The context in which torch's dispatcher calls an operator. A view made in it does not know what it is a view of,
-    which Dynamo's guards would look at in graphs of any size.
+def without_views() -> AbstractContextManager:
+    """Within the context a view does not know what it is a view of, which Dynamo's guards would ask in graphs of any size;
+    nor is anything recorded for gradients.
     """
-    return torch._C._AutoDispatchBelowAutograd()
+    return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
 def sort_topologically(graph: fx.Graph) -> None:

@@ -220,6 +220,12 @@ def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
     assert (len(ran), len(tried)) == (6, 1)
 
 
+def test_no_result_is_a_view(fake):
+    """Dynamo's guards tell views from others: the first calls' results would be of another kind than the later ones'."""
+    site = replay.Site(replay.Replayed(Operator(fake)))
+    assert all(t._base is None for _ in range(4) for t in site(*operands()))
+
+
 def test_sites_of_sizes(fake):
     op = Operator(fake)
     sites = replay.Sites(replay.Replayed(op))

@@ -143,8 +143,8 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
     return even, odd
 
 
-# What depends on M is not compiled in, so a new number of tokens is no new kernel; nor is a 1: Triton's constants have no
-# methods.
+# What depends on M is not compiled in, so that a new number of tokens is no new kernel; nor is a 1, since Triton's
+# constants have no methods.
 @gluon.jit(do_not_specialize=["M", "S", "a_row", "a_group"])
 def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
