@@ -63,7 +63,7 @@ def reinterpret(tensor: Tensor, shape: tuple, strides: tuple, offset: int) -> Te
 
 
 def without_views() -> AbstractContextManager:
-    """Within the context a view does not know what it is a view of, which Dynamo's guards would ask in graphs of any size;
+    """Within the context a view does not know what it is a view of, which Dynamo's guards would ask for any size;
     nor is anything recorded for gradients.
     """
     return torch._C._AutoDispatchBelowADInplaceOrView()

@@ -221,7 +221,7 @@ def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
 
 
 def test_no_result_is_a_view(fake):
-    """Dynamo's guards tell views from others: the first calls' results would be of another kind than the later ones'."""
+    """Dynamo's guards tell views from others: the first calls' results would be of another kind than the later ones."""
     site = replay.Site(replay.Replayed(Operator(fake)))
     assert all(t._base is None for _ in range(4) for t in site(*operands()))
 
