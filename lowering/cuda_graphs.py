@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor
@@ -25,29 +26,41 @@ class Repeated:
 
     run  (tensors, stream, *addresses): starts them one by one; what it returns nobody wants, and what it makes is gone
          then. Which addresses it is given says all about its tensors.
+
+    Called with the operands, too. A graph is made where one of them is the tensor that it was the first time, a weight;
+    with that one it goes.
     """
 
     def __init__(self, run: Callable[..., None], device: torch.device) -> None:
         self._run, self._device = run, device
         self._graphs: dict[tuple[int, ...], Callable[[], None]] = {}
-        self._met: set[tuple[int, ...]] = set()  # once
+        self._met: dict[tuple[int, ...], list[ref[Tensor]]] = {}  # once, and the operands then
         self._can = True
 
-    def __call__(self, tensors: tuple[Tensor, ...], *addresses: int) -> None:
+    def __call__(self, operands: tuple[Tensor, ...], tensors: tuple[Tensor, ...], *addresses: int) -> None:
         graph = self._graphs.get(addresses)
-        if graph is None and addresses in self._met and self._can and not is_capturing():
-            graph = self._capture(tensors, addresses)
-        if graph is not None and not is_capturing():
+        if is_capturing() or not self._can:
+            graph = None
+        elif graph is None:
+            graph = self._captured(operands, tensors, addresses)
+        if graph is None:
+            self._run(tensors, *addresses)
+        else:
             graph()
-            return
-        if len(self._met) >= MAX_GRAPHS:
-            self._met.clear()
-        if len(self._graphs) < MAX_GRAPHS:
-            self._met.add(addresses)
-        self._run(tensors, *addresses)
 
-    def _capture(self, tensors: tuple[Tensor, ...], addresses: tuple[int, ...]) -> Callable[[], None] | None:
-        self._met.discard(addresses)
+    def _captured(
+        self, operands: tuple[Tensor, ...], tensors: tuple[Tensor, ...], addresses: tuple[int, ...]
+    ) -> Callable[[], None] | None:
+        """The graph, if it is time to make it and there can be one."""
+        met = self._met.pop(addresses, ())
+        owner = next((t for t, before in zip(operands, met, strict=False) if before() is t), None)
+        if owner is None:
+            if len(self._met) >= MAX_GRAPHS:
+                self._met.clear()
+            self._met[addresses] = [ref(t) for t in operands]
+            return None
+        if len(self._graphs) >= MAX_GRAPHS:
+            return None
         stream, *others = addresses
         try:
             graph = _captured(lambda side: self._run(tensors, side, *others), stream, self._device)
@@ -56,6 +69,7 @@ class Repeated:
             self._can = False
             return None
         self._graphs[addresses] = graph
+        finalize(owner, self._graphs.pop, addresses, None).atexit = False
         return graph
 
 

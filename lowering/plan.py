@@ -194,7 +194,10 @@ class _Text:
         addresses = ", ".join(["stream", *(name for name in used if name[0] == "p" or name == "s")])
         unpacked = [f"{tensors}, = tensors"] if tensors else []
         run = self._function("run", f"tensors, {addresses}", [*unpacked, *lines])
-        return [f"{self.name(Repeated(run, self._device))}(({tensors}{',' if tensors else ''}), {addresses})"]
+        operands = "".join(f"t{i}, " for i in range(len(self._memory.operands)))
+        return [
+            f"{self.name(Repeated(run, self._device))}(({operands}), ({tensors}{',' if tensors else ''}), {addresses})"
+        ]
 
     def _made(self) -> list[int]:
         """What operators of torch's make while the steps run."""

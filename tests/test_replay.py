@@ -190,19 +190,37 @@ def test_scratch_memory_of_two_never_overlaps_while_both_are_in_use():
 def test_a_graph_stands_for_the_addresses_it_was_made_at(monkeypatch):
     ran, launched = [], []
     monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: capturing)
-    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: launched.append(run.__closure__))
-    capturing = False
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: launched.append(stream))
+    capturing, weight = False, torch.zeros(4)
     repeated = cuda_graphs.Repeated(lambda tensors, *addresses: ran.append(addresses), torch.device("cpu"))
-    repeated((), 7, 16, 32)
-    repeated((), 7, 16, 48)
-    repeated((), 8, 16, 32)
+    repeated((weight,), (), 7, 16, 32)
+    repeated((weight,), (), 7, 16, 48)
+    repeated((weight,), (), 8, 16, 32)
     assert (ran, launched) == ([(7, 16, 32), (7, 16, 48), (8, 16, 32)], []), "met once; another stream is another"
-    repeated((), 7, 16, 32)
-    repeated((), 7, 16, 32)
-    assert (len(ran), len(launched)) == (3, 2)
+    repeated((weight,), (), 7, 16, 32)
+    repeated((weight,), (), 7, 16, 32)
+    assert (len(ran), launched) == (3, [7, 7])
     capturing = True
-    repeated((), 7, 16, 32)
-    assert (len(ran), len(launched)) == (4, 2), "within somebody's capture kernels are launched one by one"
+    repeated((weight,), (), 7, 16, 32)
+    assert (len(ran), launched) == (4, [7, 7]), "within somebody's capture kernels are launched one by one"
+
+
+def test_a_graph_goes_with_a_weight(monkeypatch):
+    """Compiled code outlives its model; what its graphs hold of the GPU's memory does not."""
+    ran = []
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: None)
+    repeated = cuda_graphs.Repeated(lambda tensors, *addresses: ran.append(addresses), torch.device("cpu"))
+    for _ in range(6):
+        repeated((torch.zeros(4), torch.zeros(4)), (), 1, 2)
+    assert len(ran) == 6, "no graph where nothing stays"
+    assert not repeated._graphs
+    weight = torch.zeros(4)
+    for _ in range(4):
+        repeated((torch.zeros(4), weight), (), 1, 2)
+    assert (len(ran), len(repeated._graphs)) == (7, 1)
+    del weight
+    assert not repeated._graphs
 
 
 def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
@@ -214,10 +232,19 @@ def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
     monkeypatch.setattr(cuda_graphs, "_captured", refuse)
-    repeated = cuda_graphs.Repeated(lambda tensors, *addresses: ran.append(addresses), torch.device("cpu"))
+    repeated, weight = cuda_graphs.Repeated(lambda *given: ran.append(given), torch.device("cpu")), torch.zeros(4)
     for _ in range(6):
-        repeated((), 1, 2)
+        repeated((weight,), (), 1, 2)
     assert (len(ran), len(tried)) == (6, 1)
+
+
+def test_addresses_that_never_come_again_leave_little_behind(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
+    repeated, weight = cuda_graphs.Repeated(lambda *given: None, torch.device("cpu")), torch.zeros(4)
+    for i in range(3 * cuda_graphs.MAX_GRAPHS):
+        repeated((weight,), (), 1, i)
+    assert len(repeated._met) <= cuda_graphs.MAX_GRAPHS
+    assert not repeated._graphs
 
 
 def test_no_result_is_a_view(fake):
