@@ -319,14 +319,16 @@ def arrange(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]) -> t
     largest first, each as far in front as it can.
     """
     offsets: dict[int, int] = {}
+    in_use: dict[int, list[int]] = {}  # by step: what has its place; a step meets few, however many steps there are
     for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        begin, end = spans[name]
+        steps = range(spans[name][0], spans[name][1] + 1)
         offset = 0
-        for other in sorted(offsets, key=offsets.__getitem__):
-            is_apart = spans[other][1] < begin or end < spans[other][0]
-            if not is_apart and offset + sizes[name] > offsets[other]:
+        for other in sorted({n for step in steps for n in in_use.get(step, ())}, key=offsets.__getitem__):
+            if offset + sizes[name] > offsets[other]:
                 offset = max(offset, _aligned(offsets[other] + sizes[other]))
         offsets[name] = offset
+        for step in steps:
+            in_use.setdefault(step, []).append(name)
     return offsets, max((_aligned(offset + sizes[name]) for name, offset in offsets.items()), default=0)
 
 
