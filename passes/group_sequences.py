@@ -8,8 +8,8 @@ stage become one sequence; what they depend on is computed before, what depends 
 choice a stage is as late as possible, so that no result waits in memory for long. Views, and numbers taken from shapes,
 belong to no stage: they are repeated in the sequence.
 
-Left alone: a stage of one operator; graphs that write to memory, where the order matters; GPUs without kernels, where
-operators do not go by plans (lowering/replay.py), which is what a sequence is for.
+Left alone: a stage of one operator; graphs that write to memory, where the order matters; graphs on several devices, or
+on one without kernels, where operators do not go by plans (lowering/replay.py), which is what a sequence is for.
 """
 
 import operator
@@ -36,7 +36,8 @@ _NUMBERS = {aten.sym_size.int, operator.add, operator.sub, operator.mul, operato
 
 def group_sequences(gm: fx.GraphModule) -> int:
     """Rewrite in place. Returns how many operators are now in sequences."""
-    if may_write(gm) or not any(_runs_kernels(node) for node in gm.graph.nodes):
+    devices = _devices(gm.graph)
+    if may_write(gm) or len(devices) != 1 or not all(map(has_kernels, devices)):
         return 0
     stages: dict[int, list[fx.Node]] = {}
     for node, stage in _stages(gm.graph).items():
@@ -50,8 +51,10 @@ def group_sequences(gm: fx.GraphModule) -> int:
     return sum(map(len, groups))
 
 
-def _runs_kernels(node: fx.Node) -> bool:
-    return node.target in _GROUPED and all(has_kernels(t.device) for t in tree_leaves(node.meta["val"]))
+def _devices(graph: fx.Graph) -> set[torch.device]:
+    """Where operators run that can be in a sequence."""
+    nodes = filter(_is_grouped, graph.nodes)
+    return {t.device for node in nodes for t in tree_leaves(node.meta["val"])}
 
 
 def _is_grouped(node: fx.Node) -> bool:

@@ -73,6 +73,18 @@ def test_what_is_put_together(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*results)
 
 
+@pytest.mark.usefixtures("with_kernels")
+def test_on_several_devices_nothing_is_put_together() -> None:
+    graph = fx.Graph()
+    for device in ("cpu", "meta"):
+        x = graph.placeholder(device)
+        for _ in range(2):
+            x = graph.call_function(ops.gemv, (x,))
+            x.meta["val"] = torch.empty(2, 2, device=device)
+    graph.output(x)
+    assert PASS.group_sequences(fx.GraphModule({}, graph)) == 0
+
+
 def test_where_there_are_no_kernels_nothing_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
     run(Two(lambda a, b, x: b(a(x))).to(torch.bfloat16).requires_grad_(False), (tokens(),))
