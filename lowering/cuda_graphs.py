@@ -1,21 +1,17 @@
 """What a plan does as a CUDA graph, where it is at the addresses of an earlier call."""
 
 import logging
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor
 
-from .locks import free_in_child
-
 log = logging.getLogger("svdq_compile.lowering")
 
 MAX_GRAPHS = 512  # of a plan: one for each block that it runs for, and for what else changes addresses
-_LOCK = free_in_child(threading.Lock())
 
 # Whether somebody makes a graph of what is launched now. A torch without CUDA does not have it.
 is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)
@@ -27,8 +23,8 @@ class Repeated:
     run  (tensors, stream, *addresses): starts them one by one; what it returns nobody wants, and what it makes is gone
          then. Which addresses it is given says all about its tensors.
 
-    Called with the operands, too. A graph is made where one of them is the tensor that it was the first time, a weight;
-    with that one it goes.
+    Called with the operands, too. A graph is made where some of them are the tensors that they were the first time, as
+    weights are; with the last of those it goes, or when there are too many.
     """
 
     def __init__(self, run: Callable[..., None], device: torch.device) -> None:
@@ -53,50 +49,76 @@ class Repeated:
     ) -> Callable[[], None] | None:
         """The graph, if it is time to make it and there can be one."""
         met = self._met.pop(addresses, ())
-        owner = next((t for t, before in zip(operands, met, strict=False) if before() is t), None)
+        owner = next((t for t, before in zip(reversed(operands), reversed(met), strict=False) if before() is t), None)
         if owner is None:
             if len(self._met) >= MAX_GRAPHS:
                 self._met.clear()
             self._met[addresses] = [ref(t) for t in operands]
             return None
         if len(self._graphs) >= MAX_GRAPHS:
-            return None
+            self._drop(next(iter(self._graphs)))
         stream, *others = addresses
         try:
             graph = _captured(lambda side: self._run(tensors, side, *others), stream, self._device)
+        except torch.cuda.OutOfMemoryError:
+            return None  # another time there may be enough
         except RuntimeError as error:
             log.info("launches stay apart, they cannot be a CUDA graph: %s", error)
             self._can = False
             return None
         self._graphs[addresses] = graph
-        finalize(owner, self._graphs.pop, addresses, None).atexit = False
+        finalize(owner, _drop, ref(self), addresses).atexit = False
         return graph
+
+    def _drop(self, addresses: tuple[int, ...]) -> None:
+        self._graphs.pop(addresses, None)
+
+
+def _drop(repeated: "ref[Repeated]", addresses: tuple[int, ...]) -> None:
+    this = repeated()
+    if this is not None:
+        this._drop(addresses)
 
 
 def _captured(run: Callable[[int], None], stream: int, device: torch.device) -> Callable[[], None]:
-    """What starts all that `run(side)` starts on a stream of its own, for this stream.
+    """What starts all that `run(side)` starts, on whatever stream is current then; `stream` is the one it is meant for.
 
     Unlike `torch.cuda.graph` it waits for nothing and empties no cache. Raises RuntimeError where CUDA cannot capture.
     """
+    from ..kernels.runtime.tuning import ALONE
+
     graph = torch.cuda.CUDAGraph()
-    with _LOCK, torch.cuda.stream(_side(device)):  # one at a time: they share the side
-        graph.capture_begin(pool=_pool(device, stream), capture_error_mode="thread_local")
-        try:
-            run(torch.cuda.current_stream(device).cuda_stream)
-        finally:
-            graph.capture_end()
+    with ALONE:
+        memory = _memory(device, stream)
+        with torch.cuda.stream(memory.side):
+            graph.capture_begin(pool=memory.pool(), capture_error_mode="thread_local")
+            try:
+                run(memory.side.cuda_stream)
+            finally:
+                graph.capture_end()
+        memory.graphs.add(graph)
     return graph.replay
 
 
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """Which nothing runs on: what is captured starts on the stream that its graph is launched on."""
-    return torch.cuda.Stream(device, priority=-1)
+class _Memory:
+    """What operators of torch's take in the graphs for one stream. What they make is gone at the end of each graph, and
+    graphs of a stream run one after another, so all can have the same memory, workspaces of libraries too.
 
-
-@cache
-def _pool(device: torch.device, stream: int) -> Any:
-    """Of the memory that operators of torch's take in graphs for this stream. What they make is gone at the end of each
-    graph, and those of a stream run one after another, so all can have the same.
+    side  the stream on which they are captured. Nothing runs there: a graph starts on the stream that it is launched on
     """
-    return torch.cuda.graph_pool_handle()
+
+    def __init__(self, device: torch.device) -> None:
+        self.side = torch.cuda.Stream(device, priority=-1)
+        self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool: Any = None
+
+    def pool(self) -> Any:
+        """A new one where no graph has one: torch gives up a pool with its last graph, and takes it for none again."""
+        if not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+@cache
+def _memory(device: torch.device, stream: int) -> _Memory:
+    return _Memory(device)

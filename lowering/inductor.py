@@ -36,7 +36,8 @@ def compile_with_inductor(
     """
     _call_by_sites()
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
-    # Our operators' shapes are as their shape functions say, and what a call gets, Dynamo's guards have looked at.
+    # Our operators' results are as their shape functions say, and Dynamo's guards have looked at what a call gets. Only
+    # of somebody's own operators nobody asks any more.
     patches |= {"size_asserts": False, "alignment_asserts": False}
     if rewrite is not None:
         patches["post_grad_custom_pre_pass"] = _aten_pass(rewrite)

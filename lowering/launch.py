@@ -440,6 +440,7 @@ ATTENTION = Table(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
     """`reference.attention` on the kernel that was fastest, its result in this order (operands.Attention)."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # as the kernels want a head's channels
     with _on(q.device):
         return ATTENTION.run(Attention(q, k, v, is_causal, scale, order))
 

@@ -184,7 +184,9 @@ class _Text:
         return [*lines, f"stream = {self.name(launcher().gpu()[1])}({self._device.index})"]
 
     def running(self) -> list[str]:
-        """The steps; as a function of its own where they can be a CUDA graph: nothing that it makes is returned."""
+        """The steps; as a function of its own where they can be a CUDA graph, to which every address is given that they
+        use. Nothing that they make is returned then: it would be the graph's memory, which is written again.
+        """
         lines = [line for i, step in enumerate(self._steps) for line in (*self._step(step), *self._freeing(i))]
         if len(self._steps) < 2 or not self._returned.keys() <= self._memory.allocated:
             return lines
@@ -246,7 +248,10 @@ class _Text:
         given = [*map(self._argument, step.args), *(f"{k}={self._argument(v)}" for k, v in step.kwargs.items())]
         lines = [f"r = {self.name(step.function)}({', '.join(given)})"]
         made = set(self._made())
-        for i, t in enumerate([step.result] if isinstance(step.result, Tensor) else step.result):
+        results = [step.result] if isinstance(step.result, Tensor) else step.result
+        if len(tensors_in(step.result)) > sum(isinstance(t, Tensor) for t in results):
+            raise NotReplayable("lists of results")
+        for i, t in enumerate(results):
             if isinstance(t, Tensor) and self._memory.place(t) in made:
                 place = self._memory.place(t)
                 lines.append(f"t{place} = r{'' if t is step.result else f'[{i}]'}; p{place} = t{place}.data_ptr()")
@@ -265,14 +270,14 @@ class _Text:
         place = self._memory.place(tensor)
         source, form = self._memory.sources[place], f"{tuple(tensor.shape)}, {tensor.stride()}"
         if place in self._offsets:
-            self._used.add("scratch")
+            self._used |= {"scratch", "s"}
             start = self._offsets[place] + tensor.data_ptr() - source.data_ptr()
             typed = f"scratch.view({self.name(tensor.dtype)})"
             return f"{self.name(reinterpret)}({typed}, {form}, {start // tensor.itemsize})"
         made = self._returned.get(place, source) if place in self._memory.allocated else source
         if tensor.dtype != made.dtype:
             raise NotReplayable("memory read as another type")
-        self._used.add(f"t{place}")
+        self._used |= {f"t{place}", f"p{place}"}
         offset = tensor.storage_offset() - made.storage_offset()
         if (tensor.shape, tensor.stride(), offset) == (made.shape, made.stride(), 0):
             return f"t{place}"

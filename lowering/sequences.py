@@ -34,6 +34,12 @@ def namespace(implementations: Mapping[str, Callable[..., Any]]) -> SimpleNamesp
 @cache
 def _compiled(program: str) -> Callable[[list[Tensor], list[int], Any], list[Tensor]]:
     """The program as a function, of tensors, sizes and what `svdq` is in it. SyntaxError for what is no program."""
-    known: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator, "inf": math.inf}
+    known: dict[str, Any] = {
+        "torch": torch,
+        "aten": torch.ops.aten,
+        "operator": operator,
+        "inf": math.inf,
+        "nan": math.nan,
+    }
     exec(compile(f"def sequence(x, n, svdq): {program}", "<an svdq sequence>", "exec"), known)
     return known["sequence"]

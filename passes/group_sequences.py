@@ -43,12 +43,11 @@ def group_sequences(gm: fx.GraphModule) -> int:
     for node, stage in _stages(gm.graph).items():
         stages.setdefault(stage, []).append(node)
     groups = [nodes for nodes in stages.values() if len(nodes) > 1 and ops.sequence not in {n.target for n in nodes}]
-    for nodes in groups:
-        _replace(gm.graph, nodes)
-    if groups:
+    count = sum(_replace(gm.graph, nodes) for nodes in groups)
+    if count:
         sort_topologically(gm.graph)
         gm.graph.eliminate_dead_code()
-    return sum(map(len, groups))
+    return count
 
 
 def _devices(graph: fx.Graph) -> set[torch.device]:
@@ -86,13 +85,16 @@ def _parity(node: fx.Node) -> int:
     return 0 if _is_grouped(node) else 1
 
 
-def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """By one sequence, which stands anywhere."""
+def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> int:
+    """By one sequence, which stands anywhere. Returns how many operators; 0 if text cannot say what one is given."""
     program = _Program(nodes)
-    for node in nodes:
-        program.add(node)
     results = [node for node in _results(nodes) if _is_read(node, set(nodes))]
-    text = program.text(results)
+    try:
+        for node in nodes:
+            program.add(node)
+        text = program.text(results)
+    except _NoText:
+        return 0
     with graph.inserting_before(nodes[0]):
         call = graph.call_function(ops.sequence, (program.tensors, program.sizes, text))
         describe(call, nodes[0])
@@ -100,6 +102,7 @@ def _replace(graph: fx.Graph, nodes: list[fx.Node]) -> None:
             part = graph.call_function(operator.getitem, (call, i))
             part.meta.update(node.meta, val=call.meta["val"][i])
             node.replace_all_uses_with(part)
+    return len(nodes)
 
 
 def _results(nodes: list[fx.Node]) -> Iterator[fx.Node]:
@@ -108,12 +111,22 @@ def _results(nodes: list[fx.Node]) -> Iterator[fx.Node]:
         if isinstance(node.meta["val"], Tensor):
             yield node
         else:
-            yield from node.users
+            parts: dict[Any, fx.Node] = {}
+            for part in list(node.users):
+                first = parts.setdefault(part.args[1], part)
+                if first is part:
+                    yield part
+                else:
+                    part.replace_all_uses_with(first)
 
 
 def _is_read(node: fx.Node, within: set[fx.Node]) -> bool:
     """Whether somebody reads it who does not belong to these."""
     return any(_is_read(user, within) if _is_free(user) else user not in within for user in node.users)
+
+
+class _NoText(Exception):
+    """An argument that a program has no words for."""
 
 
 class _Program:
@@ -142,14 +155,19 @@ class _Program:
             return self._name(a)
         if isinstance(a, list | tuple):
             return f"[{', '.join(map(self._argument, a))}]"
-        return repr(a)
+        if a is None or isinstance(a, str | int | float | torch.dtype):
+            return repr(a)
+        raise _NoText
 
     def _name(self, node: fx.Node) -> str:
         if node not in self._names:
             if self._is_repeated(node):
                 self.add(node)
             else:
-                inputs, kind = (self.tensors, "x") if isinstance(node.meta["val"], Tensor) else (self.sizes, "n")
+                value = node.meta.get("val")
+                if not isinstance(value, Tensor | int | torch.SymInt):
+                    raise _NoText
+                inputs, kind = (self.tensors, "x") if isinstance(value, Tensor) else (self.sizes, "n")
                 self._names[node] = f"{kind}[{len(inputs)}]"
                 inputs.append(node)
         return self._names[node]

@@ -43,9 +43,10 @@ class Config:
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
-                       kernels, and linears of one input into one product, and run attention by the kernel that
-                       measures fastest: True, False, or a list of what to do ("epilogues", "siblings", "heads",
-                       "rows", "prologues", "joins", "attention")
+                       kernels, and linears of one input into one product, run attention by the kernel that measures
+                       fastest, and make one operator, and on a GPU one CUDA graph, of what follows one another: True,
+                       False, or a list of what to do ("epilogues", "siblings", "heads", "rows", "prologues", "joins",
+                       "attention", "sequences")
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing, and say in one line what was done and what comes next
     fallback           where a layer cannot be quantized or a graph not be compiled, which would be a fault of this

@@ -132,6 +132,35 @@ def test_anything_else_runs_as_ever(fake, work):
     assert op.calls == 6
 
 
+def scaled(q, w):
+    return q.new_empty(q.shape).copy_(q).mul_(w)
+
+
+def products(q, w):
+    return scaled(q @ w, w[0]), q.new_empty(3).fill_(2) + w[0, :3]
+
+
+def kept_apart(q, w):
+    """q lies in the call's own memory, where nothing but operators of torch's sees it."""
+    inner = q.new_empty(q.shape)
+    inner.copy_(q)
+    inner.mul_(w)
+    return q.new_empty(q.shape).copy_(inner)
+
+
+@pytest.mark.parametrize("function", [scaled, products, kept_apart])
+def test_a_graph_is_not_for_addresses_that_only_torch_reads(fake, monkeypatch, function):
+    """Other operands, in other memory, with the same weight: what an operator of torch's is given counts."""
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: run(stream))
+    fast, w, kept = replay.Replayed(function), torch.randn(8, 8), []
+    for i in range(12):
+        q = torch.randn(8, 8) if i % 4 < 2 else q.mul_(-1)  # noqa: F821
+        results, want = fast(q, w), function(q, w)
+        for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (results, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        kept.append((q, results))
+
+
 def attended(x):
     heads = x.view(2, -1, 2, x.shape[-1] // 2).transpose(1, 2).float()
     return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).half()
@@ -236,6 +265,44 @@ def test_launches_that_cannot_be_a_graph_stay_apart(monkeypatch):
     for _ in range(6):
         repeated((weight,), (), 1, 2)
     assert (len(ran), len(tried)) == (6, 1)
+
+
+def test_too_many_graphs_drop_the_oldest(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
+    monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: None)
+    repeated, weight = cuda_graphs.Repeated(lambda *given: None, torch.device("cpu")), torch.zeros(4)
+    for i in range(cuda_graphs.MAX_GRAPHS + 3):
+        for _ in range(2):
+            repeated((weight,), (), 1, i)
+    assert list(repeated._graphs) == [(1, i) for i in range(3, cuda_graphs.MAX_GRAPHS + 3)]
+
+
+def test_out_of_memory_may_pass(monkeypatch):
+    tried = []
+
+    def full(run, stream, device):
+        tried.append(1)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(cuda_graphs, "is_capturing", lambda: False)
+    monkeypatch.setattr(cuda_graphs, "_captured", full)
+    repeated, weight = cuda_graphs.Repeated(lambda *given: None, torch.device("cpu")), torch.zeros(4)
+    for _ in range(6):
+        repeated((weight,), (), 1, 2)
+    assert len(tried) == 3
+
+
+def test_a_pool_without_graphs_is_a_new_one(monkeypatch):
+    """torch takes a pool for no graph again once its last one is gone."""
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **options: None)
+    memory, graph = cuda_graphs._Memory(torch.device("cuda")), torch.nn.Module()
+    assert memory.pool() == 0
+    memory.graphs.add(graph)
+    assert memory.pool() == memory.pool() == 0
+    del graph
+    assert memory.pool() == 1
 
 
 def test_addresses_that_never_come_again_leave_little_behind(monkeypatch):

@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache, partial
@@ -22,6 +23,7 @@ from triton.runtime import errors
 
 from .launcher import recording
 
+ALONE = threading.RLock()  # to measure, which waits for the GPU, or to make a CUDA graph, which that would break
 SECONDS = 5.0
 REPEATS = 7
 
@@ -67,7 +69,8 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
         if type(index) is not int or not 0 <= index < len(candidates):  # nothing, or nothing of ours
             if not _may_measure():
                 return candidates[0]
-            index = _measure(candidates, run)
+            with ALONE:
+                index = _measure(candidates, run)
             _remember(device, key, index)
         _chosen[question] = index
     return candidates[index]

@@ -123,3 +123,41 @@ def test_in_somebody_elses_graph(weights: list[Tensor]) -> None:
     x.copy_(normal(1, 192, K))
     graph.replay()
     assert same(results, plainly(x, weights))
+
+
+# q, k and v come from outside: only an operator of torch's reads them, and a product whose branch may be another.
+OUTSIDE = (
+    "v0 = svdq.attention.default(x[0], x[1], x[2], False, None, [0, 2, 1, 3]); "
+    "v1 = aten.reshape.default(aten.permute.default(v0, [0, 2, 1, 3]), [1, n[0], 256]); "
+    "v2 = svdq.quantize.default(v1, x[3], x[4], 'w4a8', 0.0); "
+    "v3 = svdq.gemm.default(v2[0], v2[1], v2[2], [x[5], x[6], x[7]], x[8], None, None, 'w4a8', torch.bfloat16); "
+    "return [v3]"
+)
+
+
+def test_what_only_torch_reads_counts_too(weights: list[Tensor], graphs: list[int]) -> None:
+    functions = {name: getattr(f, "_function", f) for name, f in ops.IMPLEMENTATIONS.items()}
+    site, kept, given = new_sites().of(), [], list(weights[:6])
+    q, k, v = (normal(1, 2, 96, 128) for _ in range(3))
+    for i in range(24):
+        if i % 6 == 3:
+            q = normal(1, 2, 96, 128)
+        if i % 8 == 5:
+            given[5] = normal(N, R)  # as an adapter that is loaded
+        results = site([q, k, v, *given], [96], OUTSIDE)
+        assert same(results, sequences.run([q, k, v, *given], [96], OUTSIDE, sequences.namespace(functions))), i
+        kept.append((q, list(given)))
+    assert graphs
+
+
+def test_graphs_go_with_their_weights_and_come_again(graphs: list[int]) -> None:
+    for _ in range(3):
+        site, x = new_sites().of(), normal(1, 192, K)
+        smooth = [torch.rand(size, device="cuda") + 0.5 for size in (K, N)]
+        own = [smooth[0], normal(R, K), *weight(N, K), normal(N, R)]
+        own += [smooth[1], normal(R, N), *weight(K, N), normal(K, R)]
+        before = len(graphs)
+        for _ in range(6):
+            assert same(site([x, *own], [192], PROGRAM), plainly(x, own))
+        assert len(graphs) > before
+        del own, smooth, x, site
