@@ -160,6 +160,11 @@ def sites(name: str) -> Callable[..., Callable[..., Any]]:
     return Sites(found).of if isinstance(found, Replayed) else lambda *sizes: found
 
 
+def site(name: str) -> Callable[..., Any]:
+    """`sites(name)()`, as code calls it that Inductor has kept since an earlier version."""
+    return sites(name)()
+
+
 def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """A whole quantized linear, run eagerly: x [..., K] -> [..., N]."""
     weight = list(packed.weight)

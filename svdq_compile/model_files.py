@@ -8,7 +8,8 @@ any more, and nobody runs 4-bit weights in float32.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,9 +135,20 @@ def _load_pipeline(path: Path, index: Mapping[str, Any], dtype: torch.dtype, tru
             "--trust-code; or leave --prompt out: quantizing by the weights alone runs no code of the folder"
         )
     custom = {"custom_pipeline": str(own)} if own else {}
-    return _diffusers().DiffusionPipeline.from_pretrained(
-        path, dtype=dtype, local_files_only=True, trust_remote_code=bool(code), **custom
-    )
+    with _default_dtype_kept():
+        return _diffusers().DiffusionPipeline.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=bool(code), **custom
+        )
+
+
+@contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """diffusers changes torch's while it loads, and leaves it so when it raises."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _code_of_pipeline(path: Path, name: Any) -> Path | None:
@@ -167,7 +179,8 @@ def _load_model(path: Path) -> nn.Module:
     kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
     dtype = _dtype(path)
     try:
-        model, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
+        with _default_dtype_kept():
+            model, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # damaged configurations and indices give rise to any
         raise FileRefused(path, f"diffusers makes no {kind.__name__} of it ({error})") from error
     for name in found["missing_keys"]:  # diffusers would leave random values there

@@ -142,9 +142,9 @@ def test_new_resolution_recompiles_and_requantizes_nothing() -> None:
 
 
 def test_compiled_code_calls_operators_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sizes are fixed: a `Site` in the code for each call. Elsewhere through torch.ops."""
-    made: list[str] = []
-    monkeypatch.setattr(ops, "Site", lambda operator: made.append(operator.__name__) or replay.Site(operator))
+    """Sites in the code for each call, of which each set of sizes has its own."""
+    made: list[replay.Sites] = []
+    monkeypatch.setattr(ops, "Sites", lambda operator: made.append(replay.Sites(operator)) or made[-1])
     model = net()
     run = torch.compile(model, backend="svdquant", fullgraph=True, options=quiet())
     for _ in range(2):
@@ -155,8 +155,10 @@ def test_compiled_code_calls_operators_past_the_dispatcher(monkeypatch: pytest.M
         patch.setattr(replay.Site, "__call__", lambda site, *operands: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*inputs())
-    free = run(*inputs(tokens=40))
-    assert 0 < len(made) - count < count, "only what reads the condition still has fixed sizes"
+    free, longer = (run(*inputs(tokens=tokens)) for tokens in (40, 48))
+    assert len(made) == 2 * count
+    assert {len(sites._sites) for sites in made[count:]} == {1, 2}, "what reads the condition still has fixed sizes"
+    assert relative_error(longer, net()(*inputs(tokens=48))) < 0.06
     assert relative_error(free, net()(*inputs(tokens=40))) < 0.06
     assert relative_error(fixed, net()(*inputs())) < 0.06
 
@@ -545,10 +547,12 @@ def test_sizes_that_torch_2_11_cannot_compare(monkeypatch: pytest.MonkeyPatch) -
     gm = fx.symbolic_trace(nn.Identity())
     monkeypatch.setattr(inductor, "compile_fx", lambda gm, inputs, config_patches: config_patches)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
-    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == {"triton.coalesce_tiling_analysis": False}
-    assert inductor.compile_with_inductor(gm, [torch.ones(3)], None) == {}
+    always = {"size_asserts": False, "alignment_asserts": False}
+    other = {"triton.coalesce_tiling_analysis": False}
+    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == always | other
+    assert inductor.compile_with_inductor(gm, [torch.ones(3)], None) == always
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
-    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == {}
+    assert inductor.compile_with_inductor(gm, [3, torch.ones(3)], None) == always
 
 
 class HandsOn(nn.Module):
