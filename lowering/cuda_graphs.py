@@ -38,13 +38,13 @@ class Repeated:
         if is_capturing() or not self._can:
             graph = None
         elif graph is None:
-            graph = self._captured(operands, tensors, addresses)
+            graph = self._made(operands, tensors, addresses)
         if graph is None:
             self._run(tensors, *addresses)
         else:
             graph()
 
-    def _captured(
+    def _made(
         self, operands: tuple[Tensor, ...], tensors: tuple[Tensor, ...], addresses: tuple[int, ...]
     ) -> Callable[[], None] | None:
         """The graph, if it is time to make it and there can be one."""
@@ -56,7 +56,7 @@ class Repeated:
             self._met[addresses] = [ref(t) for t in operands]
             return None
         if len(self._graphs) >= MAX_GRAPHS:
-            self._drop(next(iter(self._graphs)))
+            self._graphs.pop(next(iter(self._graphs)), None)
         stream, *others = addresses
         try:
             graph = _captured(lambda side: self._run(tensors, side, *others), stream, self._device)
@@ -70,14 +70,11 @@ class Repeated:
         finalize(owner, _drop, ref(self), addresses).atexit = False
         return graph
 
-    def _drop(self, addresses: tuple[int, ...]) -> None:
-        self._graphs.pop(addresses, None)
-
 
 def _drop(repeated: "ref[Repeated]", addresses: tuple[int, ...]) -> None:
     this = repeated()
     if this is not None:
-        this._drop(addresses)
+        this._graphs.pop(addresses, None)
 
 
 def _captured(run: Callable[[int], None], stream: int, device: torch.device) -> Callable[[], None]:

@@ -58,12 +58,8 @@ def _call_by_sites() -> None:
         symbols = sorted(map(str, _symbols(node)))
         if all(symbol.startswith("s") for symbol in symbols):  # backed: known when the code is entered
             wrapper.add_import_once(f"from {sites.__module__} import sites")
-            if symbols:
-                wrapper.add_import_once(f"{name} = sites({str(node.op_overload)!r})")
-                node.python_kernel_name = f"{name}({', '.join(symbols)})"
-            else:
-                wrapper.add_import_once(f"{name} = sites({str(node.op_overload)!r})()")
-                node.python_kernel_name = name
+            wrapper.add_import_once(f"{name} = sites({str(node.op_overload)!r}){'' if symbols else '()'}")
+            node.python_kernel_name = f"{name}({', '.join(symbols)})" if symbols else name
         if str(node.op_overload) in BORROWING:
             V.graph.never_reuse_buffers.update(buffer.get_name() for buffer in (node, *node.outputs))
         writeline(ExternKernelAllocLine(wrapper, node))

@@ -119,10 +119,14 @@ class _Text:
     def __init__(self, memory: Memory, steps: list[Step], results: list[Tensor], counters: int) -> None:
         self._memory, self._steps, self._device = memory, steps, memory.device
         self._counters = counters
-        self._spans = _spans([{*_places(memory, step)} for step in steps])
+        self._uses = [{*_places(memory, step)} for step in steps]
+        self._spans = _spans(self._uses)
         self._returned = self._check_results(results)
         self._objects: dict[str, Any] = {}
         self._used: set[str] = set()  # the names in the steps' lines
+        self._made = {
+            *range(len(memory.operands), counters)
+        } - memory.allocated  # by operators of torch's, in the steps
         inner = memory.allocated & self._spans.keys() - self._returned.keys()
         sizes = {place: memory.sources[place].untyped_storage().nbytes() for place in inner}
         self._offsets, self._scratch = arrange(sizes, self._spans)
@@ -190,7 +194,7 @@ class _Text:
         lines = [line for i, step in enumerate(self._steps) for line in (*self._step(step), *self._freeing(i))]
         if len(self._steps) < 2 or not self._returned.keys() <= self._memory.allocated:
             return lines
-        made = {f"{kind}{place}" for place in self._made() for kind in "tp"}
+        made = {f"{kind}{place}" for place in self._made for kind in "tp"}
         used = sorted(self._used - made, key=lambda name: (len(name), name))
         tensors = ", ".join(name for name in used if name[0] == "t" or name == "scratch")
         addresses = ", ".join(["stream", *(name for name in used if name[0] == "p" or name == "s")])
@@ -201,14 +205,10 @@ class _Text:
             f"{self.name(Repeated(run, self._device))}(({operands}), ({tensors}{',' if tensors else ''}), {addresses})"
         ]
 
-    def _made(self) -> list[int]:
-        """What operators of torch's make while the steps run."""
-        own = range(len(self._memory.operands), self._counters)
-        return [place for place in own if place not in self._memory.allocated]
-
     def _freeing(self, step: int) -> Iterator[str]:
         """What nobody reads after this step."""
-        gone = [p for p in self._made() if self._spans[p][1] == step and p not in self._returned]
+        made = self._uses[step] & self._made - self._returned.keys()
+        gone = sorted(place for place in made if self._spans[place][1] == step)
         if gone:
             yield f"del {', '.join(f't{place}' for place in gone)}"
 
@@ -247,12 +247,11 @@ class _Text:
     def _call(self, step: Call) -> list[str]:
         given = [*map(self._argument, step.args), *(f"{k}={self._argument(v)}" for k, v in step.kwargs.items())]
         lines = [f"r = {self.name(step.function)}({', '.join(given)})"]
-        made = set(self._made())
         results = [step.result] if isinstance(step.result, Tensor) else step.result
         if len(tensors_in(step.result)) > sum(isinstance(t, Tensor) for t in results):
             raise NotReplayable("lists of results")
         for i, t in enumerate(results):
-            if isinstance(t, Tensor) and self._memory.place(t) in made:
+            if isinstance(t, Tensor) and self._memory.place(t) in self._made:
                 place = self._memory.place(t)
                 lines.append(f"t{place} = r{'' if t is step.result else f'[{i}]'}; p{place} = t{place}.data_ptr()")
         return [*lines, "del r"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class LayerEntry:
     bytes_after: int
     expanded: bool = False  # as in PackedLinear
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     def own_names(self) -> dict[str, str]:
         """Field -> tensor name, of the tensors that no other layer uses."""

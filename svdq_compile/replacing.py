@@ -6,6 +6,7 @@ behind by a process that was killed, and the next who writes the same file remov
 """
 
 import errno
+import fcntl
 import glob
 import os
 import shutil
@@ -15,11 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-
-try:
-    import fcntl
-except ImportError:  # Windows: what was left behind stays
-    fcntl = None  # type: ignore[assignment]
 
 ENDING = ".partial"
 
@@ -63,9 +59,6 @@ def _folder_beside(target: Path, held: ExitStack) -> Path:
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Whether a folder can be locked here. Raises BlockingIOError if somebody else has the lock."""
-    if fcntl is None:
-        yield False
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield _has_locked(descriptor)

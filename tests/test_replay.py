@@ -152,9 +152,9 @@ def kept_apart(q, w):
 def test_a_graph_is_not_for_addresses_that_only_torch_reads(fake, monkeypatch, function):
     """Other operands, in other memory, with the same weight: what an operator of torch's is given counts."""
     monkeypatch.setattr(cuda_graphs, "_captured", lambda run, stream, device: lambda: run(stream))
-    fast, w, kept = replay.Replayed(function), torch.randn(8, 8), []
+    fast, q, w, kept = replay.Replayed(function), torch.randn(8, 8), torch.randn(8, 8), []
     for i in range(12):
-        q = torch.randn(8, 8) if i % 4 < 2 else q.mul_(-1)  # noqa: F821
+        q = torch.randn(8, 8) if i % 4 < 2 else q.mul_(-1)
         results, want = fast(q, w), function(q, w)
         for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (results, want)), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)

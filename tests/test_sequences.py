@@ -1,6 +1,6 @@
 """Sequences: the operator, the pass that makes them, and compiled code of any size that calls them."""
 
-import sys
+import importlib
 
 import pytest
 import torch
@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from fusion_testing import Two, count, run, run_as_aten, tokens, zoo
 from torch import Tensor, fx
 
-import svdq_compile.passes  # noqa: F401, so that the module is there
 from conftest import WIDTH, quiet
 from svdq_compile.config import FUSIONS
 from svdq_compile.lowering import ops, sequences
 
 APART = tuple(name for name in FUSIONS if name != "sequences")
-PASS = sys.modules["svdq_compile.passes.group_sequences"]  # the package has the function under that name
+PASS = importlib.import_module("svdq_compile.passes.group_sequences")  # the package has the function by that name
 
 
 @pytest.fixture
