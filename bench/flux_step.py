@@ -10,8 +10,9 @@ earlier call for the same model and methods are replaced in the file. A row has
     ms              median of steps one after another, the GPU's time between events; ms_all: each of them
     x               by method, how many times as long its step took in the same call ("run")
     first_step_s    from the 16-bit model in memory until the first step in the method's own form is done: quantizing,
-                    compiling, and for ours also the 16-bit step that it observes; warm_process_s: again, caches full;
-                    loaded_process_s: so too, and instead of quantizing, what the first process saved is loaded
+                    compiling, and for ours also the 16-bit steps that it observes, of other inputs than are timed;
+                    warm_process_s: again, caches full; loaded_process_s: so too, and instead of quantizing, what the
+                    first process saved is loaded
     prepare_s       the part of it before the method's own step
     resident_gib    GPU memory between steps;  peak_gib: within them;  peak_prepare_gib: until the first is done
     rel_err         of the output against 16-bit eager with the same weights, in the same process
@@ -39,7 +40,7 @@ from typing import Any
 import step_profile
 import step_table
 import torch
-from step_methods import METHODS, loaded
+from step_methods import CALIBRATING, METHODS, loaded
 from step_models import MODELS, build, inputs
 from step_times import milliseconds
 
@@ -62,9 +63,13 @@ class Measurement:
         self.row: dict[str, Any] = {}
         begin = time.perf_counter()
         self.model = build(options.model, options.tiny, self.device)
-        self.call = inputs(options.model, options.tiny, self.model, self.device)
+        self.call = self.inputs(seed=1)
+        self.others = [self.inputs(seed) for seed in range(2, 2 + CALIBRATING)]
         self.synchronize()
         self.say(f"built in {time.perf_counter() - begin:.1f} s")
+
+    def inputs(self, seed: int) -> dict[str, Any]:
+        return inputs(self.options.model, self.options.tiny, self.model, self.device, seed=seed)
 
     @property
     def on_gpu(self) -> bool:
@@ -118,7 +123,7 @@ class Measurement:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        self.model = method(self.model, self.call)
+        self.model = method(self.model, self.others)
         self.synchronize()
         prepared = time.perf_counter() - begin
         self.step()

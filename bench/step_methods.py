@@ -1,7 +1,8 @@
 """The methods of bench/flux_step.py: how a 16-bit model is made ready, ours and the peers', each as documented.
 
-METHODS[name](model, call) gets the model in memory and one step's inputs; the next calls of what it returns are
-the method's own. Everything is compiled by repeated blocks (diffusers' `compile_repeated_blocks`), sizes fixed.
+METHODS[name](model, others) gets the model in memory and the inputs of some steps that are not measured, to calibrate
+on; the next calls of what it returns are the method's own. Everything is compiled by repeated blocks (diffusers'
+`compile_repeated_blocks`), or whole where the name says so, sizes fixed.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from svdq_compile.config import FUSIONS
 NARROW = 512
 # torch._int_mm takes more than 16 rows.
 FEW_ROWS = 16
+CALIBRATING = 4  # calls
 
 
 def _by_blocks(model: nn.Module, **options: Any) -> nn.Module:
@@ -30,16 +32,27 @@ def _by_blocks(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def eager(model: nn.Module, call: dict) -> nn.Module:
+def eager(model: nn.Module, others: list[dict]) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module, call: dict) -> nn.Module:
+def compiled(model: nn.Module, others: list[dict]) -> nn.Module:
     return _by_blocks(model)
 
 
-def compiled_max(model: nn.Module, call: dict) -> nn.Module:
+def compiled_max(model: nn.Module, others: list[dict]) -> nn.Module:
     return _by_blocks(model, mode="max-autotune-no-cudagraphs")
+
+
+def compiled_whole(model: nn.Module, others: list[dict]) -> nn.Module:
+    model.compile(dynamic=False)
+    return model
+
+
+def compiled_best(model: nn.Module, others: list[dict]) -> nn.Module:
+    """16-bit in its fastest mode: one CUDA graph for the whole step."""
+    model.compile(dynamic=False, mode="reduce-overhead")
+    return model
 
 
 def _ours(**options: Any) -> dict[str, Any]:
@@ -47,46 +60,51 @@ def _ours(**options: Any) -> dict[str, Any]:
 
     return {
         "backend": svdquant,
-        "options": {"precision": "w4a8", "calibration_steps": 1, "progress": False} | options,
+        "options": {"precision": "w4a8", "calibration_steps": CALIBRATING, "progress": False} | options,
     }
 
 
-def ours(model: nn.Module, call: dict) -> nn.Module:
-    model = _by_blocks(model, **_ours())
-    model(**call)  # runs in 16-bit, observes, and quantizes on its way out
+def _observed(model: nn.Module, others: list[dict]) -> nn.Module:
+    """The model after its calibrating calls: 16-bit and watched, the last of them quantizes."""
+    for other in others:
+        model(**other)
     return model
 
 
-def loaded(path: Path) -> Callable[[nn.Module, dict], nn.Module]:
+def ours(model: nn.Module, others: list[dict]) -> nn.Module:
+    return _observed(_by_blocks(model, **_ours()), others)
+
+
+def loaded(path: Path) -> Callable[[nn.Module, list[dict]], nn.Module]:
     """Ours with what an earlier process has saved, instead of quantizing."""
 
-    def method(model: nn.Module, call: dict) -> nn.Module:
+    def method(model: nn.Module, others: list[dict]) -> nn.Module:
         svdq.load(model, path, progress=False)
         return _by_blocks(model, **_ours())
 
     return method
 
 
-def _ours_fusing(*fusions: str) -> Callable[[nn.Module, dict], nn.Module]:
-    def method(model: nn.Module, call: dict) -> nn.Module:
-        model = _by_blocks(model, **_ours(fuse=fusions))
-        model(**call)
-        return model
+def _ours_fusing(*fusions: str) -> Callable[[nn.Module, list[dict]], nn.Module]:
+    def method(model: nn.Module, others: list[dict]) -> nn.Module:
+        return _observed(_by_blocks(model, **_ours(fuse=fusions)), others)
 
     return method
 
 
-def ours_graphs(model: nn.Module, call: dict) -> nn.Module:
-    model = _by_blocks(model, **_ours(mode="reduce-overhead"))
-    model(**call)
-    return model
+def ours_whole(model: nn.Module, others: list[dict]) -> nn.Module:
+    model.compile(dynamic=False, **_ours())
+    return _observed(model, others)
 
 
-def ours_graphs_whole(model: nn.Module, call: dict) -> nn.Module:
+def ours_graphs(model: nn.Module, others: list[dict]) -> nn.Module:
+    return _observed(_by_blocks(model, **_ours(mode="reduce-overhead")), others)
+
+
+def ours_graphs_whole(model: nn.Module, others: list[dict]) -> nn.Module:
     """One CUDA graph for the whole step instead of one a block."""
     model.compile(dynamic=False, **_ours(mode="reduce-overhead"))
-    model(**call)
-    return model
+    return _observed(model, others)
 
 
 def _linear_rows(model: nn.Module, call: dict) -> dict[str, int]:
@@ -118,16 +136,16 @@ def _torchao(model: nn.Module, config: Any, wanted: Callable[[str], bool]) -> nn
     return _by_blocks(model)
 
 
-def torchao_fp8(model: nn.Module, call: dict) -> nn.Module:
+def torchao_fp8(model: nn.Module, others: list[dict]) -> nn.Module:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     return _torchao(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), lambda name: True)
 
 
-def torchao_int8(model: nn.Module, call: dict) -> nn.Module:
+def torchao_int8(model: nn.Module, others: list[dict]) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    rows = _linear_rows(model, call)
+    rows = _linear_rows(model, others[0])
     return _torchao(model, Int8DynamicActivationInt8WeightConfig(), lambda name: rows.get(name, 0) > FEW_ROWS)
 
 
@@ -137,15 +155,15 @@ def _sdnq(model: nn.Module, **options: Any) -> nn.Module:
     return _by_blocks(sdnq_post_load_quant(model, use_quantized_matmul=True, **options))
 
 
-def sdnq_int8(model: nn.Module, call: dict) -> nn.Module:
+def sdnq_int8(model: nn.Module, others: list[dict]) -> nn.Module:
     return _sdnq(model, weights_dtype="int8")
 
 
-def sdnq_int4_svd(model: nn.Module, call: dict) -> nn.Module:
+def sdnq_int4_svd(model: nn.Module, others: list[dict]) -> nn.Module:
     return _sdnq(model, weights_dtype="int4", use_svd=True, svd_rank=32)
 
 
-Method = Callable[[nn.Module, dict], nn.Module]
+Method = Callable[[nn.Module, list[dict]], nn.Module]
 
 LESS_FUSED: dict[str, Method] = {
     "ours-unfused": _ours_fusing(),
@@ -155,7 +173,10 @@ METHODS: dict[str, Method] = {
     "eager": eager,
     "compile": compiled,
     "compile-max": compiled_max,
+    "compile-whole": compiled_whole,
+    "compile-best": compiled_best,
     "ours": ours,
+    "ours-whole": ours_whole,
     **LESS_FUSED,
     "ours-graphs": ours_graphs,
     "ours-graphs-whole": ours_graphs_whole,

@@ -93,6 +93,11 @@ def _sdxl(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[s
     }
 
 
+def _sd15(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
+    call = _common(randn, batch, text, config.cross_attention_dim, config.in_channels, side, side)
+    return call | {"sample": call.pop("hidden_states"), "timestep": torch.tensor(500.0)}
+
+
 _TINY_HEADS = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2}
 
 MODELS = {
@@ -173,6 +178,23 @@ MODELS = {
         },
         {"side": 16, "text": 16, "batch": 2},
         _sdxl,
+    ),
+    "sd1.5": Model(
+        "UNet2DConditionModel",
+        "Stable Diffusion 1.5 shape, 512x512, batch 2 (guidance)",
+        {"sample_size": 64, "cross_attention_dim": 768},
+        {"side": 64, "text": 77, "batch": 2},
+        {
+            "sample_size": 16,
+            "block_out_channels": (128, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 128,
+        },
+        {"side": 16, "text": 16, "batch": 2},
+        _sd15,
     ),
 }
 

@@ -17,6 +17,7 @@ GROUPS = (
     ("gemm", r"^triton_tem|^triton_mm"),
     ("norms/pointwise", r"^triton_(poi|red|per|for|unk)_"),
     ("attention", r"sdpa|fmha|flash|attention"),
+    ("convolutions", r"fprop|dgrad|convolution"),
     ("quantize", r"quantize|_measure_kernel|_codes_kernel"),
     ("gemv", r"_gemv"),
     ("gemm", r"gemm|_int4_kernel|nvjet|cutlass|xmma|_mm_|matmul|splitK|wgmma"),

@@ -16,7 +16,7 @@ from step_models import MODELS
 
 Row = dict[str, Any]
 PEERS = ("compile", "torchao-fp8", "sdnq-int4-svd")  # the ratios that are shown, over rows of the same run
-GATHERED = ("attention", "gemm", "quantize", "gemv", "norms/pointwise", "copies", "other")
+GATHERED = ("attention", "convolutions", "gemm", "quantize", "gemv", "norms/pointwise", "copies", "other")
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

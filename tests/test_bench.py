@@ -141,7 +141,7 @@ def test_models(name: str) -> None:
     cpu = torch.device("cpu")
     with torch.device("meta"):
         published = getattr(diffusers, spec.class_name)(**spec.config)
-    assert sum(p.numel() for p in published.parameters()) > 2e9
+    assert sum(p.numel() for p in published.parameters()) > 8e8
     model = flux_step.build(name, True, cpu)
     assert model(**flux_step.inputs(name, True, model, cpu))[0].isfinite().all()
 
