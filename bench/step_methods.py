@@ -92,6 +92,10 @@ def _ours_fusing(*fusions: str) -> Callable[[nn.Module, list[dict]], nn.Module]:
     return method
 
 
+def ours_fp8_attention(model: nn.Module, others: list[dict]) -> nn.Module:
+    return _observed(_by_blocks(model, **_ours(attention="fp8")), others)
+
+
 def ours_whole(model: nn.Module, others: list[dict]) -> nn.Module:
     model.compile(dynamic=False, **_ours())
     return _observed(model, others)
@@ -176,6 +180,7 @@ METHODS: dict[str, Method] = {
     "compile-whole": compiled_whole,
     "compile-best": compiled_best,
     "ours": ours,
+    "ours-fp8-attention": ours_fp8_attention,
     "ours-whole": ours_whole,
     **LESS_FUSED,
     "ours-graphs": ours_graphs,

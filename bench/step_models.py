@@ -145,6 +145,16 @@ MODELS = {
         _wan,
         repeats=5,
     ),
+    "wan2.1-14b-81": Model(
+        "WanTransformer3DModel",
+        "Wan 2.1 14B shape, 832x480, 81 frames: 32760 + 512 tokens, batch 1",
+        {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+        {"frames": 21, "height": 60, "width": 104, "text": 512, "batch": 1},
+        _TINY_HEADS | {"text_dim": 128, "ffn_dim": 256, "rope_max_seq_len": 16},
+        {"frames": 4, "height": 8, "width": 8, "text": 16, "batch": 1},
+        _wan,
+        repeats=3,
+    ),
     "sdxl": Model(
         "UNet2DConditionModel",
         "SDXL shape, 1024x1024, batch 2 (guidance)",

@@ -83,6 +83,7 @@ class Attention(NamedTuple):
     is_causal  the s-th row of q reads the first s + 1 of k and v
     scale      of the products; None: D ** -0.5
     order      y's dimensions as they lie in memory, the outermost first, without gaps
+    arithmetic "exact", or "fp8" where a kernel may take q, k and v in 8 bits
     """
 
     q: Any
@@ -91,6 +92,7 @@ class Attention(NamedTuple):
     is_causal: bool
     scale: float | None
     order: list[int]
+    arithmetic: str = "exact"
 
     def empty_result(self) -> Tensor:
         shape = (*self.q.shape[:3], self.v.shape[3])

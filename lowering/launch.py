@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels.formats import FORMATS, codes_of, layout
 from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
-from . import reference
+from . import flash3, reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
 
 if TYPE_CHECKING:
@@ -430,6 +430,24 @@ ATTENTION = Table(
     "attention",
     [
         _torchs_kernel("cudnn", _attention_why_not, _CUDNN, None, False, 0.0),
+        Kernel(
+            "flash3",
+            HOPPER,
+            (),
+            None,
+            lambda o: _attention_why_not(o) or flash3.why_not(o),
+            flash3.attention,
+            fuses=False,
+        ),
+        Kernel(
+            "flash3_fp8",
+            HOPPER,
+            (),
+            "portable.attention_codes",
+            lambda o: _attention_why_not(o) or flash3.why_not_fp8(o),
+            flash3.attention_fp8,
+            fuses=False,
+        ),
         _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
         _torchs_kernel("efficient", takes_all, _EFFICIENT, None, False, 0.0),
     ],
@@ -438,11 +456,19 @@ ATTENTION = Table(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    order: list[int],
+    arithmetic: str = "exact",
+) -> Tensor:
     """`reference.attention` on the kernel that was fastest, its result in this order (operands.Attention)."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # as the kernels want a head's channels
     with _on(q.device):
-        return ATTENTION.run(Attention(q, k, v, is_causal, scale, order))
+        return ATTENTION.run(Attention(q, k, v, is_causal, scale, order, arithmetic))
 
 
 # ** round_weight **

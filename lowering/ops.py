@@ -125,7 +125,8 @@ _define(
     heads.empty_result,
 )
 _define(
-    "attention(Tensor q, Tensor k, Tensor v, bool is_causal, float? scale, int[] order) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, bool is_causal, float? scale, int[] order,"
+    ' str arithmetic="exact") -> Tensor',
     launch.attention,
     lambda *operands: Attention(*operands).empty_result(),
     layout=torch.Tag.needs_fixed_stride_order,  # torch's kernels want the channels of a head side by side

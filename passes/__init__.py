@@ -55,6 +55,7 @@ FUSING: dict[str, Pass] = {
 }
 
 
-def fuse(gm: fx.GraphModule, fusions: Collection[str]) -> None:
-    """Run those of the third list that are named over a graph."""
-    run(gm, [rewrite for name, rewrite in FUSING.items() if name in fusions])
+def fuse(gm: fx.GraphModule, fusions: Collection[str], attention: str = "exact") -> None:
+    """Run those of the third list that are named over a graph; attention: as for `replace_attention`."""
+    passes = FUSING | {"attention": partial(replace_attention, arithmetic=attention)}
+    run(gm, [rewrite for name, rewrite in passes.items() if name in fusions])

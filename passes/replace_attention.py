@@ -3,6 +3,8 @@
     before   y = _scaled_dot_product_flash_attention(q, k, v)[0]
     after    y = svdq.attention(q, k, v, False, None, [0, 2, 1, 3])        (launch.ATTENTION)
 
+Where 8 bits are allowed, a last argument says so.
+
 The result lies in memory as it did, whichever kernel runs: views of it are planned already.
 
 Left alone: attention with a mask, with dropout, whose log-sum is used too, or on a device that has no choice.
@@ -23,8 +25,8 @@ from ..lowering.torch_private import describe
 from .pipeline import log
 
 
-def replace_attention(gm: fx.GraphModule) -> int:
-    """Replace the operators. Returns how many."""
+def replace_attention(gm: fx.GraphModule, arithmetic: str = "exact") -> int:
+    """Replace the operators. Returns how many. arithmetic: as `operands.Attention` has it."""
     count = 0
     for node in list(gm.graph.nodes):
         if node.target not in TORCHS_ATTENTIONS:
@@ -32,7 +34,7 @@ def replace_attention(gm: fx.GraphModule) -> int:
         options = _options(node)
         reason = _why_not(node, options)
         if reason is None:
-            _replace(gm.graph, node, options)
+            _replace(gm.graph, node, options, arithmetic)
             count += 1
         else:
             log.debug("attention %s stays torch's: %s", node.name, reason)
@@ -76,10 +78,13 @@ def _lies_in(order: tuple[int, ...], y: Tensor) -> bool:
     return True
 
 
-def _replace(graph: fx.Graph, node: fx.Node, options: dict[str, Any]) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, options: dict[str, Any], arithmetic: str) -> None:
     order = _order(node.meta["val"][0])
+    allowed = () if arithmetic == "exact" else (arithmetic,)
     with graph.inserting_before(node):
-        new = graph.call_function(ops.attention, (*node.args[:3], options["is_causal"], options["scale"], order))
+        new = graph.call_function(
+            ops.attention, (*node.args[:3], options["is_causal"], options["scale"], order, *allowed)
+        )
     describe(new, node)
     for user in list(node.users):
         user.replace_all_uses_with(new)

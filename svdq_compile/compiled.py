@@ -183,7 +183,7 @@ class Variant:
         for position, index in self.plain:
             inputs[position] = args[index]
         self.has_run = False
-        fusing = Fusing(fuse, fusions=config.fusions)
+        fusing = Fusing(fuse, fusions=config.fusions, attention=config.attention)
         self.run: Callable = compile_with_inductor(gm, inputs, config.mode, fusing)
         if not fusing.has_run:
             pipeline.dump_from_cache()

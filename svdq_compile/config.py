@@ -14,6 +14,7 @@ from .passes import FUSING
 
 PRECISIONS = ("auto", *FORMATS)
 WEIGHTS = ("release", "offload", "keep")
+ATTENTIONS = ("exact", "fp8")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FUSIONS = tuple(FUSING)
 MAX_RANK = 256
@@ -47,6 +48,9 @@ class Config:
                        fastest, and make one operator, and on a GPU one CUDA graph, of what follows one another: True,
                        False, or a list of what to do ("epilogues", "siblings", "heads", "rows", "prologues", "joins",
                        "attention", "sequences")
+    attention          "exact"; or "fp8": q, k and v may be rounded to 8 bits where that is faster, which needs an sm_90
+                       GPU and the package fa3-fwd. An attention's result is off by 5 % then, for random values; what
+                       has a mask stays exact
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing, and say in one line what was done and what comes next
     fallback           where a layer cannot be quantized or a graph not be compiled, which would be a fault of this
@@ -63,6 +67,7 @@ class Config:
     skip: tuple[str, ...] = ()
     weights: str = "release"
     fuse: bool | tuple[str, ...] = True
+    attention: str = "exact"
     mode: str | None = None
     progress: bool = True
     fallback: bool = True
@@ -79,6 +84,7 @@ class Config:
         object.__setattr__(self, "precision", PAPER.get(str(self.precision).lower(), self.precision))
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("weights", self.weights, WEIGHTS)
+        _one_of("attention", self.attention, ATTENTIONS)
         _one_of("mode", self.mode, MODES)
         for name, most in (("rank", MAX_RANK), ("refine", 1000), ("calibration_steps", 1_000_000)):
             object.__setattr__(self, name, _whole(name, getattr(self, name), most))
@@ -106,6 +112,8 @@ class Config:
             for fusion in fusions:
                 _one_of("fuse", fusion, FUSIONS)
             object.__setattr__(self, "fuse", tuple(fusions))
+        if self.attention != "exact" and "attention" not in self.fusions:
+            raise OptionError(f"option attention={self.attention!r} needs 'attention' among fuse={self.fuse!r}")
 
     @property
     def fusions(self) -> tuple[str, ...]:

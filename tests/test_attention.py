@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from conftest import logged
 from svdq_compile.kernels.operands import Attention
 from svdq_compile.kernels.runtime import target
-from svdq_compile.lowering import kernel_table, launch, ops, replay
+from svdq_compile.lowering import flash3, kernel_table, launch, ops, replay
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.lowering.kernel_table import ANY, REFERENCE, Kernel, takes_all
 from svdq_compile.passes import replace_attention
@@ -421,3 +421,86 @@ def test_one_measurement_for_a_class_of_shapes() -> None:
     one = operands(batch=1)
     q = one.q.as_strided(one.q.shape, (1, *one.q.stride()[1:]))
     assert launch._attention_class(one._replace(q=q)) == launch._attention_class(one)
+
+
+# ** FlashAttention-3, which is not there **
+
+
+def test_eight_bits_are_asked_for(on_hopper: None) -> None:
+    """By an argument more, so that graphs without them stay as they were."""
+    exact, allowed = graph_of(CUDNN, None, False), graph_of(CUDNN, None, False)
+    assert replace_attention(exact) == 1
+    assert replace_attention(allowed, arithmetic="fp8") == 1
+    nodes = [next(n for n in gm.graph.nodes if n.target is ops.attention) for gm in (exact, allowed)]
+    assert nodes[1].args[3:] == (*nodes[0].args[3:], "fp8")
+    assert len(nodes[0].args) == 6
+
+
+@pytest.fixture
+def with_flash3(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """As if it were installed. What its operator is called with; it computes in torch."""
+    calls: list[tuple] = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:
+        calls.append((q, k, v, scales))
+        given = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*given, is_causal=o.is_causal, scale=o.scale, enable_gqa=True)
+
+    monkeypatch.delenv("SVDQ_KERNELS", raising=False)
+    monkeypatch.setattr(flash3, "missing", lambda: None)
+    monkeypatch.setattr(flash3, "_forward", forward)
+    return calls
+
+
+def test_who_can_with_flash3(with_flash3: list) -> None:
+    assert able(operands()) == ["cudnn", "flash3", "flash", "efficient", REFERENCE]
+    o = operands()._replace(arithmetic="fp8")
+    assert able(o) == ["cudnn", "flash3", "flash3_fp8", "flash", "efficient", REFERENCE]
+    grouped = o._replace(k=o.k[:, :2], v=o.v[:, :2])
+    assert "flash3" in able(grouped)
+    assert "flash3_fp8" not in able(grouped), "a scale for each head of q would be needed"
+    for channels, names in ((36, set()), (40, {"flash3"}), (264, set())):
+        x = torch.zeros(1, 2, 8, channels, dtype=torch.bfloat16)
+        assert {n for n in able(Attention(x, x, x, False, None, BSHD, "fp8")) if "flash3" in n} == names
+    wide = torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)
+    assert not any("flash3" in name for name in able(o._replace(v=wide)))
+    assert not any("flash3" in name for name in able(operands(batch=0)))
+    assert not any("flash3" in name for name in able(operands(torch.float32)))
+
+
+@pytest.mark.parametrize("order", [BSHD, BHSD], ids=str)
+def test_flash3_has_tokens_before_heads(order: list[int], with_flash3: list) -> None:
+    o = operands(order=order)
+    y = flash3.attention(o)
+    assert [tuple(x.shape) for x in with_flash3[0][:3]] == [(2, 64, 4, 32)] * 3
+    assert y.stride() == o.empty_result().stride()
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v))
+
+
+def test_eight_bits_that_cannot_be_had_are_told_once(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash3._tell.cache_clear()
+    monkeypatch.setattr(flash3, "missing", lambda: "fa3-fwd is not installed (pip install fa3-fwd)")
+    with logged("svdq_compile.lowering") as records:
+        for _ in range(2):
+            assert "flash3_fp8" not in able(operands()._replace(arithmetic="fp8"))
+        able(operands())
+    told = [r.getMessage() for r in records if r.levelname == "WARNING"]
+    why = "fa3-fwd is not installed (pip install fa3-fwd)"
+    assert told == [f"svdquant: attention='fp8' has no kernel here, {why}: attention is exact"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'fa3_fwd'"), "is not installed"),
+        (OSError("undefined symbol: aoti_torch_x\nmore"), "cannot be loaded (OSError: undefined symbol: aoti_torch_x)"),
+    ],
+)
+def test_a_flash3_that_does_not_load(failure: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise failure
+
+    monkeypatch.setattr(flash3, "import_module", fails)
+    flash3.missing.cache_clear()
+    assert reason in str(flash3.missing())
+    flash3.missing.cache_clear()

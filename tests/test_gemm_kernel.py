@@ -234,7 +234,7 @@ def test_gluon_gemm_keeps_int8_products_in_flight(rows):
     """
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
-    built = gluon_gemm_for(gluon_gemm.candidates(rows, 3072)[0])
+    built = gluon_gemm_for(gluon_gemm.candidates(rows)[0])
     assert re.search(rf"{INT8_MMA[90]} {{[^}}]*}}, {{[^}}]*}}", built.ptx), "the left operand is not in registers"
     assert re.search(r"wgmma\.wait_group\.sync\.aligned\s+1", built.ptx)
     assert "cp.async.bulk.tensor.2d" in built.ptx
@@ -251,7 +251,7 @@ def test_gluon_gemm_with_epilogues(rows):
     """An epilogue in plain Triton; the auxiliary input comes by TMA and is transposed by ldmatrix; no spills."""
     from svdq_compile.kernels.hopper import gemm_w4a8 as gluon_gemm
 
-    tile = gluon_gemm.candidates(rows, 3072)[0]
+    tile = gluon_gemm.candidates(rows)[0]
     plain = gluon_gemm_for(tile, low_rank=False)
     auxiliary = gluon_gemm_for(tile, gated_residual, ("*bf16", "fp32"), auxiliary=True)
     copies = r"cp\.async\.bulk\.tensor\.2d\.shared\S*\.global"

@@ -21,13 +21,10 @@ from kernel_testing import (
 from svdq_compile.kernels.formats import codes_of
 from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as tq
-from svdq_compile.kernels.portable.quantize_rows import Tile, _rows_kernel, quantize_rows
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 0.0), ("int4", 0.0), ("int4", 0.171875), ("nvfp4", 0.0)]
-RUNS = [pytest.param(tq.quantize, *case, id=f"{case[0]}{' shifted' if case[1] else ''}") for case in CASES]
-RUNS.append(pytest.param(quantize_rows, "w4a8", 0.0, id="w4a8 by rows"))
 
 
 @pytest.fixture(autouse=True)
@@ -87,14 +84,14 @@ def test_in_the_interpreter():
 
 
 @interpreted
-@pytest.mark.parametrize(("run", "precision", "shift"), RUNS)
+@pytest.mark.parametrize(("precision", "shift"), CASES)
 @pytest.mark.parametrize(
     ("m", "k", "rank"), [(1, 64, 0), (3, 72, 16), (17, 100, 32), (70, 320, 48), (5, 1090, 256), (2, 50, 0)]
 )
-def test_interpreted_quantize(m, k, rank, run, precision, shift):
+def test_interpreted_quantize(m, k, rank, precision, shift):
     x, smooth, down = operands(m, k, rank)
     x[0] = 0
-    check(run(Quantize(x, smooth, down, precision, shift)), x, smooth, down, precision, shift)
+    check(tq.quantize(Quantize(x, smooth, down, precision, shift)), x, smooth, down, precision, shift)
 
 
 @interpreted
@@ -111,17 +108,17 @@ def test_interpreted_ties_are_exact(precision, shift):
 
 
 @interpreted
-@pytest.mark.parametrize(("run", "precision", "shift"), RUNS)
-def test_interpreted_prologues(run, precision, shift):
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+def test_interpreted_prologues(precision, shift):
     x, smooth, down = operands(18, 136, 16)
     other = torch.randn(18, 136).to(HALF)
-    result = run(Quantize(x, smooth, down, precision, shift), Generated(gelu))
+    result = tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(gelu))
     check(result, F.gelu(x.float()).to(HALF), smooth, down, precision, shift)
-    result = run(Quantize(x, smooth, down, precision, shift), Generated(gated, (other, 136)))
+    result = tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(gated, (other, 136)))
     check(result, (F.silu(x.float()) * other.float()).to(HALF), smooth, down, precision, shift)
     mean, rstd = torch.randn(18), torch.rand(18) + 0.5
     scale, move = torch.randn(2, 136).to(HALF), torch.randn(2, 136).to(HALF)
-    result = run(
+    result = tq.quantize(
         Quantize(x, smooth, down, precision, shift), Generated(modulated, (mean, rstd, scale, move, 9, 136))
     )
     normal = ((x.float() - mean[:, None]) * rstd[:, None]).view(2, 9, 136)
@@ -130,12 +127,12 @@ def test_interpreted_prologues(run, precision, shift):
 
 
 @interpreted
-@pytest.mark.parametrize(("run", "precision", "shift"), RUNS)
-def test_interpreted_nothing_beyond_the_edges(run, precision, shift):
+@pytest.mark.parametrize(("precision", "shift"), CASES)
+def test_interpreted_nothing_beyond_the_edges(precision, shift):
     """A prologue that makes ones of zeros must not make any where the input has no element."""
     x, smooth, down = operands(5, 72, 16)
     check(
-        run(Quantize(x, smooth, down, precision, shift), Generated(one)),
+        tq.quantize(Quantize(x, smooth, down, precision, shift), Generated(one)),
         torch.ones_like(x),
         smooth,
         down,
@@ -145,17 +142,17 @@ def test_interpreted_nothing_beyond_the_edges(run, precision, shift):
 
 
 @interpreted
-@pytest.mark.parametrize(("run", "precision", "shift"), RUNS)
+@pytest.mark.parametrize(("precision", "shift"), CASES)
 @pytest.mark.parametrize(("m", "left", "k"), [(19, 64, 192), (3, 50, 136), (70, 8, 1090)])
-def test_interpreted_two_parts(m, left, k, run, precision, shift):
+def test_interpreted_two_parts(m, left, k, precision, shift):
     """Side by side, each with rows farther apart than it is wide; a prologue sees both."""
     x, smooth, down = operands(m, k, 16)
     wide = torch.randn(m, 2 * k + 5).to(HALF)
     parts = wide[:, 3 : 3 + left], wide[:, k + 4 : 2 * k + 4 - left]
     h = torch.cat(parts, 1)
-    result = run(Quantize(parts[0], smooth, down, precision, shift), right=parts[1])
+    result = tq.quantize(Quantize(parts[0], smooth, down, precision, shift), right=parts[1])
     check(result, h, smooth, down, precision, shift)
-    result = run(Quantize(parts[0], smooth, down, precision, shift), Generated(gated, (x, k)), parts[1])
+    result = tq.quantize(Quantize(parts[0], smooth, down, precision, shift), Generated(gated, (x, k)), parts[1])
     check(result, (F.silu(h.float()) * x.float()).to(HALF), smooth, down, precision, shift)
 
 
@@ -233,18 +230,6 @@ def test_compiles_without_spills(capability, precision, rank, warps, stages):
     if precision == "w4a8":
         constants = {"DTYPE": tl.bfloat16, "TM": 8, "TK": 1024, "PARTS": 8, "JOINED": False, "PROLOGUE": None}
         assert not compile_for(tq._codes_kernel, capability, constants, 4, types).spilled
-
-
-@builds
-@pytest.mark.parametrize("capability", list(SHARED))
-@pytest.mark.parametrize(("rank", "prologue"), [(0, None), (32, None), (128, None), (32, modulated), (96, gated)])
-def test_whole_rows_compile_without_spills(capability, rank, prologue):
-    extra = {modulated: PROLOGUE_TYPES, gated: ("*bf16", "i32")}.get(prologue, ())
-    tile = Tile(16, 128, 4, 3)
-    constants = {"DTYPE": tl.bfloat16, "TM": tile.tm, "TK": tile.tk, "RANK": triton.next_power_of_2(rank) if rank else 0,
-                 "JOINED": False, "PROLOGUE": prologue}  # fmt: skip
-    built = compile_for(_rows_kernel, capability, constants, tile.warps, TYPES | {"extra": extra}, tile.stages)
-    assert not built.spilled
 
 
 @builds

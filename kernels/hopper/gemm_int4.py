@@ -41,7 +41,7 @@ from ..portable.gemm import check_scales, sibling_features
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
 from ..runtime.target import processors
-from ..runtime.tuning import choose
+from ..runtime.tuning import choose_tile
 from .descriptors import describe, plain
 from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
 from .versions import aggregate, load, store, view
@@ -247,8 +247,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, by_group, sibling, y, epilogue, t)
 
     if tile is None:
-        shape = (1 << (m - 1).bit_length(), n, o.qx.shape[1])
-        tile = choose("gluon_int4", shape, candidates(m), run, o.qx.device)
+        tile = choose_tile("gluon_int4", m, (n, o.qx.shape[1]), candidates(m), run, o.qx.device)
     run(tile)
     return y
 

@@ -49,7 +49,7 @@ from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH,
 from ..runtime.generated import Generated
 from ..runtime.launcher import launch, zeroed_counters
 from ..runtime.target import processors
-from ..runtime.tuning import choose
+from ..runtime.tuning import choose_tile
 from .descriptors import describe, plain
 from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
 from .versions import aggregate, barrier, load, store, view
@@ -389,16 +389,14 @@ def why_not(o: Gemm) -> str | None:
     return None
 
 
-def candidates(m: int, n: int) -> tuple[Tile, ...]:
-    """Tiles worth trying for m tokens by n features, best guess first."""
+def candidates(m: int) -> tuple[Tile, ...]:
+    """Tiles worth trying for m tokens, best guess first. Half a GPU of small tiles beats tiles cut along K."""
     if m <= 32:
         return (Tile(32, 64, 8, 4, 2), Tile(32, 128, 6, 8))
     if m <= 64:
         return (Tile(64, 64, 8, 4, 2), Tile(64, 128, 6, 8))
-    if m <= 128:
-        return (Tile(128, 64, 4, 4, 2), Tile(128, 128, 5, 8))
     if m <= 1024:
-        return (Tile(128, 128, 5, 8), Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2))
+        return (Tile(128, 128, 3, 4, 2, 1), Tile(64, 64, 8, 4, 2), Tile(128, 64, 4, 4, 2))
     return (Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2, 1))
 
 
@@ -444,8 +442,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, sibling, y, epilogue, t)
 
     if tile is None:
-        shape = (1 << (m - 1).bit_length(), n, qx.shape[1])
-        tile = choose("gluon_gemm", shape, candidates(m, n), run, qx.device)
+        tile = choose_tile("gluon_gemm", m, (n, qx.shape[1]), candidates(m), run, qx.device)
     run(tile)
     return y
 

@@ -16,7 +16,9 @@ product is stored, and while that is on its way the codes are.
               [2, blocks]         int32, arrivals and then departures
               all zero before and after
 
-EXACT says that rows and channels fill whole programs: without masks a prologue takes an eighth less instructions.
+EXACT says that channels fill whole programs: without masks a prologue takes an eighth less instructions. Rows may end
+anywhere, or a new number of tokens would be a new kernel: a prologue reads beside them what is the last row's, and what
+comes of it is not stored.
 """
 
 import torch
@@ -219,7 +221,7 @@ def _quantize_kernel(
     barrier()
     r = gl.arange(0, ROWS, row)
     rc = gl.arange(0, 32 if BY_ROW else 64, column)
-    alive = _below(r, M - begin, EXACT)
+    alive = r < M - begin
     mbarrier.wait(full, 0)
     if PROLOGUE is not None:
         for i in gl.static_range(BOXES):
@@ -227,8 +229,9 @@ def _quantize_kernel(
             for j in gl.static_range(0, ROWS, PIECE):  # a thread stores where it alone has loaded
                 piece = xs.slice(i * 64, 64, 1).slice(j, PIECE)
                 rows = (begin.to(gl.int64) + j + gl.arange(0, PIECE, gl.SliceLayout(1, wide)))[:, None]
-                there = _below(rows, M, EXACT) & _below(columns, K, EXACT)
-                piece.store(prologue(piece.load(wide), rows, columns, there, extra, PROLOGUE))
+                there = gl.full([PIECE, 64], 1, gl.int1, wide) & _below(columns, K, EXACT)
+                last = gl.minimum(rows, M.to(gl.int64) - 1)
+                piece.store(prologue(piece.load(wide), last, columns, there, extra, PROLOGUE))
         fence_async_shared()
         barrier()
     target = qx + (begin.to(gl.int64) * KP + first)
@@ -257,9 +260,9 @@ def _quantize_kernel(
                 v += shift
             inverse = inverses.slice(i * 64, 64).load(column)[None, :]
             v = quotient(v, factors.slice(i * 64, 64).load(column)[None, :], inverse)
-            v = gl.where(alive[:, None] & _below(rc, K - k, EXACT)[None, :], v, 0.0)
+            v = gl.where(_below(rc, K - k, EXACT)[None, :], v, 0.0)
             q, scale = int4_codes(v, UNSIGNED, qx.dtype.element_ty == gl.float8e4nv)
-            stored = alive if EXACT else alive & (k < KP)
+            stored = alive & (k < KP)
             gl.store(target + i * 64 + (r[:, None] * KP + rc[None, :]), q, mask=stored[:, None])
             gl.store(ascales + (begin + r).to(gl.int64) * a_row + k // 64 * a_group, scale, mask=stored)
         if RING and i + SLOTS < BOXES:
@@ -306,7 +309,7 @@ def _quantize_kernel(
         inside = e < ROWS * R
         values = gl.load(sums + (fp * (ROWS * R) + e[None, :]), mask=inside[None, :] & (fp < S), other=0.0,
                          cache_modifier=".cg")  # fmt: skip
-        inside &= _below(e, (M - begin) * R, EXACT)
+        inside &= e < (M - begin) * R
         gl.store(xd + begin.to(gl.int64) * R + e, gl.sum(values, 0).to(xd.dtype.element_ty), mask=inside)
         if MEET:
             _leave(there, S)
@@ -356,7 +359,7 @@ def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, 
     boxes, slots = _boxes(m, k, r, width, precision, prologue)
     programs = -(-k // (64 * boxes))
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
-    exact = m % ROWS.value == 0 and k % (64 * boxes) == 0
+    exact = k % (64 * boxes) == 0
     codes = codes_of(precision).name
     return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(shift), exact,
             width < k, None if prologue is None else prologue.function)  # fmt: skip

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
-from ..runtime.tuning import choose
+from ..runtime.tuning import choose_tile
 from .gemm import tile_of
 from .unpack import INTERPRETED, nibble
 
@@ -193,8 +193,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: Tile | None = None)
         grid = (triton.cdiv(m, t.tokens) * triton.cdiv(n, t.features), 1, 1)
         launch(_gemm_kernel, grid, arguments, constants, num_warps=t.warps, num_stages=t.stages)
 
-    shape = (triton.next_power_of_2(m), n, kp)
-    run(config or choose("nvfp4 gemm", shape, candidates(m, target), run, qx.device))
+    run(config or choose_tile("nvfp4 gemm", m, (n, kp), candidates(m, target), run, qx.device))
     return y
 
 

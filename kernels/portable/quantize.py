@@ -51,8 +51,8 @@ MAX_BLOCKS = 1024  # with a counter each
 
 
 @triton.jit
-def load_input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE: tl.constexpr, JOINED: tl.constexpr,
-               PROLOGUE: tl.constexpr):  # fmt: skip
+def _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE: tl.constexpr, JOINED: tl.constexpr,
+           PROLOGUE: tl.constexpr):  # fmt: skip
     """A block of what the linear reads.
 
     Loaded as bits, so that the product takes it from registers: where Triton 3.6 hands `wgmma` the shared buffer of a
@@ -110,7 +110,7 @@ def _measure_kernel(
     for k in tl.range(first, min(first + chunk, KP), TK):
         rk = k + tl.arange(0, TK)
         live = alive & (rk < K)[None, :]
-        v = load_input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
+        v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
         factors = tl.load(smooth + rk, mask=rk < K, other=1.0)[None, :]
         if CODES == "int8":
             peak = tl.maximum(peak, tl.abs(v.to(tl.float32) * (1.0 / factors)))
@@ -155,7 +155,7 @@ def _codes_kernel(
     scale, reciprocal = int8_scale(tl.max(some, 0))
     rk = pk * TK + tl.arange(0, TK)
     live = alive & (rk < K)[None, :]
-    v = load_input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
+    v = _input(x, right, rm, rk, live, W, x_stride, right_stride, extra, DTYPE, JOINED, PROLOGUE)
     inverse = 1.0 / tl.load(smooth + rk, mask=rk < K, other=1.0)
     q = int8_codes(v, inverse[None, :], reciprocal[:, None])
     tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive & (rk < KP)[None, :])
@@ -196,13 +196,6 @@ def allocate_results(x: Tensor, k: int, r: int, codes: Codes, fp8: bool) -> tupl
     return *codes.empty(x, x.shape[:1], k, fp8), x.new_empty(x.shape[0], r)
 
 
-def as_bits(x: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor, tl.dtype]:
-    """The operands that `load_input` takes for x and right, and their type in Triton."""
-    bits = x.view(torch.int16)
-    more = bits if right is None else right.view(torch.int16)
-    return bits, more, tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
-
-
 def quantize(
     o: Quantize, prologue: Generated | None = None, right: Tensor | None = None, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,13 +211,14 @@ def quantize(
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
     kp = padded(k, codes.block)
     function, extra = (None, ()) if prologue is None else (prologue.function, prologue.operands)
+    dtype = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     tm = tk = 64
     blocks, steps = triton.cdiv(m, tm), triton.cdiv(kp, tk)
     parts = max(1, min(steps, 16, 4 * processors(x.device) // blocks)) if blocks <= MAX_BLOCKS else 1
     chunk = triton.cdiv(steps, parts) * tk
     splits = triton.cdiv(kp, chunk)
-    bits, more, dtype = as_bits(x, right)
-    scales = ascales.view(torch.uint8) if codes.name == "fp4" else ascales
+    bits, scales = x.view(torch.int16), ascales.view(torch.uint8) if codes.name == "fp4" else ascales
+    more = bits if right is None else right.view(torch.int16)
     peaks, partial = x.new_empty(splits, m, dtype=torch.float32), x.new_empty(splits, m, r, dtype=torch.float32)
     counters = zeroed_counters(x.device, blocks)
     arguments = (bits, more, smooth, down, qx, scales, peaks, partial, counters, xd, m, k, kp, r, splits, w,

@@ -26,6 +26,8 @@ from .launcher import recording
 ALONE = threading.RLock()  # to measure, which waits for the GPU, or to make a CUDA graph, which that would break
 SECONDS = 5.0
 REPEATS = 7
+MEASURED_CLASSES = 2
+NEAR = 2  # classes: four times as many rows
 
 
 class CannotRun(Exception):
@@ -34,6 +36,7 @@ class CannotRun(Exception):
 
 _C = TypeVar("_C", bound=Hashable)
 _chosen: dict[tuple, int] = {}
+_tiles: dict[tuple, dict[int, Any]] = {}  # by layer, then by class of rows
 _spent = 0.0
 
 
@@ -61,19 +64,56 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
     """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands."""
     if len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
+    index = _answer(kernel, shape, candidates, device)
+    if index is None:
+        if not _may_measure():
+            return candidates[0]
+        with ALONE:
+            index = _measure(candidates, run)
+        _remember(device, _key(kernel, shape, candidates), index)
+        _chosen[device, kernel, shape, tuple(candidates)] = index
+    return candidates[index]
+
+
+def _key(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[Hashable]) -> str:
+    """A list that changed is a new question."""
+    return f"{kernel} {shape} {list(candidates)}"
+
+
+def _answer(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[Hashable],
+            device: torch.device) -> int | None:  # fmt: skip
+    """What was measured, by this process or an earlier one."""
     question = device, kernel, shape, tuple(candidates)
     index = _chosen.get(question)
     if index is None:
-        key = f"{kernel} {shape} {list(candidates)}"  # a list that changed is a new question
-        index = _known(device).get(key)
+        index = _known(device).get(_key(kernel, shape, candidates))
         if type(index) is not int or not 0 <= index < len(candidates):  # nothing, or nothing of ours
-            if not _may_measure():
-                return candidates[0]
-            with ALONE:
-                index = _measure(candidates, run)
-            _remember(device, key, index)
+            return None
         _chosen[question] = index
-    return candidates[index]
+    return index
+
+
+def choose_tile(kernel: str, rows: int, layer: tuple[Hashable, ...], candidates: Sequence[_C],
+                run: Callable[[_C], object], device: torch.device) -> _C:  # fmt: skip
+    """`choose` among the tiles of a GEMM, where a shape is a number of rows and what is the layer's own.
+
+    Each tile is a kernel to compile. So once a layer has been measured for two classes of rows, one not far from them
+    takes the tile of the nearest, which is compiled: pictures of a new size must not wait for it.
+    """
+    if len(candidates) == 1 or device.type != "cuda":
+        return candidates[0]
+    size = max(rows - 1, 0).bit_length()
+    shape = (1 << size, *layer)
+    tiles = _tiles.setdefault((device, kernel, layer), {})
+    if size not in tiles:
+        near = [other for other in tiles if abs(other - size) <= NEAR]
+        if near and len(tiles) >= MEASURED_CLASSES and _answer(kernel, shape, candidates, device) is None:
+            return tiles[min(near, key=lambda other: abs(other - size))]
+        tile = choose(kernel, shape, candidates, run, device)
+        if _answer(kernel, shape, candidates, device) is None:  # a guess
+            return tile
+        tiles[size] = tile
+    return tiles[size]
 
 
 def _may_measure() -> bool:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from svdq_compile.kernels.operands import Attention
+from svdq_compile.kernels.portable.attention_codes import attention_codes
 from svdq_compile.kernels.runtime import tuning
-from svdq_compile.lowering import kernel_table, launch, ops
+from svdq_compile.lowering import flash3, kernel_table, launch, ops
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.lowering.kernel_table import REFERENCE, Kernel
 from svdq_compile.lowering.launch import ATTENTION
@@ -21,7 +22,10 @@ from svdq_compile.passes import replace_attention
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 BSHD, BHSD, SBHD = [0, 2, 1, 3], [0, 1, 2, 3], [2, 0, 1, 3]
-ROWS = {kernel.name: kernel for kernel in ATTENTION.rows}
+# Those that are exact; FlashAttention-3 where it is installed.
+ROWS = {kernel.name: kernel for kernel in ATTENTION.rows if kernel.name != "flash3_fp8"}
+if flash3.missing():
+    del ROWS["flash3"]
 ROUNDING = 4e-3  # of a result rounded to bf16 once, and of probabilities rounded to bf16
 
 
@@ -283,3 +287,55 @@ def test_a_compiled_model_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(runs) == (fuse is True)
         runs.clear()
     assert float((results[0] - results[1]).norm() / results[1].norm()) < 0.02
+
+
+needs_flash3 = pytest.mark.skipif(flash3.missing() is not None, reason="needs fa3-fwd")
+
+
+@pytest.mark.parametrize(
+    ("s", "t", "channels"), [(1, 1, 64), (300, 300, 64), (77, 1000, 128), (515, 64, 96), (64, 515, 256)]
+)
+@pytest.mark.parametrize("order", [BSHD, BHSD, SBHD], ids=["BSHD", "BHSD", "SBHD"])
+def test_codes(s: int, t: int, channels: int, order: list[int]) -> None:
+    """Each value within half a step of e4m3, k less its mean."""
+    torch.manual_seed(0)
+    q, k, v = (normal(order, 2, 3, n, channels) for n in (s, t, t))
+    k += 3 * torch.randn(1, 3, 1, channels, device="cuda", dtype=torch.bfloat16)
+    v[0, 0] = 0
+    *codes, sq, sk, sv = attention_codes(q, k, v)
+    for x, code, scale in zip((q, k, v), codes, (sq, sk, sv), strict=True):
+        expected = x.float() - x.float().mean(2, keepdim=True) * (x is k)
+        most = expected.abs().amax((2, 3))
+        torch.testing.assert_close(scale, torch.where(most > 0, most / 448, 1.0), rtol=1e-4, atol=1e-6 if t == 1 else 0)
+        expected, steps = expected.transpose(1, 2), scale[:, None, :, None]
+        off = (code.float() * steps - expected).abs()
+        assert (off <= expected.abs() * (1.001 / 16) + steps * 2**-9).all()
+
+
+@needs_flash3
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lies", [BSHD, BHSD], ids=["BSHD", "BHSD"])
+def test_eight_bits(lies: list[int], is_causal: bool) -> None:
+    """Near the exact result; what all keys share costs nothing."""
+    torch.manual_seed(0)
+    q, k, v = (normal(BSHD, 2, 4, 700, 128) for _ in range(3))
+    k += 20 * torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
+    o = Attention(q, k, v, is_causal, None, lies, "fp8")
+    y = flash3.attention_fp8(o)
+    planned = o.empty_result()
+    assert (y.shape, y.stride(), y.dtype) == (planned.shape, planned.stride(), planned.dtype)
+    assert 0.01 < error(y, o) < 0.09
+
+
+@needs_flash3
+def test_eight_bits_are_taken_where_they_are_faster() -> None:
+    """In compiled code's operator, by plans and graphs too; without leave they never are."""
+    torch.manual_seed(0)
+    q, k, v = (normal(BSHD, 1, 24, 8192, 128) for _ in range(3))
+    site = ops.sites("svdq.attention.default")()
+    results = [site(q, k, v, False, None, BSHD, "fp8") for _ in range(5)]
+    assert ATTENTION.choose(Attention(q, k, v, False, None, BSHD, "fp8")).name == "flash3_fp8"
+    assert all(torch.equal(results[0], y) for y in results)
+    exact = ops.attention(q, k, v, False, None, BSHD)
+    assert ATTENTION.choose(Attention(q, k, v, False, None, BSHD)).name != "flash3_fp8"
+    assert 0.01 < float((results[0] - exact).norm() / exact.norm()) < 0.09

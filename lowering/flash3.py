@@ -1,0 +1,83 @@
+"""FlashAttention-3 for sm_90, where the optional package fa3-fwd is installed: in 16 bits and, where the user allows
+it, in 8 (kernels/portable/attention_codes.py).
+
+Its operator is called past its Python interface, whose autograd takes longer than a launch. Arguments are known by
+their places, so another number of them than in 0.0.3 is another version.
+"""
+
+import logging
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from ..kernels.operands import Attention
+
+log = logging.getLogger("svdq_compile.lowering")
+
+PACKAGE = "fa3-fwd"
+ARGUMENTS = 33
+MAX_CHANNELS = 256
+
+
+@cache
+def missing() -> str | None:
+    """Why it cannot be had; None if it can."""
+    try:
+        import_module("fa3_fwd._C")
+        arguments = torch.ops.fa3_fwd.fwd.default._schema.arguments
+    except ModuleNotFoundError:
+        return f"{PACKAGE} is not installed (pip install {PACKAGE})"
+    except Exception as error:  # another torch, CUDA or C library: whatever a binary's loading gives rise to
+        return f"{PACKAGE} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]:.120})"
+    return None if len(arguments) == ARGUMENTS else f"{PACKAGE} is of another version: pip install {PACKAGE}==0.0.3"
+
+
+def why_not(o: Attention) -> str | None:
+    """Of 16-bit operands."""
+    d = o.q.shape[3]
+    if o.v.shape[3] != d or d % 8 or d > MAX_CHANNELS:
+        return f"heads of {d} and {o.v.shape[3]} channels, not both the same multiple of 8 up to {MAX_CHANNELS}"
+    if not o.q.numel() or not o.k.numel():
+        return "there is nothing to attend to"
+    return missing()
+
+
+def why_not_fp8(o: Attention) -> str | None:
+    """The same in 8 bits."""
+    if o.arithmetic != "fp8":
+        return "8 bits are not allowed"
+    if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16:
+        return "grouped heads, or channels that are no multiple of 16"
+    reason = why_not(o)
+    if reason is not None and reason == missing():
+        _tell(reason)
+    return reason
+
+
+@cache
+def _tell(reason: str) -> None:
+    log.warning("svdquant: attention='fp8' has no kernel here, %s: attention is exact", reason)
+
+
+def attention(o: Attention) -> Tensor:
+    """y [B, H, S, D] as `operands.Attention` says."""
+    return o.in_order(_forward(o.q.transpose(1, 2), o.k.transpose(1, 2), o.v.transpose(1, 2), (None,) * 3, o))
+
+
+def attention_fp8(o: Attention) -> Tensor:
+    """The same of e4m3 codes."""
+    from ..kernels.portable.attention_codes import attention_codes
+
+    q, k, v, *scales = attention_codes(o.q, o.k, o.v)
+    return o.in_order(_forward(q, k, v, tuple(scales), o))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:
+    """[B, S, H, D] each -> [B, H, S, D]. Between v and the scales stand what decoding needs: caches, positions."""
+    scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
+    window, chunk, softcap, interleaved, schedule, splits, pack, margin = (-1, -1), 0, 0.0, True, None, 1, None, 0
+    further = *window, chunk, softcap, interleaved, schedule, splits, pack, margin
+    y = torch.ops.fa3_fwd.fwd.default(q, k, v, *(None,) * 17, *scales, scale, o.is_causal, *further)[0]
+    return y.transpose(1, 2)

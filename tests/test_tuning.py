@@ -1,0 +1,69 @@
+"""Which tile a GEMM takes, by classes of rows, without a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+tuning = pytest.importorskip("svdq_compile.kernels.runtime.tuning")
+DEVICE = torch.device("cuda")
+LAYER = (3072, 3072)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """The candidates of each measurement; the last of them is the fastest, and nothing is known before."""
+    asked: list[Sequence[str]] = []
+
+    def measure(candidates: Sequence[str], run: object) -> int:
+        asked.append(candidates)
+        return len(candidates) - 1
+
+    known: dict[str, Any] = {}
+    monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning, "_may_measure", lambda: True)
+    monkeypatch.setattr(tuning, "_known", lambda device: known)
+    monkeypatch.setattr(tuning, "_remember", lambda device, key, index: known.__setitem__(key, index))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_tiles", {})
+    return asked
+
+
+def tile(rows: int, layer: tuple[int, int] = LAYER) -> str:
+    candidates = ("small", "narrow") if rows <= 1024 else ("large", "wide")
+    return tuning.choose_tile("gemm", rows, layer, candidates, lambda tile: None, DEVICE)
+
+
+def test_a_third_class_takes_the_nearest_tile(measured: list) -> None:
+    assert [tile(512), tile(4096)] == ["narrow", "wide"]
+    assert len(measured) == 2
+    assert [tile(500), tile(4000), tile(300), tile(1024), tile(2048), tile(8192)] == [
+        "narrow", "wide", "narrow", "narrow", "wide", "wide",
+    ]  # fmt: skip
+    assert len(measured) == 2
+    assert tile(512, (9216, 3072)) == "narrow"
+    assert len(measured) == 3, "another layer"
+
+
+def test_a_far_class_is_measured(measured: list) -> None:
+    assert [tile(8), tile(16), tile(100_000)] == ["narrow", "narrow", "wide"]
+    assert len(measured) == 3
+
+
+def test_what_an_earlier_process_measured_counts(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows in (512, 1024, 4096):
+        tuning._tiles.clear()
+        tile(rows)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._tiles.clear()
+    assert [tile(512), tile(1024), tile(4096)] == ["narrow", "narrow", "wide"]
+    assert len(measured) == 3
+
+
+def test_a_guess_is_not_kept(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_may_measure", lambda: False)
+        assert [tile(512), tile(4096), tile(64)] == ["small", "large", "small"]
+    assert [tile(512), tile(4096)] == ["narrow", "wide"]
+    assert len(measured) == 2
