@@ -1,8 +1,7 @@
 """FlashAttention-3 for sm_90, where the optional package fa3-fwd is installed: in 16 bits and, where the user allows
 it, in 8 (kernels/portable/attention_codes.py).
 
-Its operator is called past its Python interface, whose autograd takes longer than a launch. Arguments are known by
-their places, so another number of them than in 0.0.3 is another version.
+Its operator is called past its Python interface, whose autograd takes longer than a launch.
 """
 
 import logging
@@ -17,7 +16,7 @@ from ..kernels.operands import Attention
 log = logging.getLogger("svdq_compile.lowering")
 
 PACKAGE = "fa3-fwd"
-ARGUMENTS = 33
+ARGUMENTS = frozenset(("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "num_splits"))
 MAX_CHANNELS = 256
 
 
@@ -26,12 +25,12 @@ def missing() -> str | None:
     """Why it cannot be had; None if it can."""
     try:
         import_module("fa3_fwd._C")
-        arguments = torch.ops.fa3_fwd.fwd.default._schema.arguments
+        arguments = {argument.name for argument in torch.ops.fa3_fwd.fwd.default._schema.arguments}
     except ModuleNotFoundError:
         return f"{PACKAGE} is not installed (pip install {PACKAGE})"
     except Exception as error:  # another torch, CUDA or C library: whatever a binary's loading gives rise to
         return f"{PACKAGE} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]:.120})"
-    return None if len(arguments) == ARGUMENTS else f"{PACKAGE} is of another version: pip install {PACKAGE}==0.0.3"
+    return None if arguments >= ARGUMENTS else f"{PACKAGE} is of another version: pip install {PACKAGE}==0.0.3"
 
 
 def why_not(o: Attention) -> str | None:
@@ -75,9 +74,10 @@ def attention_fp8(o: Attention) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:
-    """[B, S, H, D] each -> [B, H, S, D]. Between v and the scales stand what decoding needs: caches, positions."""
+    """[B, S, H, D] each, and three scales [B, H] or None -> [B, H, S, D]."""
+    names = ("q_descale", "k_descale", "v_descale")
     scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
-    window, chunk, softcap, interleaved, schedule, splits, pack, margin = (-1, -1), 0, 0.0, True, None, 1, None, 0
-    further = *window, chunk, softcap, interleaved, schedule, splits, pack, margin
-    y = torch.ops.fa3_fwd.fwd.default(q, k, v, *(None,) * 17, *scales, scale, o.is_causal, *further)[0]
+    y = torch.ops.fa3_fwd.fwd.default(
+        q, k, v, **dict(zip(names, scales, strict=True)), softmax_scale=scale, is_causal=o.is_causal, num_splits=1
+    )[0]
     return y.transpose(1, 2)

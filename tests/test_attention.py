@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -437,19 +437,29 @@ def test_eight_bits_are_asked_for(on_hopper: None) -> None:
 
 
 @pytest.fixture
-def with_flash3(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """As if it were installed. What its operator is called with; it computes in torch."""
+def with_flash3(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    """As if it were installed: an operator with its signature, in torch. What it is called with."""
     calls: list[tuple] = []
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:
-        calls.append((q, k, v, scales))
+    def fwd(q, k, v, out, q_descale, k_descale, v_descale, softmax_scale, is_causal, window_left, num_splits):
+        calls.append((q, k, v, num_splits))
         given = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*given, is_causal=o.is_causal, scale=o.scale, enable_gqa=True)
+        y = F.scaled_dot_product_attention(*given, is_causal=is_causal, scale=softmax_scale, enable_gqa=True)
+        return y.transpose(1, 2).contiguous(), *(q.new_empty(0) for _ in range(3))
 
+    library = torch.library.Library("fa3_fwd", "DEF")
+    library.define(
+        "fwd(Tensor q,Tensor k,Tensor v,Tensor(out!)? out=None,Tensor? q_descale=None,Tensor? k_descale=None,"
+        "Tensor? v_descale=None,float? softmax_scale=None,bool is_causal=False,int window_left=-1,int num_splits=0)"
+        " -> (Tensor(out!), Tensor, Tensor, Tensor)"
+    )
+    library.impl("fwd", fwd, "CPU")
     monkeypatch.delenv("SVDQ_KERNELS", raising=False)
-    monkeypatch.setattr(flash3, "missing", lambda: None)
-    monkeypatch.setattr(flash3, "_forward", forward)
-    return calls
+    monkeypatch.setattr(flash3, "import_module", lambda name: None)
+    flash3.missing.cache_clear()
+    yield calls
+    library._destroy()
+    flash3.missing.cache_clear()
 
 
 def test_who_can_with_flash3(with_flash3: list) -> None:
@@ -470,11 +480,30 @@ def test_who_can_with_flash3(with_flash3: list) -> None:
 
 @pytest.mark.parametrize("order", [BSHD, BHSD], ids=str)
 def test_flash3_has_tokens_before_heads(order: list[int], with_flash3: list) -> None:
-    o = operands(order=order)
+    o = operands(order=order, is_causal=True)._replace(scale=0.3)
     y = flash3.attention(o)
     assert [tuple(x.shape) for x in with_flash3[0][:3]] == [(2, 64, 4, 32)] * 3
+    assert with_flash3[0][3] == 1
     assert y.stride() == o.empty_result().stride()
-    torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v))
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v, is_causal=True, scale=0.3))
+
+
+def test_flash3_is_replayed(with_flash3: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_is_recordable", lambda operands: True)
+    monkeypatch.setenv("SVDQ_KERNELS", "flash3")
+    monkeypatch.setattr(ops.IMPLEMENTATIONS["svdq.attention.default"], "_plans", {})
+    site = ops.sites("svdq.attention.default")()
+    for _ in range(4):
+        o = operands()._replace(v=normal(BSHD, 2, 4, 64, 32, dtype=torch.bfloat16))
+        torch.testing.assert_close(site(*o), F.scaled_dot_product_attention(o.q, o.k, o.v))
+    assert site._plan is not None
+    assert len(with_flash3) == 4
+
+
+def test_another_version_of_flash3(with_flash3: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash3, "ARGUMENTS", flash3.ARGUMENTS | {"k_new"})
+    assert "another version" in str(flash3.missing())
+    assert "flash3" not in able(operands())
 
 
 def test_eight_bits_that_cannot_be_had_are_told_once(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
