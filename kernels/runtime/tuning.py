@@ -26,6 +26,7 @@ from .launcher import recording
 ALONE = threading.RLock()  # to measure, which waits for the GPU, or to make a CUDA graph, which that would break
 SECONDS = 5.0
 REPEATS = 7
+ASLEEP = 10_000_000  # cycles, some 5 ms: for the host to queue its calls, whose Python a replay will not run
 MEASURED_CLASSES = 2
 NEAR = 2  # classes: four times as many rows
 
@@ -141,6 +142,7 @@ def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
 
 def _milliseconds(call: Callable[[], object]) -> float:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    torch.cuda._sleep(ASLEEP)
     for start, end in events:
         start.record()
         call()
