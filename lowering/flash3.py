@@ -49,6 +49,8 @@ def why_not_fp8(o: Attention) -> str | None:
         return "8 bits are not allowed"
     if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16:
         return "grouped heads, or channels that are no multiple of 16"
+    if any(x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]) for x in (o.q, o.k, o.v)):
+        return "heads or tokens that do not begin at multiples of 16 bytes"
     reason = why_not(o)
     if reason is not None and reason == missing():
         _tell(reason)

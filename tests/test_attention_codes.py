@@ -1,5 +1,7 @@
 """q, k and v in 8 bits for attention: numbers in the interpreter, and what the kernels compile to."""
 
+import re
+
 import pytest
 import torch
 from kernel_testing import SHARED, builds, compile_for, compiled, interpreted, run_interpreted
@@ -8,6 +10,7 @@ from torch import Tensor
 from svdq_compile.kernels.portable import attention_codes as ac
 
 LONG = ("i64", "i64", "i64")
+WIDE = re.compile(r"(ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\.shared\.global .*0x10)")  # 16 bytes a thread
 
 
 @compiled
@@ -55,8 +58,13 @@ def test_compiles_without_spills(capability: int, width: int) -> None:
         ("q_strides", "k_strides", "v_strides"), LONG
     )
     spans = {"WIDTH": width, "ROWS": ac.STEP // width, "CHUNKS": ac.CHUNKS}
-    assert not compile_for(ac._spans_kernel, capability, spans, 8, types, stages=2).spilled
-    codes = {"WIDTH": width, "ROWS": ac.BLOCK // width, "CHUNKS": ac.CHUNKS}
-    built = compile_for(ac._codes_kernel, capability, codes, 8, types)
+    built = compile_for(ac._spans_kernel, capability, spans, 8, types, stages=2)
     assert not built.spilled
+    assert WIDE.search(built.ptx)
+    scales = {"WIDTH": width, "CHUNKS": ac.CHUNKS}
+    assert not compile_for(ac._scales_kernel, capability, scales, 2, types | {"means": "*fp32"}).spilled
+    codes = {"WIDTH": width, "ROWS": ac.BLOCK // width}
+    built = compile_for(ac._codes_kernel, capability, codes, 8, types | {"means": "*fp32"})
+    assert not built.spilled
+    assert WIDE.search(built.ptx)
     assert "cvt.rn.satfinite.e4m3x2.f32" in built.ptx
