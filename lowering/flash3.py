@@ -17,7 +17,7 @@ log = logging.getLogger("svdq_compile.lowering")
 
 PACKAGE = "fa3-fwd"
 ARGUMENTS = frozenset(("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "num_splits"))
-MAX_CHANNELS = 256
+MAX_CHANNELS, MAX_CHANNELS_FP8 = 256, 128
 
 
 @cache
@@ -47,8 +47,8 @@ def why_not_fp8(o: Attention) -> str | None:
     """The same in 8 bits."""
     if o.arithmetic != "fp8":
         return "8 bits are not allowed"
-    if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16:
-        return "grouped heads, or channels that are no multiple of 16"
+    if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16 or o.q.shape[3] > MAX_CHANNELS_FP8:
+        return f"grouped heads, or channels that are no multiple of 16 up to {MAX_CHANNELS_FP8}"
     if any(x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]) for x in (o.q, o.k, o.v)):
         return "heads or tokens that do not begin at multiples of 16 bytes"
     reason = why_not(o)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.launcher import launch
 
-CHUNKS = 16
+CHUNKS = 8
 STEP, BLOCK = 32 * 128, 128 * 128  # values of a step of the first launch, and of a program of the last
 LARGEST = tl.constexpr(448.0)
 
@@ -104,7 +104,7 @@ def _codes_kernel(
 
 
 def attention_codes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """-> qq, kq, vq, and the three scales, as above. No dimension may be empty; D a multiple of 16."""
+    """-> qq, kq, vq, and the three scales, as above. No dimension may be empty; D a multiple of 16 up to 128."""
     (b, h, s, d), t = q.shape, k.shape[2]
     codes = [x.new_empty(b, x.shape[2], h, d, dtype=torch.float8_e4m3fn) for x in (q, k, v)]
     scales = q.new_empty(3, b, h, dtype=torch.float32)

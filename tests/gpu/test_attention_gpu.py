@@ -119,7 +119,7 @@ def test_a_class_of_shapes_is_measured_once(tmp_path, monkeypatch: pytest.Monkey
         o = tokens(length)
         for _ in range(4):
             check(ops.attention(*o), o)
-    assert measured == [["cudnn", "flash", "efficient"]]
+    assert measured == [[kernel.name for kernel in ATTENTION.rows if kernel.name in ROWS][:-1]]
     assert '"attention (' in next(tmp_path.glob("choices-*.json")).read_text()
     tuning._known.cache_clear()
     monkeypatch.setattr(tuning, "_chosen", {})
@@ -292,9 +292,7 @@ def test_a_compiled_model_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 needs_flash3 = pytest.mark.skipif(flash3.missing() is not None, reason="needs fa3-fwd")
 
 
-@pytest.mark.parametrize(
-    ("s", "t", "channels"), [(1, 1, 64), (300, 300, 64), (77, 1000, 128), (515, 64, 96), (64, 515, 256)]
-)
+@pytest.mark.parametrize(("s", "t", "channels"), [(1, 1, 64), (300, 300, 64), (77, 1000, 128), (515, 64, 96)])
 @pytest.mark.parametrize("order", [BSHD, BHSD, SBHD], ids=["BSHD", "BHSD", "SBHD"])
 def test_codes(s: int, t: int, channels: int, order: list[int]) -> None:
     """Each value within half a step of e4m3, k less its mean."""
