@@ -18,6 +18,7 @@ log = logging.getLogger("svdq_compile.lowering")
 PACKAGE = "fa3-fwd"
 ARGUMENTS = frozenset(("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "num_splits"))
 MAX_CHANNELS, MAX_CHANNELS_FP8 = 256, 128
+MAX_HEADS = 65535  # a CUDA grid's second dimension
 
 
 @cache
@@ -26,10 +27,11 @@ def missing() -> str | None:
     try:
         import_module("fa3_fwd._C")
         arguments = {argument.name for argument in torch.ops.fa3_fwd.fwd.default._schema.arguments}
-    except ModuleNotFoundError:
-        return f"{PACKAGE} is not installed (pip install {PACKAGE})"
     except Exception as error:  # another torch, CUDA or C library: whatever a binary's loading gives rise to
-        return f"{PACKAGE} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]:.120})"
+        if isinstance(error, ModuleNotFoundError) and error.name in ("fa3_fwd", "fa3_fwd._C"):
+            return f"{PACKAGE} is not installed (pip install {PACKAGE})"
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return f"{PACKAGE} cannot be loaded ({type(error).__name__}: {first_line:.120})"
     return None if arguments >= ARGUMENTS else f"{PACKAGE} is of another version: pip install {PACKAGE}==0.0.3"
 
 
@@ -40,7 +42,16 @@ def why_not(o: Attention) -> str | None:
         return f"heads of {d} and {o.v.shape[3]} channels, not both the same multiple of 8 up to {MAX_CHANNELS}"
     if not o.q.numel() or not o.k.numel():
         return "there is nothing to attend to"
+    if not all(map(_is_copied_by_tma, (o.q, o.k, o.v))):
+        return "heads or tokens that do not begin at multiples of 16 bytes"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "torch.backends.cuda.enable_flash_sdp is off"
     return missing()
+
+
+def _is_copied_by_tma(x: Tensor) -> bool:
+    strides = (stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride < 2**31 for stride in strides)
 
 
 def why_not_fp8(o: Attention) -> str | None:
@@ -49,8 +60,8 @@ def why_not_fp8(o: Attention) -> str | None:
         return "8 bits are not allowed"
     if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16 or o.q.shape[3] > MAX_CHANNELS_FP8:
         return f"grouped heads, or channels that are no multiple of 16 up to {MAX_CHANNELS_FP8}"
-    if any(x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]) for x in (o.q, o.k, o.v)):
-        return "heads or tokens that do not begin at multiples of 16 bytes"
+    if o.q.shape[0] * o.q.shape[1] > MAX_HEADS:
+        return f"more than {MAX_HEADS} heads of all samples"
     reason = why_not(o)
     if reason is not None and reason == missing():
         _tell(reason)
@@ -72,7 +83,7 @@ def attention_fp8(o: Attention) -> Tensor:
     from ..kernels.portable.attention_codes import attention_codes
 
     q, k, v, *scales = attention_codes(o.q, o.k, o.v)
-    return o.in_order(_forward(q, k, v, tuple(scales), o))
+    return o.in_order(_forward(q, k, v, tuple(scales), o).to(o.q.dtype))  # of codes it makes bf16
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:

@@ -43,7 +43,7 @@ def quantizing(packs: Packs, expanded: Collection[fx.Node]) -> list[Pass]:
     ]
 
 
-FUSING: dict[str, Pass] = {
+FUSING: dict[str, Callable[..., int]] = {
     "epilogues": fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
     "siblings": merge_siblings,  # after: it takes those that have no epilogue
     "heads": fuse_heads,  # before somebody else takes the means
@@ -57,5 +57,5 @@ FUSING: dict[str, Pass] = {
 
 def fuse(gm: fx.GraphModule, fusions: Collection[str], attention: str = "exact") -> None:
     """Run those of the third list that are named over a graph; attention: as for `replace_attention`."""
-    passes = FUSING | {"attention": partial(replace_attention, arithmetic=attention)}
+    passes = FUSING | {"attention": partial(FUSING["attention"], arithmetic=attention)}
     run(gm, [rewrite for name, rewrite in passes.items() if name in fusions])

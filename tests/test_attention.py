@@ -475,6 +475,17 @@ def test_who_can_with_flash3(with_flash3: list) -> None:
     wide = torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)
     assert not any("flash3" in name for name in able(o._replace(v=wide)))
     assert not any("flash3" in name for name in able(operands(batch=0)))
+    odd = torch.zeros(2 * 64 * 4 * 32 + 1, dtype=torch.bfloat16)[1:].view(2, 64, 4, 32).transpose(1, 2)
+    apart = torch.zeros(2, 64, 4 * 36 + 4, dtype=torch.bfloat16)[..., : 4 * 36].unflatten(-1, (4, 36))[..., :32]
+    for x in (odd, apart.transpose(1, 2)):
+        assert x.data_ptr() % 16 or x.stride(1) % 8
+        assert not any("flash3" in name for name in able(o._replace(q=x, k=x, v=x)))
+    one = torch.zeros(1, 8, 32, dtype=torch.bfloat16).as_strided((1, 1, 8, 32), (7, 5, 32, 1))
+    assert "flash3_fp8" in able(Attention(one, one, one, False, None, BSHD, "fp8")), "nobody steps along one sample"
+    many = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16).expand(40000, 2, 1, 16)
+    assert [n for n in able(Attention(many, many, many, False, None, BSHD, "fp8")) if "flash3" in n] == ["flash3"]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert "flash3" not in able(operands())
     assert not any("flash3" in name for name in able(operands(torch.float32)))
 
 
@@ -486,6 +497,16 @@ def test_flash3_has_tokens_before_heads(order: list[int], with_flash3: list) -> 
     assert with_flash3[0][3] == 1
     assert y.stride() == o.empty_result().stride()
     torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v, is_causal=True, scale=0.3))
+
+
+def test_codes_give_bf16_and_the_result_has_the_inputs_type(with_flash3: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = pytest.importorskip("svdq_compile.kernels.portable.attention_codes")
+    scales = (torch.ones(2, 4),) * 3
+    monkeypatch.setattr(codes, "attention_codes", lambda *qkv: (*(x.transpose(1, 2).bfloat16() for x in qkv), *scales))
+    o = operands(torch.float16)._replace(arithmetic="fp8")
+    y = flash3.attention_fp8(o)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v), rtol=0.02, atol=0.02)
 
 
 def test_flash3_is_replayed(with_flash3: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +542,12 @@ def test_eight_bits_that_cannot_be_had_are_told_once(on_hopper: None, monkeypatc
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [
-        (ModuleNotFoundError("No module named 'fa3_fwd'"), "is not installed"),
+        (ModuleNotFoundError("No module named 'fa3_fwd'", name="fa3_fwd"), "is not installed"),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            "cannot be loaded (ModuleNotFoundError: No module named",
+        ),
+        (RuntimeError(""), "cannot be loaded (RuntimeError: )"),
         (OSError("undefined symbol: aoti_torch_x\nmore"), "cannot be loaded (OSError: undefined symbol: aoti_torch_x)"),
     ],
 )

@@ -58,13 +58,13 @@ def test_compiles_without_spills(capability: int, width: int) -> None:
         ("q_strides", "k_strides", "v_strides"), LONG
     )
     spans = {"WIDTH": width, "ROWS": ac.STEP // width, "CHUNKS": ac.CHUNKS}
-    built = compile_for(ac._spans_kernel, capability, spans, 8, types, stages=2)
+    built = compile_for(ac._attention_spans_kernel, capability, spans, 8, types, stages=2)
     assert not built.spilled
     assert WIDE.search(built.ptx)
     scales = {"WIDTH": width, "CHUNKS": ac.CHUNKS}
-    assert not compile_for(ac._scales_kernel, capability, scales, 2, types | {"means": "*fp32"}).spilled
+    assert not compile_for(ac._attention_scales_kernel, capability, scales, 2, types | {"means": "*fp32"}).spilled
     codes = {"WIDTH": width, "ROWS": ac.BLOCK // width}
-    built = compile_for(ac._codes_kernel, capability, codes, 8, types | {"means": "*fp32"})
+    built = compile_for(ac._attention_codes_kernel, capability, codes, 8, types | {"means": "*fp32"})
     assert not built.spilled
     assert WIDE.search(built.ptx)
     assert "cvt.rn.satfinite.e4m3x2.f32" in built.ptx

@@ -38,7 +38,7 @@ def tile(rows: int, layer: tuple[int, int] = LAYER) -> str:
 def test_a_third_class_takes_the_nearest_tile(measured: list) -> None:
     assert [tile(512), tile(4096)] == ["narrow", "wide"]
     assert len(measured) == 2
-    assert [tile(500), tile(4000), tile(300), tile(1024), tile(2048), tile(8192)] == [
+    assert [tile(500), tile(4000), tile(128), tile(1024), tile(2048), tile(8192)] == [
         "narrow", "wide", "narrow", "narrow", "wide", "wide",
     ]  # fmt: skip
     assert len(measured) == 2
@@ -46,8 +46,11 @@ def test_a_third_class_takes_the_nearest_tile(measured: list) -> None:
     assert len(measured) == 3, "another layer"
 
 
-def test_a_far_class_is_measured(measured: list) -> None:
-    assert [tile(8), tile(16), tile(100_000)] == ["narrow", "narrow", "wide"]
+@pytest.mark.parametrize("rows", [64, 2048, 4096, 100_000])
+def test_a_far_class_is_measured(rows: int, measured: list) -> None:
+    """So is one whose candidates are others: small pictures first must not slow large ones down."""
+    assert [tile(512), tile(1024)] == ["narrow", "narrow"]
+    assert tile(rows) == ("wide" if rows > 1024 else "narrow")
     assert len(measured) == 3
 
 

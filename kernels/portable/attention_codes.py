@@ -39,7 +39,7 @@ def _operand(q, k, v, S, T, q_strides, k_strides, v_strides, H):
 
 
 @triton.jit(do_not_specialize=["S", "T", "H"])
-def _spans_kernel(
+def _attention_spans_kernel(
     q, k, v, spans, S, T, H, D, q_strides, k_strides, v_strides,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def _spans_kernel(
 
 
 @triton.jit(do_not_specialize=["S", "T"])
-def _scales_kernel(spans, means, scales, S, T, D, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+def _attention_scales_kernel(spans, means, scales, S, T, D, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
     which = tl.program_id(1)
     own = which * tl.num_programs(0) + tl.program_id(0)
     columns = tl.arange(0, WIDTH)
@@ -84,7 +84,7 @@ def _scales_kernel(spans, means, scales, S, T, D, WIDTH: tl.constexpr, CHUNKS: t
 
 
 @triton.jit(do_not_specialize=["S", "T", "H"])
-def _codes_kernel(
+def _attention_codes_kernel(
     q, k, v, means, scales, qq, kq, vq, S, T, H, D, q_strides, k_strides, v_strides,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -112,10 +112,10 @@ def attention_codes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     means = q.new_empty(3, b * h, d, dtype=torch.float32)
     strides = tuple(x.stride()[:3] for x in (q, k, v))
     width = triton.next_power_of_2(d)
-    launch(_spans_kernel, (CHUNKS, b * h, 3), (q, k, v, spans, s, t, h, d, *strides),
+    launch(_attention_spans_kernel, (CHUNKS, b * h, 3), (q, k, v, spans, s, t, h, d, *strides),
            (width, STEP // width, CHUNKS), num_warps=8, num_stages=2)  # fmt: skip
-    launch(_scales_kernel, (b * h, 3, 1), (spans, means, scales, s, t, d), (width, CHUNKS), num_warps=2)
+    launch(_attention_scales_kernel, (b * h, 3, 1), (spans, means, scales, s, t, d), (width, CHUNKS), num_warps=2)
     rows = BLOCK // width
-    launch(_codes_kernel, (triton.cdiv(max(s, t), rows), b * h, 3),
+    launch(_attention_codes_kernel, (triton.cdiv(max(s, t), rows), b * h, 3),
            (q, k, v, means, scales, *codes, s, t, h, d, *strides), (width, rows), num_warps=8)  # fmt: skip
     return *codes, *scales.unbind()

@@ -2,7 +2,8 @@
 
 Candidates come best guess first. That guess is what runs wherever measuring is impossible or unwanted: on the CPU,
 while a CUDA graph is captured, under `torch.use_deterministic_algorithms(True)`, with SVDQ_TUNE=0, and once this
-process has spent SECONDS on measuring. Choices are kept in a JSON file for each GPU and version of Triton, in
+process has spent SECONDS on measuring; or, for a GEMM's tiles, what was measured for other numbers of rows
+(`choose_tile`). Choices are kept in a JSON file for each GPU and version of Triton, in
 `cache_folder()`, so another process measures nothing.
 """
 
@@ -28,7 +29,7 @@ SECONDS = 5.0
 REPEATS = 7
 ASLEEP = 10_000_000  # cycles, some 5 ms: for the host to queue its calls, whose Python a replay will not run
 MEASURED_CLASSES = 2
-NEAR = 2  # classes: four times as many rows
+UP, DOWN = 1, 2  # classes: a tile may serve twice as many rows as those it was chosen for, or a quarter
 
 
 class CannotRun(Exception):
@@ -107,9 +108,9 @@ def choose_tile(kernel: str, rows: int, layer: tuple[Hashable, ...], candidates:
     shape = (1 << size, *layer)
     tiles = _tiles.setdefault((device, kernel, layer), {})
     if size not in tiles:
-        near = [other for other in tiles if abs(other - size) <= NEAR]
+        near = [c for c, tile in list(tiles.items()) if -UP <= c - size <= DOWN and tile in candidates]
         if near and len(tiles) >= MEASURED_CLASSES and _answer(kernel, shape, candidates, device) is None:
-            return tiles[min(near, key=lambda other: abs(other - size))]
+            return tiles[min(near, key=lambda c: (abs(c - size), -c))]
         tile = choose(kernel, shape, candidates, run, device)
         if _answer(kernel, shape, candidates, device) is None:  # a guess
             return tile

@@ -1,4 +1,4 @@
-"""svdq::attention on a GPU: each of torch's kernels, the choice among them, and compiled code. Needs CUDA (sm_90):
+"""svdq::attention on a GPU: each of its kernels, the choice among them, and compiled code. Needs CUDA (sm_90):
 
 python -m pytest tests/gpu/test_attention_gpu.py
 """
