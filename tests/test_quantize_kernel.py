@@ -289,7 +289,7 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
 )  # fmt: skip
 def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, prologue):
     built = compile_gluon(rank, k, joined, prologue)
-    assert not built.spilled
+    assert built.spilled <= (8 if rank == 256 else 0)  # a register pair with Triton 3.6, none with 3.7
     assert built.registers * 128 * 2 <= 65536
     assert "cp.async.bulk.tensor" in built.ptx
 
