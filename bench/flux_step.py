@@ -40,8 +40,8 @@ from typing import Any
 import step_profile
 import step_table
 import torch
-from step_methods import CALIBRATING, METHODS, loaded
-from step_models import MODELS, build, inputs
+from step_methods import METHODS, loaded
+from step_models import MODELS, build, inputs, others
 from step_times import milliseconds
 
 import record
@@ -63,13 +63,10 @@ class Measurement:
         self.row: dict[str, Any] = {}
         begin = time.perf_counter()
         self.model = build(options.model, options.tiny, self.device)
-        self.call = self.inputs(seed=1)
-        self.others = [self.inputs(seed) for seed in range(2, 2 + CALIBRATING)]
+        self.call = inputs(options.model, options.tiny, self.model, self.device)
+        self.others = others(options.model, options.tiny, self.model, self.device)
         self.synchronize()
         self.say(f"built in {time.perf_counter() - begin:.1f} s")
-
-    def inputs(self, seed: int) -> dict[str, Any]:
-        return inputs(self.options.model, self.options.tiny, self.model, self.device, seed=seed)
 
     @property
     def on_gpu(self) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_models import build, inputs
+from step_models import build, inputs, others
 from step_times import milliseconds
 from torch import nn
 
@@ -37,7 +37,6 @@ SIZES = {
     "1000x1000": {"height": 62, "width": 62, "text": 512, "batch": 1},
 }
 TINY = {"8x8": {}, "8x12": {"width": 12}, "4x4": {"height": 4, "width": 4}, "12x8": {"height": 12, "text": 8}}
-CALIBRATING = 4  # calls
 REPEATS = 15
 
 
@@ -112,9 +111,9 @@ def main() -> None:
     calls = {name: inputs("flux", options.tiny, model, device, size) for name, size in sizes.items()}
     references = {name: model(**call)[0].float() for name, call in calls.items()}
     first = next(iter(sizes.values()))
-    others = [inputs("flux", options.tiny, model, device, first, seed) for seed in range(2, 2 + CALIBRATING)]
+    calibrating = others("flux", options.tiny, model, device, first)
     ours = copy.deepcopy(model)
-    took = seconds(lambda: svdq.quantize(ours, calibrate=lambda m: [m(**call) for call in others], progress=False))
+    took = seconds(lambda: svdq.quantize(ours, calibrate=lambda m: [m(**call) for call in calibrating], progress=False))
     print(f"quantized in {took:.1f} s", flush=True)
     dynamic = False if options.static else None
     methods = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_models import repeated_blocks
+from step_models import CALIBRATING, repeated_blocks
 from torch import nn
 
 import svdq_compile as svdq
@@ -20,7 +20,6 @@ from svdq_compile.config import FUSIONS
 NARROW = 512
 # torch._int_mm takes more than 16 rows.
 FEW_ROWS = 16
-CALIBRATING = 4  # calls
 
 
 def _by_blocks(model: nn.Module, **options: Any) -> nn.Module:

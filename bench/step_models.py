@@ -6,7 +6,7 @@ Two sizes of each: the published one, and a tiny one of the same structure that 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 DTYPE = torch.bfloat16
+CALIBRATING = 4  # calls
 Randn = Callable[..., Tensor]
 
 
@@ -79,13 +80,15 @@ def _wan(randn: Randn, config: Any, frames: int, height: int, width: int, text: 
     return _common(randn, batch, text, config.text_dim, config.in_channels, frames, height, width)
 
 
-def _sdxl(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
+def _sd15(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
     call = _common(randn, batch, text, config.cross_attention_dim, config.in_channels, side, side)
+    return call | {"sample": call.pop("hidden_states"), "timestep": torch.tensor(500.0)}
+
+
+def _sdxl(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
     ids, pixels = 6 * config.addition_time_embed_dim, float(8 * side)
     pooled = config.projection_class_embeddings_input_dim - ids
-    return call | {
-        "sample": call.pop("hidden_states"),
-        "timestep": torch.tensor(500.0),
+    return _sd15(randn, config, side, text, batch) | {
         "added_cond_kwargs": {
             "text_embeds": randn(batch, pooled),
             "time_ids": torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * batch, dtype=DTYPE),
@@ -93,12 +96,18 @@ def _sdxl(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[s
     }
 
 
-def _sd15(randn: Randn, config: Any, side: int, text: int, batch: int) -> dict[str, Any]:
-    call = _common(randn, batch, text, config.cross_attention_dim, config.in_channels, side, side)
-    return call | {"sample": call.pop("hidden_states"), "timestep": torch.tensor(500.0)}
-
-
 _TINY_HEADS = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2}
+
+_WAN = Model(
+    "WanTransformer3DModel",
+    "Wan 2.1 14B shape, 832x480, 33 frames: 14040 + 512 tokens, batch 1",
+    {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+    {"frames": 9, "height": 60, "width": 104, "text": 512, "batch": 1},
+    _TINY_HEADS | {"text_dim": 128, "ffn_dim": 256, "rope_max_seq_len": 16},
+    {"frames": 3, "height": 8, "width": 8, "text": 16, "batch": 1},
+    _wan,
+    repeats=5,
+)
 
 MODELS = {
     "flux": Model(
@@ -135,24 +144,12 @@ MODELS = {
         _qwen,
         repeats=10,
     ),
-    "wan2.1-14b": Model(
-        "WanTransformer3DModel",
-        "Wan 2.1 14B shape, 832x480, 33 frames: 14040 + 512 tokens, batch 1",
-        {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
-        {"frames": 9, "height": 60, "width": 104, "text": 512, "batch": 1},
-        _TINY_HEADS | {"text_dim": 128, "ffn_dim": 256, "rope_max_seq_len": 16},
-        {"frames": 3, "height": 8, "width": 8, "text": 16, "batch": 1},
-        _wan,
-        repeats=5,
-    ),
-    "wan2.1-14b-81": Model(
-        "WanTransformer3DModel",
-        "Wan 2.1 14B shape, 832x480, 81 frames: 32760 + 512 tokens, batch 1",
-        {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
-        {"frames": 21, "height": 60, "width": 104, "text": 512, "batch": 1},
-        _TINY_HEADS | {"text_dim": 128, "ffn_dim": 256, "rope_max_seq_len": 16},
-        {"frames": 4, "height": 8, "width": 8, "text": 16, "batch": 1},
-        _wan,
+    "wan2.1-14b": _WAN,
+    "wan2.1-14b-81": replace(
+        _WAN,
+        title="Wan 2.1 14B shape, 832x480, 81 frames: 32760 + 512 tokens, batch 1",
+        size=_WAN.size | {"frames": 21},
+        tiny_size=_WAN.tiny_size | {"frames": 4},
         repeats=3,
     ),
     "sdxl": Model(
@@ -250,6 +247,13 @@ def inputs(
 
     call = spec.inputs(randn, model.config, **(spec.tiny_size if tiny else spec.size) | (size or {}))
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), call)
+
+
+def others(
+    name: str, tiny: bool, model: nn.Module, device: torch.device, size: dict[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Inputs of CALIBRATING steps that are not measured, to calibrate on."""
+    return [inputs(name, tiny, model, device, size, seed) for seed in range(2, 2 + CALIBRATING)]
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -21,7 +21,7 @@ from ..runtime.launcher import launch
 
 CHUNKS = 8
 STEP, BLOCK = 32 * 128, 128 * 128  # values of a step of the first launch, and of a program of the last
-LARGEST = tl.constexpr(448.0)
+E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _attention_scales_kernel(spans, means, scales, S, T, D, WIDTH: tl.constexpr,
     mean = tl.where(which == 1, mean, 0.0)
     largest = tl.max(tl.maximum(most - mean, mean - least), 0)
     tl.store(means + own * D + columns, mean, mask=columns < D)
-    tl.store(scales + own, tl.where(largest > 0, largest / LARGEST, 1.0))
+    tl.store(scales + own, tl.where(largest > 0, largest / E4M3_MAX, 1.0))
 
 
 @triton.jit(do_not_specialize=["S", "T", "H"])
@@ -98,7 +98,7 @@ def _attention_codes_kernel(
     live = (r < rows)[:, None] & (columns < D)[None, :]
     value = tl.load(x + r[:, None] * stride + columns[None, :], mask=live, other=0.0).to(tl.float32)
     code = (value - mean[None, :]) * (1.0 / tl.load(scales + own))
-    code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
+    code = tl.minimum(tl.maximum(code, -E4M3_MAX), E4M3_MAX)
     lines = ((head // H).to(tl.int64) * rows + r) * H + head % H
     tl.store(tl.multiple_of(target, 16) + lines[:, None] * D + columns[None, :], code.to(tl.float8e4nv), mask=live)
 

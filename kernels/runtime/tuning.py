@@ -73,7 +73,6 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
         with ALONE:
             index = _measure(candidates, run)
         _remember(device, _key(kernel, shape, candidates), index)
-        _chosen[device, kernel, shape, tuple(candidates)] = index
     return candidates[index]
 
 
