@@ -515,7 +515,11 @@ def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[
         return ROUND_WEIGHT.run(Rounding(w, precision, importance))
 
 
-def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
-    device = weight[0].device
+def in_device_order(
+    precision: str, weight: tuple[Tensor, ...], device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """A weight as the kernels of a device read it, by default of its own; where there are none it stays as it is, since
+    any order is right.
+    """
+    device = device or weight[0].device
     return layout.to_kernel(precision, weight, words=is_hopper(device)) if has_kernels(device) else weight

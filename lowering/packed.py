@@ -19,6 +19,55 @@ MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as
 _LOCK = free_in_child(threading.Lock())
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Where packed tensors are wanted: what moves a pack, and by what a pack knows its copies.
+
+    dtype         of the low-rank branch
+    pinned        in memory of the host that a GPU can fetch from while the host goes on
+    non_blocking  the host does not wait for the copy; only on the way to a GPU, where what reads it is queued behind
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    pinned: bool = False
+    non_blocking: bool = field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, branch: Tensor) -> "Copy":
+        """Where a pack is whose low-rank branch this is part of."""
+        return cls(branch.device, branch.dtype, branch.is_pinned())
+
+    def tensors(self, precision: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a pack, or of several that lie side by side, by name, in the order that is wanted there."""
+        if self.pinned and torch.cuda.is_available():
+            # What a GPU will fetch at each call is not to be brought into its order each time.
+            named = named | _ordered(precision, named, torch.device("cuda"))
+        moved = {name: self.tensor(tensor, is_branch=name == "up") for name, tensor in named.items()}
+        return moved | _ordered(precision, moved, self.device)
+
+    def tensor(self, tensor: Tensor, is_branch: bool) -> Tensor:
+        """One, in the order that it has."""
+        # To the host it is waited for: whoever reads it there does not know that it is under way.
+        non_blocking = self.non_blocking and self.device.type != "cpu"
+        moved = tensor.to(self.device, self.dtype if is_branch else tensor.dtype, non_blocking=non_blocking)
+        return moved.pin_memory() if self.pinned else moved
+
+
+def _ordered(precision: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The format's tensors among these, in the order for a device."""
+    fields = FORMATS[precision].fields
+    weight = launch.in_device_order(precision, tuple(tensors[name] for name in fields), device)
+    return dict(zip(fields, weight, strict=True))
+
+
+def _feature_dims(precision: str, tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which dimension of each tensor of a pack counts output channels."""
+    fields = FORMATS[precision].fields
+    of_weight = layout.feature_dims(precision, tuple(tensors[name] for name in fields))
+    return dict.fromkeys(tensors, 0) | dict(zip(fields, of_weight, strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class SharedInput:
     """What linears that read the same tensor share, so that it is quantized once for all of them.
@@ -32,22 +81,17 @@ class SharedInput:
     smooth: Tensor
     down: Tensor
     shift: float = 0.0
-    _moved: "WeakValueDictionary[tuple[torch.device, torch.dtype], SharedInput]" = field(
-        default_factory=WeakValueDictionary, repr=False
-    )
+    _copies: "WeakValueDictionary[Copy, SharedInput]" = field(default_factory=WeakValueDictionary, repr=False)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "SharedInput":
-        """The same on another device, with `down` of another dtype; every linear that shares this one gets the same."""
-        here, there = (self.down.device, self.down.dtype), (device, dtype)
-        if there == here:
-            return self
-        moved = self._moved.get(there)
-        if moved is None:
-            smooth, down = self.smooth.to(device), self.down.to(device, dtype)
-            moved = replace(self, smooth=smooth, down=down, _moved=WeakValueDictionary())
+    def copied(self, copy: "Copy") -> "SharedInput":
+        """The same elsewhere; every linear that shares this one gets the same."""
+        made = self._copies.get(copy)
+        if made is None:
+            smooth, down = copy.tensor(self.smooth, False), copy.tensor(self.down, True)
+            made = replace(self, smooth=smooth, down=down, _copies=WeakValueDictionary())
             # Both ways, or a linear that goes and comes back would no longer share with those that stayed.
-            self._moved[there], moved._moved[here] = moved, self
-        return moved
+            self._copies[copy], made._copies[Copy.of(self.down)] = made, self
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +106,16 @@ class Siblings:
     tensors: dict[str, Tensor]
     dims: dict[str, int]
     count: int
+    _copies: "WeakValueDictionary[Copy, Siblings]" = field(default_factory=WeakValueDictionary, repr=False)
+
+    def copied(self, copy: Copy, precision: str) -> "Siblings":
+        """All members elsewhere; every member gets the same."""
+        made = self._copies.get(copy)
+        if made is None:
+            tensors = copy.tensors(precision, self.tensors)
+            made = replace(self, tensors=tensors, dims=_feature_dims(precision, tensors), _copies=WeakValueDictionary())
+            self._copies[copy], made._copies[Copy.of(self.tensors["up"])] = made, self
+        return made
 
     def window(self, name: str, place: int) -> tuple[slice, ...]:
         """What of a tensor is one member's."""
@@ -141,19 +195,38 @@ class PackedLinear:
         own = sum(t.nbytes for t in self.own_tensors().values())
         return own + self.down.nbytes + self.shared.smooth.nbytes
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "PackedLinear":
-        """The same on another device, with a branch of another dtype; linears that share an input go on sharing it."""
+    def to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "PackedLinear":
+        """The same on another device, with a branch of another dtype. Linears that share an input go on sharing it, and
+        those that lie side by side go on lying so: the first that moves takes the memory of all along.
+        """
         if (device, dtype) == (self.device, self.up.dtype):
             return self
+        return self._copied(Copy(device, dtype, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedLinear":
+        """The same in the host's pinned memory, in the order that the GPU's kernels want."""
+        return self if self.is_pinned() else self._copied(Copy(torch.device("cpu"), self.up.dtype, pinned=True))
+
+    def is_pinned(self) -> bool:
+        """Whether it lies in pinned memory."""
+        return self.up.is_pinned()
+
+    def record_stream(self, stream: Any) -> None:
+        """Let the memory be used by nobody else before what `stream` has been given by then is done."""
+        for tensor in (*self.own_tensors().values(), self.shared.smooth, self.shared.down):
+            tensor.record_stream(stream)
+
+    def _copied(self, copy: Copy) -> "PackedLinear":
+        siblings = self.siblings and self.siblings.copied(copy, self.precision)
+        own = siblings.of(self.place) if siblings else copy.tensors(self.precision, self.own_tensors())
         return replace(
             self,
-            shared=self.shared.to(device, dtype),
-            weight=launch.in_device_order(self.precision, tuple(t.to(device) for t in self.weight)),
-            up=self.up.to(device, dtype),
+            shared=self.shared.copied(copy),
+            weight=tuple(own[name] for name in FORMATS[self.precision].fields),
+            up=own["up"],
+            offset=own.get("offset"),
+            siblings=siblings,
             resolved=WeakKeyDictionary(),
-            offset=None if self.offset is None else self.offset.to(device),
-            siblings=None,
-            place=0,
         )
 
     def _join(self, siblings: Siblings, place: int) -> None:
@@ -245,14 +318,19 @@ def side_by_side(packs: Iterable[PackedLinear]) -> None:
 def _join_families(packs: Iterable[PackedLinear]) -> None:
     for members in _families(packs):
         first = members[0]
-        dims = dict(
-            zip(FORMATS[first.precision].fields, layout.feature_dims(first.precision, first.weight), strict=True)
-        )
         owns = [packed.own_tensors() for packed in members]
-        tensors = {name: torch.cat([own[name] for own in owns], dims.setdefault(name, 0)) for name in owns[0]}
+        dims = _feature_dims(first.precision, owns[0])
+        tensors = {name: torch.cat([own[name] for own in owns], dims[name]) for name in owns[0]}
+        _wait_for_join(owns)
         siblings = Siblings(tensors, dims, len(members))
         for place, packed in enumerate(members):
             packed._join(siblings, place)
+
+
+def _wait_for_join(owns: list[dict[str, Tensor]]) -> None:
+    """Memory that a hook fetched on its own stream must not be taken there before it was read on this one."""
+    for tensor in (tensor for own in owns for tensor in own.values() if tensor.is_cuda):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _families(packs: Iterable[PackedLinear]) -> list[list[PackedLinear]]:

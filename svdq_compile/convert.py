@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .checkpoint import serve_libraries
 from .config import Config
 from .errors import OptionError, UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
+from .foreign import await_copies, groups_of, renew_copies
 from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .layers import matrices
@@ -72,8 +74,12 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
     missing: Exception | None = None
     weights = [weight for task in tasks for weight, _ in _undecided(task)]
+    model = decisions.model_of(weights)
+    groups = groups_of(model)
     if config.weights == "keep":
         _check_versions(weights)
+        _check_offloading(groups)
+    await_copies(groups)
     with quantizing(weights, config.calibration_steps == 0, config.progress):
         for task in tasks:
             try:
@@ -84,7 +90,8 @@ def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> 
                 missing = error.with_traceback(None)  # whose frames hold tensors
             if not _undecided(task):
                 decisions.forget_statistics(task.weights)
-    decided(decisions.model_of(weights))
+    renew_copies(groups)
+    decided(model)
     if missing is not None:
         raise missing
 
@@ -99,6 +106,15 @@ def _check_versions(weights: Iterable[nn.Parameter]) -> None:
                 "option weights='keep' needs to know when weights are written to, which torch does not tell of those "
                 "made under torch.inference_mode(): make the model under torch.no_grad(), or take weights='offload'"
             ) from None
+
+
+def _check_offloading(groups: list[Any]) -> None:
+    """What group offloading moves are the kept values, and with the 4-bit form gone it would be made at each call."""
+    if groups:
+        raise OptionError(
+            "option weights='keep' leaves 16-bit values in place, and group offloading would move these instead of "
+            "the 4-bit ones: take weights='offload', which keeps them in CPU memory"
+        )
 
 
 def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:

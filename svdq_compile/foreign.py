@@ -1,21 +1,19 @@
 """Weights that another library keeps in a form of its own, or puts back at each call: they stay as they are.
 
 A Parameter of another class than torch's own is a quantized one (torchao, bitsandbytes, GGUF) or a piece of one
-(DTensor): its values are no plain matrix, and its class would be lost. diffusers' group offloading writes the 16-bit
-values back at each call where it goes through a file or a stream, and has no values in between.
+(DTensor): its values are no plain matrix, and its class would be lost. diffusers' group offloading puts values back at
+each call: from a file, where they stay 16-bit, or from copies in memory, which can be those of the quantized weights.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .parameter import QuantizedWeight
 
-OFFLOADED = (
-    "group offloading puts its 16-bit values back at each call: quantize before it is enabled, and leave out "
-    "offload_to_disk_path and use_stream"
-)
+OFFLOADED = "group offloading puts its 16-bit values back at each call from a file: leave out offload_to_disk_path"
 
 
 def is_plain(weight: object) -> bool:
@@ -41,8 +39,32 @@ def _whose(parameter: nn.Parameter) -> str:
 
 
 def _put_back(module: nn.Module) -> Iterator[Tensor]:
-    """What the hooks of diffusers' group offloading keep elsewhere: on disk, or in a copy for a stream."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    for group in (getattr(hook, "group", None) for hook in hooks.values()):
+    """What the hooks of diffusers' group offloading keep on disk."""
+    for group in _groups(module):
         yield from getattr(group, "tensor_to_key", ())
-        yield from getattr(group, "cpu_param_dict", ())
+
+
+def groups_of(model: nn.Module | None) -> list[Any]:
+    """What diffusers' group offloading moves at once, of a model."""
+    return [group for module in (model.modules() if model is not None else ()) for group in _groups(module)]
+
+
+def await_copies(groups: Iterable[Any]) -> None:
+    """Wait until what group offloading fetches ahead on its stream is there: nobody but its hooks knows of it."""
+    for stream in {group.stream for group in groups if getattr(group, "stream", None) is not None}:
+        stream.synchronize()
+
+
+def renew_copies(groups: Iterable[Any]) -> None:
+    """Let group offloading put back what each weight is now, quantized or plain, and not what it was."""
+    for group in groups:
+        copies = getattr(group, "cpu_param_dict", {})
+        for weight, copy in copies.items():
+            if isinstance(weight, QuantizedWeight) != isinstance(copy, QuantizedWeight):
+                copies[weight] = group._to_cpu(weight, group.low_cpu_mem_usage)
+
+
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """The groups of diffusers' group offloading that a module's hooks move."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    yield from (hook.group for hook in hooks.values() if hasattr(hook, "group"))

@@ -8,8 +8,8 @@ of five things:
     describe   shape, dtype, device and the like are what they were. detach() and .data give the weight itself, as those
                who load adapters take state dicts and .data of every layer to see shapes; a use of what they got comes
                here again
-    move       .to(device), .cuda(), .cpu() move the packed tensors; .to(dtype), .half(), .float() and the like change
-               the dtype that is told, and cast the 16-bit branch
+    move       .to(device), .cuda(), .cpu(), .pin_memory() move the packed tensors, .record_stream() is for them;
+               .to(dtype), .half(), .float() and the like change the dtype that is told, and cast the 16-bit branch
     multiply   a linear, or a convolution over channels alone, gives its 4-bit result (eager.py), unless the values are
                there and were written to since; a weight that no linear reads is expanded for what multiplies it
     thaw       turn back into a plain Parameter first: when all values are about to be overwritten (load_state_dict), or
@@ -44,7 +44,7 @@ from .lowering.torch_private import (
 from .passes.expanded import PRODUCTS, STEPS
 from .passes.linears import QUANTIZABLE_DTYPES
 from .passes.subgraphs import FIRST_OPERAND
-from .released import KEEP_A_COPY, RESTORE, SAVE, SOURCE, refused
+from .released import KEEP_A_COPY, RESTORE, SAVE, SOURCE, is_asked_by, refused
 
 log = logging.getLogger("svdq_compile")
 
@@ -294,6 +294,12 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
             return func(*args, **kwargs)
         if not is_kept(first) and name in _MOVES:
             return _moved(func, args, kwargs)
+        if not is_kept(first) and name in _HOST:
+            return _HOST[name](first, *args[1:], **kwargs)
+        if not is_kept(first) and name == "data_ptr" and is_asked_by("accelerate"):
+            return first._svdq.weight[0].data_ptr()  # to know tied ones by
+        if not is_kept(first) and func == _DATA_GET and is_asked_by("diffusers", "group_offloading.py"):
+            return _twin(first, first._svdq, first)  # to be kept while the weight moves
         if name == "detach" or func == _DATA_GET:
             # Of kept values an alias that shares their version, as that of .data would not.
             return first.detach() if is_kept(first) else first
@@ -391,10 +397,32 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Any:
     here = weight.dtype, weight.stride(), weight.device, weight._svdq.device
     if (like.dtype, like.stride(), probe.device, probe.device) == here:
         return weight
-    packed = weight._svdq.to(probe.device, like.dtype if like.dtype in QUANTIZABLE_DTYPES else weight._svdq.up.dtype)
-    twin = nn.Parameter(_shell_of(like, probe.device), weight.requires_grad)
+    branch = like.dtype if like.dtype in QUANTIZABLE_DTYPES else weight._svdq.up.dtype
+    return _twin(weight, weight._svdq.to(probe.device, branch, _non_blocking(args, kwargs)), like)
+
+
+def _non_blocking(args: tuple, kwargs: dict) -> bool:
+    """Of .to(), .cuda() and .type() the first truth value that is given by its place, or the one by this name."""
+    return next((a for a in args[1:] if isinstance(a, bool)), kwargs.get("non_blocking", False))
+
+
+def _twin(weight: QuantizedWeight, packed: PackedLinear, like: Tensor) -> QuantizedWeight:
+    """A weight of the same values in another 4-bit form, of the dtype and strides of `like`."""
+    twin = nn.Parameter(_shell_of(like, packed.device), weight.requires_grad)
     state = weight._svdq_name, weight._svdq_error, weight._svdq_calibrated, weight._svdq_original
     return become_quantized(twin, packed, *state)
+
+
+def _pinned(weight: QuantizedWeight) -> QuantizedWeight:
+    return weight if weight._svdq.is_pinned() else _twin(weight, weight._svdq.pin_memory(), weight)
+
+
+# What offloading does to a weight beside moving it.
+_HOST: dict[str, Callable] = {
+    "pin_memory": _pinned,
+    "is_pinned": lambda weight: weight._svdq.is_pinned(),
+    "record_stream": lambda weight, stream: weight._svdq.record_stream(stream),
+}
 
 
 def _take_over(weight: QuantizedWeight, other: QuantizedWeight) -> None:

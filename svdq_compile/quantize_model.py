@@ -16,6 +16,7 @@ from .config import Config
 from .convert import Task, convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
 from .given import device_in, model_in
+from .foreign import groups_of, renew_copies
 from .input_statistics import InputStatistics
 from .layers import layers, matrices
 from .lowering.torch_private import compiled_in_place, convert_by_our_settings, while_nothing_is_traced
@@ -286,6 +287,7 @@ def _restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None, dequanti
             values.append(weight)
     for (_, weight), value in zip(found, values, strict=True):
         thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)
+    renew_copies(groups_of(model))
     decisions.turn_back(layer.weight for layer in matrices(model) if layer.never is None)
     return len(found)
 

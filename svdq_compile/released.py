@@ -4,6 +4,7 @@ Who asks stands on Python's stack: the same `add()` may fuse a LoRA or be somebo
 """
 
 from dataclasses import dataclass
+from types import FrameType
 
 from .errors import WeightsReleased
 from .lowering.stack import frames
@@ -30,14 +31,15 @@ class _Asker:
 
 _FUSING = ("merge", "unmerge", "merge_and_unload", "merge_adapter", "fuse_lora", "unfuse_lora")
 _AT_ONCE = "It need not be: linears that read one input are one product here. Or fuse before the model is quantized."
-_GROUPS = "Leave out offload_to_disk_path and use_stream, or offload otherwise."
+_GROUPS = "Leave out offload_to_disk_path."
 _LORA = "A LoRA need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."
 _ASKERS = (
     _Asker("peft", "dora.py", (), "a DoRA adapter", "Fuse it into the 16-bit model, then quantize what comes out."),
     _Asker("peft", "", _FUSING, "fusing an adapter", _LORA),
     _Asker("diffusers", "", _FUSING, "fusing an adapter", _LORA),
     _Asker("diffusers", "", ("fuse_projections", "fuse_qkv_projections"), "fusing q, k and v", _AT_ONCE),
-    _Asker("diffusers", "group_offloading.py", (), "group offloading through a file or a stream", _GROUPS),
+    _Asker("diffusers", "group_offloading.py", (), "group offloading through a file", _GROUPS),
+    _Asker("accelerate", "offload.py", (), "a device_map to disk", "Give it no module for disk, but for the CPU."),
     _Asker("torchao", "", (), "quantizing with torchao", RESTORE),
     _Asker("safetensors", "torch.py", (), "writing a safetensors file", SAVE),
     _Asker("torch", "serialization.py", ("save",), "torch.save", SAVE),
@@ -47,10 +49,24 @@ _ASKERS = (
 
 def refused(layer: str, use: str, remedy: str = KEEP_A_COPY) -> WeightsReleased:
     """The error, for the first of `_ASKERS` that is on the stack, or for this use."""
-    calls = [(f.f_code.co_filename.replace("\\", "/").split("/"), f.f_code.co_name) for f in frames()]
+    calls = [(_path(frame), frame.f_code.co_name) for frame in frames()]
     for asker in _ASKERS:
         for parts, function in calls:
             is_there = (not asker.package or asker.package in parts) and asker.file in ("", parts[-1])
             if is_there and (not asker.functions or function in asker.functions):
                 return WeightsReleased(layer, asker.use, asker.remedy)
     return WeightsReleased(layer, use, remedy)
+
+
+def is_asked_by(package: str, file: str = "") -> bool:
+    """Whether what a weight is asked just now stands in this package, in a file of this name if one is given."""
+    calls = frames()
+    for frame in calls:
+        if frame.f_code.co_name == "__torch_function__":
+            break
+    path = _path(next(calls))
+    return package in path and file in ("", path[-1])
+
+
+def _path(frame: FrameType) -> list[str]:
+    return frame.f_code.co_filename.replace("\\", "/").split("/")

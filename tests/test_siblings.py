@@ -157,13 +157,24 @@ def test_who_is_a_sibling() -> None:
     assert places([q, k, v]) == [None, 0, 1]  # graphs know the memory of k and v
 
 
-def test_moving_takes_a_linear_out_of_the_row() -> None:
-    first, second = packs(128, 128, kernel_order=True)
-    side_by_side([first, second])
-    moved = first.to(torch.device("meta"), first.up.dtype)
-    assert moved.siblings is None
-    assert all(t.is_contiguous() for t in moved.own_tensors().values())
-    assert first.siblings is second.siblings is not None
+@pytest.mark.parametrize("precision", [f.name for f in FORMATS.values() if f.siblings])
+def test_who_lies_side_by_side_moves_so(precision: str) -> None:
+    """One by one, as hooks move them, and back: in the memory of one, as graphs that were compiled for them want it."""
+    linears = packs(128, 128, precision=precision, kernel_order=True)
+    side_by_side(linears)
+    moved = [packed.to(torch.device("meta"), packed.up.dtype) for packed in linears]
+    assert moved[0].siblings is moved[1].siblings is not linears[0].siblings
+    assert [packed.place for packed in moved] == [0, 1]
+    assert moved[0].shared is moved[1].shared
+    for packed, before in zip(moved, linears, strict=True):
+        assert packed.device.type == "meta"
+        here, there = ([(t.shape, t.stride(), t.dtype) for t in p.own_tensors().values()] for p in (before, packed))
+        assert here == there
+        for name, tensor in packed.own_tensors().items():
+            assert tensor.untyped_storage()._cdata == packed.siblings.tensors[name].untyped_storage()._cdata
+    assert moved[0].siblings.dims == linears[0].siblings.dims
+    # Back in the memory that is still there.
+    assert all(m.to(p.device, p.up.dtype).siblings is p.siblings for m, p in zip(moved, linears, strict=True))
 
 
 # ** the pass **

@@ -1,0 +1,296 @@
+"""Offloading with packed weights, as diffusers' group offloading does it on a stream: pinned copies, fetched ahead.
+
+A machine without a GPU has no pinned memory and no streams. Here the CPU stands for both sides: pinned memory is a copy
+that is known, and streams write down what they are asked.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers.hooks import HookRegistry, group_offloading
+from torch import Tensor, nn
+
+import svdq_compile as svdq
+from conftest import Net, inputs, net, quiet, relative_error
+from svdq_compile.errors import OptionError, WeightsReleased
+from svdq_compile.foreign import groups_of
+from svdq_compile.lowering.packed import PackedLinear
+from svdq_compile.parameter import QuantizedWeight
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.waited = 0
+
+    @torch.compiler.disable
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+class Machine:
+    """What stands for torch.cuda.
+
+    pinned    storages by address, which keeps them
+    recorded  storages that a stream was recorded for
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pinned: dict[int, Any] = {}
+        self.recorded: set[int] = set()
+        self.now = Stream()
+        for name in ("pin_memory", "is_pinned", "record_stream"):
+            monkeypatch.setattr(torch.Tensor, name, self._method(name))
+        monkeypatch.setattr(group_offloading, "TorchDeviceBackend", lambda device: self)
+
+    def _method(self, name: str) -> Callable:
+        """Of a plain tensor our own; a quantized weight is asked as torch would ask it, which takes no such stream."""
+        mine = getattr(self, name)
+
+        @torch.compiler.disable
+        @functools.wraps(mine)  # by whose name torch asks the weight
+        def call(tensor: Tensor, *args: Any) -> Any:
+            if isinstance(tensor, QuantizedWeight):
+                return QuantizedWeight.__torch_function__(call, (), (tensor, *args))
+            return mine(tensor, *args)
+
+        return call
+
+    def pin_memory(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        self.pinned[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.pinned
+
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        assert stream is self.now
+        self.recorded.add(tensor.untyped_storage().data_ptr())
+
+    def current_stream(self) -> Stream:
+        return self.now
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def offload(model: nn.Module, level: str, **more: Any) -> Stream:
+    """`enable_group_offload(use_stream=True)`, which refuses a CPU."""
+    stream = Stream()
+    how = {"record_stream": False, "low_cpu_mem_usage": False, "non_blocking": True} | more
+    config = group_offloading.GroupOffloadingConfig(
+        CPU, CPU, group_offloading.GroupOffloadingType(level), num_blocks_per_group=1, stream=stream, **how
+    )
+    group_offloading._apply_group_offloading(model, config)
+    return stream
+
+
+def remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook("group_offloading", recurse=False)
+
+
+def quantized(**options: Any) -> Net:
+    model = net()
+    svdq.quantize(model, svdq.Config(**quiet(**options)))
+    return model
+
+
+def packs(model: nn.Module) -> list[PackedLinear]:
+    return [p._svdq for p in model.parameters() if isinstance(p, QuantizedWeight)]
+
+
+def tensors(packed: PackedLinear) -> list[Tensor]:
+    return [*packed.own_tensors().values(), packed.shared.smooth, packed.shared.down]
+
+
+LEVELS = ["block_level", "leaf_level"]
+MODES: dict[str, dict[str, bool]] = {
+    "pinned once": {},
+    "pinned at each call": {"low_cpu_mem_usage": True},
+    "recorded": {"record_stream": True},
+}
+
+
+@pytest.mark.parametrize("weights", ["release", "offload"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_quantized_model_on_a_stream(machine: Machine, level: str, mode: str, weights: str) -> None:
+    model = quantized(weights=weights)
+    reference = model(*inputs())
+    offload(model, level, **MODES[mode])
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    for _ in range(3):
+        assert torch.equal(run(*inputs()), reference)
+    assert len(packs(model)) == 10
+    recorded = {t.untyped_storage().data_ptr() in machine.recorded for p in packs(model.blocks) for t in tensors(p)}
+    if mode == "recorded":
+        assert True in recorded
+    # Between calls each weight is in the copy that was pinned, or in the one that will be.
+    pinned = {machine.is_pinned(t) for p in packs(model.blocks[0]) for t in tensors(p)}
+    assert pinned == {mode != "pinned at each call"}
+
+
+def test_it_is_pinned_once_and_given_back_without_a_copy(machine: Machine) -> None:
+    model = quantized()
+    offload(model, "block_level")
+    model(*inputs())
+    held, pinned = packs(model), len(machine.pinned)
+    for _ in range(2):
+        model(*inputs())
+    assert len(machine.pinned) == pinned
+    assert all(a is b for a, b in zip(packs(model), held, strict=True))
+
+
+def test_hooks_again_on_what_they_pinned(machine: Machine) -> None:
+    """Their copy of a weight is not the weight: that one moves."""
+    model = quantized()
+    for _ in range(2):
+        offload(model, "leaf_level")
+        model(*inputs())
+        groups = groups_of(model)
+        assert sum(len(group.cpu_param_dict) for group in groups) >= 10
+        assert all(copy is not weight for group in groups for weight, copy in group.cpu_param_dict.items())
+        remove_hooks(model)
+
+
+def test_siblings_are_pinned_together(machine: Machine) -> None:
+    model = net()
+    svdq.quantize(model, svdq.Config(**quiet()), example_inputs=dict(zip(("x", "condition"), inputs(), strict=True)))
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    reference = run(*inputs())
+    block = model.blocks[0]
+    assert block.to_q.weight._svdq.siblings is block.to_k.weight._svdq.siblings
+    together = block.to_q.weight._svdq.siblings
+    offload(model, "block_level")
+    q, k = block.to_q.weight._svdq, block.to_k.weight._svdq
+    assert q.siblings is k.siblings is not together
+    assert together is not None
+    assert q.shared is k.shared
+    assert torch.equal(run(*inputs()), reference)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("way", ["ahead", "compiled"])
+def test_hooks_before_quantizing(machine: Machine, way: str, level: str) -> None:
+    """Their copies of the 16-bit values become copies of the 4-bit ones."""
+    model = net()
+    reference = net()(*inputs())
+    stream = offload(model, level)
+    assert torch.equal(model(*inputs()), reference)
+    waited = stream.waited
+    if way == "ahead":
+        svdq.quantize(model, svdq.Config(**quiet()))
+        assert stream.waited > waited  # for what is on its way
+    run = torch.compile(model, backend="svdquant", options=quiet())
+    for _ in range(4):
+        result = run(*inputs())
+        assert relative_error(result, reference) < 0.06
+    assert relative_error(result, reference) > 1e-3
+    assert len(packs(model)) == 10
+
+
+def test_nothing_is_compiled_again(machine: Machine) -> None:
+    model = quantized()
+    offload(model, "block_level")
+    for block in model.blocks:
+        block.compile(backend="svdquant", options=quiet())
+    for _ in range(2):
+        model(*inputs())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(3):
+            model(*inputs())
+
+
+def test_restore_and_back(machine: Machine) -> None:
+    model = quantized(weights="offload")
+    reference = model(*inputs())
+    offload(model, "block_level")
+    assert svdq.restore(model, progress=False) == 10
+    for _ in range(2):
+        assert torch.equal(model(*inputs()), net()(*inputs()))
+    svdq.quantize(model, svdq.Config(**quiet()))
+    for _ in range(2):
+        assert torch.equal(model(*inputs()), reference)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_hooks_are_taken_away(machine: Machine, level: str) -> None:
+    model = quantized()
+    reference = model(*inputs())
+    offload(model, level)
+    model(*inputs())
+    remove_hooks(model)
+    assert torch.equal(model(*inputs()), reference)
+    assert torch.equal(torch.compile(model, backend="svdquant", options=quiet())(*inputs()), reference)
+
+
+def test_kept_values_would_be_what_moves(machine: Machine) -> None:
+    model = net()
+    offload(model, "block_level")
+    with pytest.raises(OptionError, match=r"weights='keep'.*group offloading.*weights='offload'"):
+        svdq.quantize(model, svdq.Config(**quiet(weights="keep")))
+    assert torch.equal(model(*inputs()), net()(*inputs()))
+
+
+def test_pinning_is_for_the_packed_tensors(machine: Machine) -> None:
+    weight = quantized().blocks[0].up.weight
+    assert not weight.is_pinned()
+    twin = weight.pin_memory()
+    assert twin.is_pinned() and twin.pin_memory() is twin
+    assert all(machine.is_pinned(t) for t in tensors(twin._svdq))
+    assert (twin.shape, twin.dtype, twin.device) == (weight.shape, weight.dtype, weight.device)
+    assert twin.untyped_storage().nbytes() == 0
+    weight.record_stream(machine.now)
+    assert machine.recorded >= {t.untyped_storage().data_ptr() for t in tensors(weight._svdq)}
+
+
+# accelerate's
+
+
+def placed(model: nn.Module, where: str, folder: Path) -> nn.Module:
+    places = {"embed": "cpu", "blocks.0": "cpu", "blocks.1": where, "project": "cpu"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+def test_device_map(tmp_path: Path) -> None:
+    model = quantized()
+    model.blocks[1].up.weight = model.blocks[0].up.weight  # accelerate has a table of tied ones, by their addresses
+    reference = model(*inputs())
+    placed(model, "cpu", tmp_path)
+    assert torch.equal(model(*inputs()), reference)
+    assert torch.equal(torch.compile(model, backend="svdquant", options=quiet())(*inputs()), reference)
+    assert model.blocks[1].up.weight is model.blocks[0].up.weight
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model(*inputs()), reference)
+
+
+def test_device_map_to_disk_is_refused(tmp_path: Path) -> None:
+    model = quantized()
+    reference = model(*inputs())
+    with pytest.raises(WeightsReleased, match=r"a device_map to disk needs .*blocks.1.* Give it no module for disk"):
+        placed(model, "disk", tmp_path)
+    assert torch.equal(model(*inputs()), reference)
+
+
+def test_an_address_is_told_to_nobody_else() -> None:
+    """Who has it would read 4-bit codes for 16-bit values, or nothing."""
+    with pytest.raises(WeightsReleased, match="data_ptr"):
+        quantized().blocks[0].up.weight.data_ptr()
