@@ -15,8 +15,8 @@ from . import decisions, stages
 from .config import Config
 from .convert import Task, convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
-from .given import device_in, model_in
 from .foreign import groups_of, renew_copies
+from .given import device_in, model_in
 from .input_statistics import InputStatistics
 from .layers import layers, matrices
 from .lowering.torch_private import compiled_in_place, convert_by_our_settings, while_nothing_is_traced

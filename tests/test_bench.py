@@ -170,3 +170,17 @@ def test_lora_ratios_are_against_both_steps_without() -> None:
     assert lora_step.summary(rows) == expected  # no GPU
     rows = [row | {"gpu_ms": row["ms"] ** 2} for row in rows]
     assert lora_step.summary(rows) == expected | {"slower_gpu_ms": -0.027, "slower_hotswappable_gpu_ms": 0.1773}
+
+
+def test_small_memory(tmp_path: Path) -> None:
+    """16-bit is the reference, group offloading of ours close to it; on a CPU nothing is held to a cap."""
+    out = tmp_path / "small.json"
+    small_memory.main(["--tiny", "--methods", "16-bit-sequential,ours-group", "--caps", "16,8", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["cap_gib"]) for row in rows] == [
+        (name, cap) for name in ("16-bit-sequential", "ours-group") for cap in (16, 8)
+    ]
+    assert all(row["ms"] > 0 and row["peak_gib"] is None for row in rows)
+    sequential, ours = rows[0]["error_vs_16bit"], rows[-1]["error_vs_16bit"]
+    assert sequential == 0
+    assert 0 < ours < 0.05

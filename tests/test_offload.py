@@ -254,7 +254,8 @@ def test_pinning_is_for_the_packed_tensors(machine: Machine) -> None:
     weight = quantized().blocks[0].up.weight
     assert not weight.is_pinned()
     twin = weight.pin_memory()
-    assert twin.is_pinned() and twin.pin_memory() is twin
+    assert twin.is_pinned()
+    assert twin.pin_memory() is twin
     assert all(machine.is_pinned(t) for t in tensors(twin._svdq))
     assert (twin.shape, twin.dtype, twin.device) == (weight.shape, weight.dtype, weight.device)
     assert twin.untyped_storage().nbytes() == 0

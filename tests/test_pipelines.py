@@ -7,7 +7,6 @@ control picture, a cache) is asserted too, and is more than 4 bits cost, so that
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
