@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import flux_step  # noqa: E402
 import lora_step  # noqa: E402
+import small_memory  # noqa: E402
 
 from svdq_compile import compiled as compiled_module  # noqa: E402
 
