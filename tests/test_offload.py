@@ -17,7 +17,7 @@ from diffusers.hooks import HookRegistry, group_offloading
 from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import Net, inputs, net, quiet, relative_error
+from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
 from svdq_compile.errors import OptionError, WeightsReleased
 from svdq_compile.foreign import groups_of
 from svdq_compile.lowering.packed import PackedLinear
@@ -129,8 +129,9 @@ MODES: dict[str, dict[str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("weights", ["release", "offload"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "weights"), [*((mode, "release") for mode in MODES), ("pinned once", "offload")], ids=lambda value: value
+)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_quantized_model_on_a_stream(machine: Machine, level: str, mode: str, weights: str) -> None:
     model = quantized(weights=weights)
@@ -261,6 +262,24 @@ def test_pinning_is_for_the_packed_tensors(machine: Machine) -> None:
     assert twin.untyped_storage().nbytes() == 0
     weight.record_stream(machine.now)
     assert machine.recorded >= {t.untyped_storage().data_ptr() for t in tensors(weight._svdq)}
+
+
+def test_with_an_adapter(machine: Machine) -> None:
+    """LoRA beside the offloaded weights: PEFT's layer holds the weight that moves."""
+    peft = pytest.importorskip("peft")
+    model = quantized()
+    lora = peft.LoraConfig(r=4, target_modules=["up", "to_q"], init_lora_weights=False)
+    torch.manual_seed(3)
+    model = peft.inject_adapter_in_model(lora, model).eval().requires_grad_(False)
+    reference = model(*inputs())
+    for level in LEVELS:
+        offload(model, level)
+        run = torch.compile(model, backend="svdquant", options=quiet())
+        for _ in range(2):
+            assert torch.equal(model(*inputs()), reference)
+            assert relative_error(run(*inputs()), reference) < FLIPPED_CODES
+        remove_hooks(model)
+    assert len(packs(model)) == 10
 
 
 # accelerate's
