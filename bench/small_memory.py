@@ -44,6 +44,7 @@ def ours(model: Model, call: dict, device: torch.device) -> None:
 
 def torchao(model: Model, call: dict, device: torch.device) -> None:
     torchao_fp8(model, call)
+    model.compile_repeated_blocks(dynamic=False)  # not as one graph: offloading's hooks break it
 
 
 def sdnq_int4(model: Model, call: dict, device: torch.device) -> None:
