@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in names:
             rows += in_a_process(name, args, Path(folder))
             print(*rows[-1:], flush=True)
-    write(args.out, rows)
+            write(args.out, rows)
 
 
 if __name__ == "__main__":
