@@ -4,8 +4,8 @@
 
 Each method is a process of its own. For each cap it is held to so many GiB, what the driver takes for the process
 included, and so is the peak that is told: torch's reserved memory and that of the driver. No one else may use the GPU.
-What is timed is checked: `error` is against the 16-bit model's output, that of the method 16-bit-sequential, or of the
-16-bit model in CPU memory if that was not asked for. A cap that is too small is a row without times.
+What is timed is checked: `error_vs_16bit` is against the output of the 16-bit model, whole on the device and held to
+nothing, in a process before the others. A cap that is too small is a row without times.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from step_methods import torchao_fp8
 import svdq_compile as svdq
 from record import results, write
 
-REFERENCE = "16-bit-sequential"
+REFERENCE = "reference"
 Model = FluxTransformer2DModel
 
 
@@ -85,7 +85,7 @@ class Method:
 
 
 METHODS = {
-    REFERENCE: Method(sixteen, sequential, steps=1),
+    "16-bit-sequential": Method(sixteen, sequential, steps=1),
     "16-bit-group": Method(sixteen, group),
     "ours-resident": Method(ours, resident),
     "ours-group": Method(ours, group),
@@ -121,14 +121,21 @@ class Card:
             torch.cuda.synchronize()
 
 
+def prepared(tiny: bool, device: torch.device) -> tuple[Model, dict]:
+    model = memory.build(memory.TINY if tiny else memory.DEV, device)
+    return model, memory.inputs(model, *((64, 16) if tiny else (4096, 512)), device)
+
+
+def write_reference(tiny: bool, path: Path) -> None:
+    device = Card().device
+    model, call = prepared(tiny, device)
+    torch.save(model.to(device)(**call)[0].cpu(), path)
+
+
 def measure(name: str, caps: list[float], tiny: bool, reference: Path) -> list[dict]:
     """The rows of one method, the largest cap first."""
     method, card = METHODS[name], Card()
-    model = memory.build(memory.TINY if tiny else memory.DEV, card.device)
-    call = memory.inputs(model, *((64, 16) if tiny else (4096, 512)), card.device)
-    if not reference.exists() and name != REFERENCE:
-        on_cpu = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in call.items()}
-        torch.save(model(**on_cpu)[0].cpu(), reference)
+    model, call = prepared(tiny, card.device)
     rows: list[dict] = []
     for cap in sorted(caps, reverse=True):
         card.hold_to(cap)
@@ -145,8 +152,6 @@ def measure(name: str, caps: list[float], tiny: bool, reference: Path) -> list[d
         except torch.cuda.OutOfMemoryError:
             row["error"] = "out of memory"
             break  # a smaller cap is no better
-        if not reference.exists():
-            torch.save(output, reference)
         peak = card.peak_gib()
         row |= {"ms": round(statistics.median(times), 2), "peak_gib": peak and round(peak, 3), "steps": method.steps}
         row["error_vs_16bit"] = round(relative_error(output, torch.load(reference)), 5)
@@ -161,13 +166,17 @@ def _timed(model: Model, call: dict, card: Card) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+def start(name: str, args: argparse.Namespace, folder: Path, out: Path) -> None:
+    command = [sys.executable, __file__, "--one", name, "--out", str(out), "--caps", args.caps]
+    command += ["--reference", str(folder / "reference.pt"), *(["--tiny"] if args.tiny else [])]
+    subprocess.run(command, check=True, timeout=args.limit)
+
+
 def in_a_process(name: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     """`measure` there; a row that says why where it does not end well or in time."""
     out = folder / f"{name}.json"
-    command = [sys.executable, __file__, "--one", name, "--out", str(out), "--caps", args.caps]
-    command += ["--reference", str(folder / "reference.pt"), *(["--tiny"] if args.tiny else [])]
     try:
-        subprocess.run(command, check=True, timeout=args.limit)
+        start(name, args, folder, out)
         return json.loads(out.read_text())
     except subprocess.TimeoutExpired:
         reason = f"stopped after the limit of {args.limit} s"
@@ -180,16 +189,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--caps", default="16,12,8", help="GiB")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for each method")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for each method")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--out", type=Path, default=results("small-memory"))
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[REFERENCE, *METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.one:
         with torch.no_grad():
-            rows = measure(args.one, [float(cap) for cap in args.caps.split(",")], args.tiny, args.reference)
-        args.out.write_text(json.dumps(rows))
+            if args.one == REFERENCE:
+                write_reference(args.tiny, args.reference)
+            else:
+                rows = measure(args.one, [float(cap) for cap in args.caps.split(",")], args.tiny, args.reference)
+                args.out.write_text(json.dumps(rows))
         return
     names = args.methods.split(",")
     for name in names:
@@ -197,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"no method {name}; there are {', '.join(METHODS)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        start(REFERENCE, args, Path(folder), args.out)
         for name in names:
             rows += in_a_process(name, args, Path(folder))
             print(*rows[-1:], flush=True)
