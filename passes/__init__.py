@@ -18,6 +18,8 @@ from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
 from .group_sequences import group_sequences
 from .join_parts import join_parts
+from .lift_waits import gives_streams_work as gives_streams_work
+from .lift_waits import lift_waits as lift_waits
 from .measure_rows import measure_rows
 from .merge_siblings import merge_siblings
 from .observe_linears import observe_linears

@@ -6,6 +6,7 @@ Dynamo's graph --> is some linear quantized, and none undecided?
                            (ObservingGraph); where all that it has stays 16-bit, all goes to Inductor
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,13 @@ from .errors import GradientsNeeded, TangentsNeeded
 from .fallback import go_on
 from .lowering.torch_private import convert_by_our_settings, converting_for_us, eagerly, transforms_in
 from .parameter import QuantizedWeight
+from .passes import gives_streams_work, lift_waits
 from .roots import find_weights, model_of, models_of
 from .stages import compiling, tracing
 from .summary import tell_if_done
 from .undecided import UndecidedGraph
+
+log = logging.getLogger("svdq_compile")
 
 
 def svdquant(
@@ -36,11 +40,26 @@ def svdquant(
     converting_for_us()
     config = Config.from_options(options, mode)
     _refuse_gradients(gm)
+    if gives_streams_work(gm):
+        log.info("a graph that gives streams work runs eagerly")
+        return eagerly(gm)
+    waits = lift_waits(gm)
     try:
-        return _compile(gm, example_inputs, config)
+        compiled = _compile(gm, example_inputs, config)
     except Exception as error:
         go_on(error, "compiling a graph", EAGERLY, config)
-        return eagerly(gm)
+        compiled = eagerly(gm)
+    return compiled if waits is None else _after(eagerly(waits), compiled)
+
+
+def _after(waits: Callable, compiled: Callable) -> Callable:
+    """Waits, then the rest, of the same inputs."""
+
+    def both(*args: Any) -> Any:
+        waits(*args)
+        return compiled(*args)
+
+    return both
 
 
 convert_by_our_settings(svdquant, tracing)
