@@ -1,11 +1,11 @@
 """A step of the FLUX.1-dev-shaped transformer (random weights) where little GPU memory is left.
 
-    python bench/small_memory.py [--methods ours-resident,ours-group] [--caps 16,12,8] [--out FILE]
+    python bench/small_memory.py [--models ours,16-bit] [--caps 16,12,8] [--out FILE]
 
-Each method is a process of its own. For each cap it is held to so many GiB, what the driver takes for the process
-included, and so is the peak that is told: torch's reserved memory and that of the driver. No one else may use the GPU.
-What is timed is checked: `error_vs_16bit` is against the output of the 16-bit model, whole on the device and held to
-nothing, in a process before the others. A cap that is too small is a row without times.
+Each model is made in a process of its own, and runs with its weights in one place after another. For each cap it is
+held to so many GiB, what the driver takes for the process included, and so is the peak that is told: torch's reserved
+memory and that of the driver. No one else may use the GPU. What is timed is checked: `error_vs_16bit` is against the
+output of the 16-bit model, whole on the device and held to nothing. A cap that is too small is a row without times.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from step_methods import torchao_fp8
 import svdq_compile as svdq
 from record import results, write
 
-REFERENCE = "reference"
 Model = FluxTransformer2DModel
+STEPS = 5
+Place = Callable[[Model, torch.device], None]
 
 
 def sixteen(model: Model, call: dict, device: torch.device) -> None:
@@ -63,6 +64,7 @@ def sequential(model: Model, device: torch.device) -> None:
 
 def group(model: Model, device: torch.device) -> None:
     """Each block by itself, the next one fetched while this one computes."""
+    accelerate.hooks.remove_hook_from_submodules(model)
     model.to("cpu")
     ahead = device.type == "cuda"
     model.enable_group_offload(
@@ -76,21 +78,18 @@ def group(model: Model, device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class Method:
-    """How the model is made smaller, where its weights are between steps, how many steps are timed at each cap."""
+class Way:
+    """How the model is made smaller, and where its weights are between steps."""
 
     prepare: Callable[[Model, dict, torch.device], None]
-    place: Callable[[Model, torch.device], None]
-    steps: int = 5
+    places: tuple[Place, ...]
 
 
-METHODS = {
-    "16-bit-sequential": Method(sixteen, sequential, steps=1),
-    "16-bit-group": Method(sixteen, group),
-    "ours-resident": Method(ours, resident),
-    "ours-group": Method(ours, group),
-    "torchao-fp8-group": Method(torchao, group),
-    "sdnq-int4-group": Method(sdnq_int4, group),
+WAYS = {
+    "16-bit": Way(sixteen, (sequential, group)),
+    "ours": Way(ours, (resident, group)),
+    "torchao-fp8": Way(torchao, (group,)),
+    "sdnq-int4": Way(sdnq_int4, (group,)),
 }
 
 
@@ -121,41 +120,38 @@ class Card:
             torch.cuda.synchronize()
 
 
-def prepared(tiny: bool, device: torch.device) -> tuple[Model, dict]:
-    model = memory.build(memory.TINY if tiny else memory.DEV, device)
-    return model, memory.inputs(model, *((64, 16) if tiny else (4096, 512)), device)
+def measure(name: str, caps: list[float], tiny: bool) -> Iterator[dict]:
+    """The rows of one way, for each place the largest cap first."""
+    way, card = WAYS[name], Card()
+    model = memory.build(memory.TINY if tiny else memory.DEV, card.device)
+    call = memory.inputs(model, *((64, 16) if tiny else (4096, 512)), card.device)
+    reference = model.to(card.device)(**call)[0].cpu()
+    model.to("cpu")
+    card.hold_to(max(caps))
+    way.prepare(model, call, card.device)
+    for place in way.places:
+        place(model, card.device)
+        for cap in sorted(caps, reverse=True):
+            row = {"method": f"{name}-{place.__name__}", "cap_gib": cap}
+            try:
+                yield row | _row(model, call, card, cap, 1 if place is sequential else STEPS, reference)
+            except torch.cuda.OutOfMemoryError:
+                yield row | {"ms": None, "peak_gib": None, "error": "out of memory"}
 
 
-def write_reference(tiny: bool, path: Path) -> None:
-    device = Card().device
-    model, call = prepared(tiny, device)
-    torch.save(model.to(device)(**call)[0].cpu(), path)
-
-
-def measure(name: str, caps: list[float], tiny: bool, reference: Path) -> list[dict]:
-    """The rows of one method, the largest cap first."""
-    method, card = METHODS[name], Card()
-    model, call = prepared(tiny, card.device)
-    rows: list[dict] = []
-    for cap in sorted(caps, reverse=True):
-        card.hold_to(cap)
-        row: dict = {"method": name, "cap_gib": cap, "ms": None, "peak_gib": None}
-        rows.append(row)
-        try:
-            if len(rows) == 1:
-                method.prepare(model, call, card.device)
-                method.place(model, card.device)
-            for _ in range(2 if method.steps > 1 else 1):  # compiles; finds out the order of the groups
-                output = model(**call)[0].cpu()
-            card.hold_to(cap)
-            times = [_timed(model, call, card) for _ in range(method.steps)]
-        except torch.cuda.OutOfMemoryError:
-            row["error"] = "out of memory"
-            break  # a smaller cap is no better
-        peak = card.peak_gib()
-        row |= {"ms": round(statistics.median(times), 2), "peak_gib": peak and round(peak, 3), "steps": method.steps}
-        row["error_vs_16bit"] = round(relative_error(output, torch.load(reference)), 5)
-    return rows
+def _row(model: Model, call: dict, card: Card, cap: float, steps: int, reference: torch.Tensor) -> dict:
+    card.hold_to(cap)
+    for _ in range(min(steps, 2)):  # compiles; finds out the order of the groups
+        output = model(**call)[0].cpu()
+    card.hold_to(cap)
+    times = [_timed(model, call, card) for _ in range(steps)]
+    peak = card.peak_gib()
+    return {
+        "ms": round(statistics.median(times), 2),
+        "peak_gib": peak and round(peak, 3),
+        "times_ms": [round(t, 2) for t in times],
+        "error_vs_16bit": round(relative_error(output, reference), 5),
+    }
 
 
 def _timed(model: Model, call: dict, card: Card) -> float:
@@ -166,53 +162,51 @@ def _timed(model: Model, call: dict, card: Card) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def start(name: str, args: argparse.Namespace, folder: Path, out: Path) -> None:
-    command = [sys.executable, __file__, "--one", name, "--out", str(out), "--caps", args.caps]
-    command += ["--reference", str(folder / "reference.pt"), *(["--tiny"] if args.tiny else [])]
-    subprocess.run(command, check=True, timeout=args.limit)
-
-
 def in_a_process(name: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     """`measure` there; a row that says why where it does not end well or in time."""
     out = folder / f"{name}.json"
+    command = [sys.executable, __file__, "--one", name, "--out", str(out), "--caps", args.caps]
+    command += ["--tiny"] if args.tiny else []
+    reason = []
     try:
-        start(name, args, folder, out)
-        return json.loads(out.read_text())
+        subprocess.run(command, check=True, timeout=args.limit)
     except subprocess.TimeoutExpired:
-        reason = f"stopped after the limit of {args.limit} s"
+        reason = [{"method": name, "error": f"stopped after the limit of {args.limit} s"}]
     except subprocess.CalledProcessError as error:
-        reason = f"ended with {error.returncode}"
-    return [{"method": name, "cap_gib": None, "ms": None, "peak_gib": None, "error": reason}]
+        reason = [{"method": name, "error": f"ended with {error.returncode}"}]
+    return (json.loads(out.read_text()) if out.exists() else []) + reason
+
+
+def write_rows(rows: Iterator[dict], out: Path) -> None:
+    """As they come: a process that is stopped leaves those that it has."""
+    done: list[dict] = []
+    for row in rows:
+        print(row, flush=True)
+        done.append(row)
+        out.write_text(json.dumps(done))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--models", default=",".join(WAYS))
     parser.add_argument("--caps", default="16,12,8", help="GiB")
-    parser.add_argument("--limit", type=float, default=150, help="seconds for each method")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for each model")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--out", type=Path, default=results("small-memory"))
-    parser.add_argument("--one", choices=[REFERENCE, *METHODS], help=argparse.SUPPRESS)
-    parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.one:
         with torch.no_grad():
-            if args.one == REFERENCE:
-                write_reference(args.tiny, args.reference)
-            else:
-                rows = measure(args.one, [float(cap) for cap in args.caps.split(",")], args.tiny, args.reference)
-                args.out.write_text(json.dumps(rows))
+            write_rows(measure(args.one, list(map(float, args.caps.split(","))), args.tiny), args.out)
         return
-    names = args.methods.split(",")
+    names = args.models.split(",")
     for name in names:
-        if name not in METHODS:
-            parser.error(f"no method {name}; there are {', '.join(METHODS)}")
+        if name not in WAYS:
+            parser.error(f"no model {name}; there are {', '.join(WAYS)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        start(REFERENCE, args, Path(folder), args.out)
         for name in names:
             rows += in_a_process(name, args, Path(folder))
-            print(*rows[-1:], flush=True)
             write(args.out, rows)
 
 

@@ -176,12 +176,11 @@ def test_lora_ratios_are_against_both_steps_without() -> None:
 def test_small_memory(tmp_path: Path) -> None:
     """16-bit is the reference, group offloading of ours close to it; on a CPU nothing is held to a cap."""
     out = tmp_path / "small.json"
-    small_memory.main(["--tiny", "--methods", "16-bit-sequential,ours-group", "--caps", "16,8", "--out", str(out)])
+    small_memory.main(["--tiny", "--models", "16-bit,ours", "--caps", "16", "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["method"], row["cap_gib"]) for row in rows] == [
-        (name, cap) for name in ("16-bit-sequential", "ours-group") for cap in (16, 8)
-    ]
+    methods = ("16-bit-sequential", "16-bit-group", "ours-resident", "ours-group")
+    assert [(row["method"], row["cap_gib"]) for row in rows] == [(name, 16) for name in methods]
     assert all(row["ms"] > 0 and row["peak_gib"] is None for row in rows)
-    sequential, ours = rows[0]["error_vs_16bit"], rows[-1]["error_vs_16bit"]
-    assert sequential == 0
-    assert 0 < ours < 0.05
+    errors = [row["error_vs_16bit"] for row in rows]
+    assert errors[:2] == [0, 0]
+    assert all(0 < error < 0.05 for error in errors[2:])
