@@ -10,6 +10,10 @@ import torch
 
 log = logging.getLogger("svdq_compile.kernels")
 
+# Bytes of shared memory that a program may use, by 10 x major + minor.
+SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 110: 232448,
+                 120: 101376, 121: 101376}  # fmt: skip
+
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
