@@ -97,6 +97,6 @@ def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-lelf", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = "".join(subprocess.check_output([tool, what, file.name], text=True) for what in ("-lelf", "-res-usage"))
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
     return re.search(r"\.(sm_\w+)\.cubin", text)[1], registers, stack + local
