@@ -61,6 +61,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use on an NVIDIA GPU; 0 elsewhere. What is not known is taken for the least."""
+    major, minor = capability(device)
+    return SHARED_MEMORY.get(10 * major + minor, min(SHARED_MEMORY.values())) if major else 0
+
+
 class Target(NamedTuple):
     """GPUs that a kernel is written for. name: completes "not on ..."."""
 
