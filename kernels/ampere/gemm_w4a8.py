@@ -209,14 +209,14 @@ def _gemm_kernel(
     steps = gl.cdiv(KP, 128)
     item = gl.program_id(0)
     cut = item - whole
-    t = item
+    place = item
     first = 0
     last = steps
     if cut >= 0:
-        t = whole + cut // parts
+        place = whole + cut // parts
         first = cut % parts * part_steps
         last = gl.minimum(first + part_steps, steps)
-    m0, n0 = _origin(t, M, N, TM, TN, GROUP)
+    m0, n0 = _origin(place, M, N, TM, TN, GROUP)
     x_m = gl.minimum(m0 + gl.arange(0, TM, gl.SliceLayout(1, by_128)), M - 1).to(gl.int64)[:, None]
     p_n = gl.minimum(n0 + gl.arange(0, TN, gl.SliceLayout(1, by_64)), N - 1).to(gl.int64)[:, None]
     s_n = n0 + gl.arange(0, TN, line)
