@@ -70,7 +70,7 @@ def test_codes_go_from_shared_memory_to_the_tensor_cores(capability):
 @builds
 @pytest.mark.parametrize("rows", ROWS)
 def test_an_epilogue_and_an_auxiliary_input(rows):
-    """The tile for so many tokens takes the shared memory that it says, and reads the other input 16 bytes at a time."""
+    """It takes as much shared memory as it says, and reads the other input 16 bytes at a time."""
     tile = tiles(89, rows)[0]
     kernel = built(89, tile, gated_residual, ("*bf16", "fp32"), auxiliary=True)
     assert kernel.shared <= tile.shared() + 1024
