@@ -22,6 +22,7 @@ from svdq_compile.kernels.hopper import quantize as hopper
 from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as portable
 from svdq_compile.kernels.runtime.generated import Generated
+from svdq_compile.kernels.runtime.target import is_hopper
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 4608, k, 32, "") for k in (3072, 12288, 15360)]
@@ -78,10 +79,10 @@ def measure(precision: str, m: int, k: int, rank: int, kind: str) -> dict:
     function, h = prologue(kind, x)
     left, right = split(x, kind)
     operands = Quantize(left, smooth, down, precision, 0.0)
-    fp8 = precision == "int4" and torch.cuda.get_device_capability() == (9, 0)
+    fp8 = precision == "int4" and is_hopper(x.device)
 
     def call() -> tuple[Tensor, ...]:
-        one_kernel = precision != "nvfp4" and hopper.can_quantize(operands, function, right)
+        one_kernel = is_hopper(x.device) and precision != "nvfp4" and hopper.can_quantize(operands, function, right)
         return (hopper if one_kernel else portable).quantize(operands, function, right, fp8)
 
     qx, ascales, xd = call()

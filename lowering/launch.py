@@ -137,6 +137,12 @@ def _hopper_why_not(o: Gemm) -> str | None:
     return _gemm_why_not(o) or gemm_w4a8.why_not(o)
 
 
+def _ampere_why_not(o: Gemm) -> str | None:
+    from ..kernels.ampere import gemm_w4a8
+
+    return _gemm_why_not(o) or _no_offset(o) or gemm_w4a8.why_not(o)
+
+
 def _no_offset(o: Gemm) -> str | None:
     return None if o.offset is None else "its input has a shift"
 
@@ -158,6 +164,13 @@ def _hopper_int4(o: Gemm, epilogue: Generated | None) -> Tensor:
     from ..kernels.hopper import gemm_int4
 
     return gemm_int4.gemm(o._replace(weight=layout.to_kernel(o.precision, o.weight, words=True)), epilogue)
+
+
+def _ampere_w4a8(o: Gemm, epilogue: Generated | None) -> Tensor:
+    from ..kernels.ampere import gemm_w4a8
+
+    weight = layout.to_kernel(o.precision, o.weight)
+    return gemm_w4a8.gemm(o._replace(ascales=o.ascales.contiguous(), weight=weight), epilogue)
 
 
 def _portable_gemm(o: Gemm, epilogue: Generated | None) -> Tensor:
@@ -211,6 +224,7 @@ GEMM = Table(
             _hopper_w4a8,
         ),
         Kernel("hopper_gemm_int4", HOPPER, ("int4",), "hopper.gemm_int4", _hopper_why_not, _hopper_int4),
+        Kernel("ampere_gemm_w4a8", PORTABLE, ("w4a8",), "ampere.gemm_w4a8", _ampere_why_not, _ampere_w4a8),
         Kernel("portable_gemm", PORTABLE, ("w4a8", "int4"), "portable.gemm", _gemm_why_not, _portable_gemm),
         Kernel("portable_gemm_nvfp4", BLACKWELL, ("nvfp4",), "portable.gemm_nvfp4", _nvfp4_why_not, _portable_nvfp4),
         Kernel("cublas_int8", PORTABLE, ("w8a8",), None, _int8_why_not, _cublas_int8, fuses=False),

@@ -29,9 +29,6 @@ def builds(test):
 HALF = torch.float16
 ROUNDING = 3e-4  # one rounding to fp16 is 2^-11 at most, about 2e-4 on average
 
-# Bytes of shared memory a program may use.
-SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
 
 def error(y, expected):
     """|y - expected| / |expected|, in float64."""
@@ -49,9 +46,12 @@ def run_interpreted(file):
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel compiled for one target: its PTX, and registers a thread, spilled bytes and shared bytes."""
+    """A kernel compiled for one target: its PTX, and registers a thread, spilled bytes and shared bytes; and the GPU
+    that its machine code is for.
+    """
 
     ptx: str
+    machine: str
     registers: int
     spilled: int
     shared: int
@@ -66,6 +66,8 @@ def compile_for(kernel, capability, constants, warps, types, stages=4, source=No
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from svdq_compile.kernels.runtime.target import SHARED_MEMORY
+
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     even = {
@@ -76,9 +78,9 @@ def compile_for(kernel, capability, constants, warps, types, stages=4, source=No
     program = (source or ASTSource)(kernel, signature, constants, even)
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(program, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = resources(built.asm["cubin"])
-    assert built.metadata.shared <= SHARED[capability]
-    return Built(built.asm["ptx"], registers, spilled, built.metadata.shared)
+    machine, registers, spilled = resources(built.asm["cubin"])
+    assert built.metadata.shared <= SHARED_MEMORY[capability]
+    return Built(built.asm["ptx"], machine, registers, spilled, built.metadata.shared)
 
 
 def waits_first(ptx):
@@ -88,13 +90,13 @@ def waits_first(ptx):
 
 
 def resources(cubin):
-    """Registers a thread and bytes of local memory (spills) of the one kernel in a cubin."""
+    """The GPU of a cubin with one kernel, its registers a thread and bytes of local memory (spills)."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = "".join(subprocess.check_output([tool, what, file.name], text=True) for what in ("-lelf", "-res-usage"))
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+    return re.search(r"\.(sm_\w+)\.cubin", text)[1], registers, stack + local

@@ -42,9 +42,9 @@ from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
 from ..runtime.target import processors
 from ..runtime.tuning import choose_tile
+from ..runtime.versions import aggregate, load, store, view
 from .descriptors import describe, plain
 from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
-from .versions import aggregate, load, store, view
 
 GROUP_SIZE = 64
 LOW = gl.constexpr("and.b32 $0, $1, 0x87878787;")

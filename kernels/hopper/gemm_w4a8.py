@@ -28,7 +28,6 @@ on the order, so the result is the same bit for bit whichever comes last.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,11 +47,12 @@ from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
 from ..runtime.launcher import launch, zeroed_counters
+from ..runtime.rounds import share
 from ..runtime.target import processors
 from ..runtime.tuning import choose_tile
+from ..runtime.versions import aggregate, barrier, load, store, view
 from .descriptors import describe, plain
 from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
-from .versions import aggregate, barrier, load, store, view
 
 
 @gluon.jit
@@ -374,9 +374,6 @@ class Tile:
     parts: int = 4
 
 
-MIN_STEPS = 4  # of a part: fewer would not repay the exchange of its sums
-
-
 def why_not(o: Gemm) -> str | None:
     """Why TMA cannot read or write these, None if it can: 16-byte rows and addresses, a result as wide as a buffer."""
     n, r = o.up.shape
@@ -398,28 +395,6 @@ def candidates(m: int) -> tuple[Tile, ...]:
     if m <= 1024:
         return (Tile(128, 128, 3, 4, 2, 1), Tile(64, 64, 8, 4, 2), Tile(128, 64, 4, 4, 2))
     return (Tile(256, 128, 4, 8), Tile(128, 128, 3, 4, 2, 1))
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """How the tiles of one product go over the programs: `whole` of them at once each, the others in `parts` each."""
-
-    programs: int
-    whole: int
-    parts: int
-    part_steps: int
-
-
-@cache
-def share(tiles: int, k_steps: int, programs: int, max_parts: int) -> Rounds:
-    """Cut the tiles of the last round where that fills programs that would have none."""
-    left = tiles % programs
-    parts = min(programs // left, max_parts, k_steps // MIN_STEPS) if left else 1
-    if parts < 2:
-        return Rounds(min(tiles, programs), tiles, 1, k_steps)
-    part_steps = -(-k_steps // parts)
-    parts = -(-k_steps // part_steps)
-    return Rounds(min(tiles - left + left * parts, programs), tiles - left, parts, part_steps)
 
 
 def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -> Tensor:

@@ -41,8 +41,8 @@ from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
+from ..runtime.versions import barrier, load, view
 from .descriptors import describe
-from .versions import barrier, load, view
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .versions import aggregate, load, view
+from ..runtime.versions import aggregate, load, view
 
 GROUP = 8  # token tiles in a row that use the same weights
 RANK_STEP = gl.constexpr(32)  # 64 bytes a row, as wide as a step's packed weights

@@ -10,6 +10,10 @@ import torch
 
 log = logging.getLogger("svdq_compile.kernels")
 
+# Bytes of shared memory that a program may use, by 10 x major + minor.
+SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 110: 232448,
+                 120: 101376, 121: 101376}  # fmt: skip
+
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
@@ -55,6 +59,12 @@ def launches_early(device: torch.device) -> bool:
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use on an NVIDIA GPU; 0 elsewhere. What is not known is taken for the least."""
+    major, minor = capability(device)
+    return SHARED_MEMORY.get(10 * major + minor, min(SHARED_MEMORY.values())) if major else 0
 
 
 class Target(NamedTuple):

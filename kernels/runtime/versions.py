@@ -3,6 +3,7 @@
 from typing import Any
 
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language import core
 from typing_extensions import dataclass_transform
@@ -10,6 +11,7 @@ from typing_extensions import dataclass_transform
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 

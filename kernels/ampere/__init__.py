@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs from sm_80, in Gluon: `mma.sync`, `ldmatrix` and `cp.async`."""
