@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakSet, finalize, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -24,7 +24,8 @@ class Repeated:
          then. Which addresses it is given says all about its tensors.
 
     Called with the operands, too. A graph is made where some of them are the tensors that they were the first time, as
-    weights are; with the last of those it goes, or when there are too many.
+    packed weights are; with the last of those it goes, or when there are too many. Parameters do not count: offloading
+    moves them about, and the packed tensors beside them are new ones each time.
     """
 
     def __init__(self, run: Callable[..., None], device: torch.device) -> None:
@@ -49,7 +50,8 @@ class Repeated:
     ) -> Callable[[], None] | None:
         """The graph, if it is time to make it and there can be one."""
         met = self._met.pop(addresses, ())
-        owner = next((t for t, before in zip(reversed(operands), reversed(met), strict=False) if before() is t), None)
+        pairs = zip(reversed(operands), reversed(met), strict=False)
+        owner = next((t for t, before in pairs if before() is t and not isinstance(t, nn.Parameter)), None)
         if owner is None:
             if len(self._met) >= MAX_GRAPHS:
                 self._met.clear()

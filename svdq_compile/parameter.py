@@ -298,7 +298,7 @@ def _use(func: Callable, args: tuple, kwargs: dict) -> Any:
             return _HOST[name](first, *args[1:], **kwargs)
         if not is_kept(first) and name == "data_ptr" and is_asked_by("accelerate"):
             return first._svdq.weight[0].data_ptr()  # to know tied ones by
-        if not is_kept(first) and func == _DATA_GET and is_asked_by("diffusers", "group_offloading.py"):
+        if not is_kept(first) and func == _DATA_GET and is_asked_by("diffusers", "group_offloading.py", "_to_cpu"):
             return _twin(first, first._svdq, first)  # to be kept while the weight moves
         if name == "detach" or func == _DATA_GET:
             # Of kept values an alias that shares their version, as that of .data would not.
@@ -387,10 +387,11 @@ def _moved(func: Callable, args: tuple, kwargs: dict) -> Any:
         return probe
     if not probe.dtype.is_floating_point:
         raise refused(weight._svdq_name, f"casting from {weight.dtype} to {probe.dtype}", RESTORE)
+    like: Tensor = weight
     order = kwargs.get("memory_format", torch.preserve_format)
-    like = torch.empty_like(
-        shell(weight.shape, weight.stride(), probe.dtype, torch.device("meta")), memory_format=order
-    )
+    if probe.device.type == "meta" or probe.dtype != weight.dtype or order != torch.preserve_format:
+        values = shell(weight.shape, weight.stride(), probe.dtype, torch.device("meta"))
+        like = torch.empty_like(values, memory_format=order)
     if probe.device.type == "meta":
         return like
     # Where a move was interrupted the packed tensors are somewhere else than the weight says.

@@ -58,14 +58,17 @@ def refused(layer: str, use: str, remedy: str = KEEP_A_COPY) -> WeightsReleased:
     return WeightsReleased(layer, use, remedy)
 
 
-def is_asked_by(package: str, file: str = "") -> bool:
-    """Whether what a weight is asked just now stands in this package, in a file of this name if one is given."""
+def is_asked_by(package: str, file: str = "", function: str = "") -> bool:
+    """Whether what a weight is asked just now stands in this package, in a file and a function of these names if they
+    are given.
+    """
     calls = frames()
     for frame in calls:
         if frame.f_code.co_name == "__torch_function__":
             break
-    path = _path(next(calls))
-    return package in path and file in ("", path[-1])
+    asker = next(calls)
+    path = _path(asker)
+    return package in path and file in ("", path[-1]) and function in ("", asker.f_code.co_name)
 
 
 def _path(frame: FrameType) -> list[str]:
