@@ -30,7 +30,7 @@ from ..formats.layout import SIBLING_STEP
 from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
-from .unpack import INTERPRETED, nibble, scaled
+from .unpack import WITHOUT_PTX, nibble, scaled
 
 # 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }")
@@ -50,7 +50,7 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def _sixteenfold(p, HIGH: tl.constexpr):
     """p int8 -> 16 (u - 8), u its low or high code, int8: in place, one exclusive or from two's complement."""
-    if INTERPRETED:
+    if WITHOUT_PTX:
         return ((nibble(p, HIGH).to(tl.int32) - 8) * 16).to(tl.int8)
     elif HIGH:
         return tl.inline_asm_elementwise(_HIGH, "=r,r", [p], dtype=tl.int8, is_pure=True, pack=4)
