@@ -209,7 +209,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
     grouped = codes_of(o.precision).by_block
     subscales, wscales = (weight[1], weight[1]) if grouped else weight[1:]
     r = o.up.shape[1]
-    tm, tn, warps, stages = config or _config(m, n, grouped)
+    tm, tn, warps, stages = config or tile_for(m, n, grouped)
     arguments = (
         qx, o.ascales, weight[0], subscales, wscales, xd, o.up, wscales if o.bias is None else o.bias,
         o.ascales if o.offset is None else o.offset, y, y if auxiliary is None else auxiliary, extra, m, n, kp, r,
@@ -222,7 +222,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
     return y
 
 
-def _config(rows: int, features: int, grouped: bool) -> tuple[int, int, int, int]:
+def tile_for(rows: int, features: int, grouped: bool) -> tuple[int, int, int, int]:
     """TM, TN, warps, stages: the fastest on an H200 of those in bench/gemm.py."""
     if rows <= 128:
         return 64, 64, 4, 4
