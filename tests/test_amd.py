@@ -17,6 +17,7 @@ if ROCM:
 
 from kernel_testing import compiled  # noqa: E402
 
+from conftest import logged  # noqa: E402
 from svdq_compile.kernels.runtime import target  # noqa: E402
 from svdq_compile.lowering import launch  # noqa: E402
 
@@ -68,7 +69,7 @@ def spilled(text):
 def test_rocm_build_of_gemm(family, grouped):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel, tile_for
 
-    tm, tn, warps, stages = tile_for(4608, 3072, grouped)
+    tm, tn, warps, stages = tile_for(4608, 3072, grouped, True)
     constants = {"TM": tm, "TN": tn, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
                  "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
     types = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
@@ -77,7 +78,7 @@ def test_rocm_build_of_gemm(family, grouped):
     text = assembly(_gemm_kernel, family, constants, types | ({"wscales": "*bf16"} if grouped else {}), warps, stages)
     assert INT8[family] in text
     assert HALF[family] in text  # the low-rank product
-    assert spilled(text) == 0 or (grouped and family == "gfx1100")
+    assert spilled(text) <= (32 if grouped and family == "gfx1100" else 0)
 
 
 @rocm
@@ -190,12 +191,13 @@ def test_amd_gets_the_portable_kernels(name, gpu):
         ({"name": "Tesla T4", "major": 7, "minor": 5}, r"Tesla T4 \(sm_75\)"),
     ],
 )
-def test_other_gpus_get_the_reference_and_one_sentence(given, words, gpu, caplog):
+def test_other_gpus_get_the_reference_and_one_sentence(given, words, gpu):
     device = gpu(**given)
-    for _ in range(3):
-        assert not target.has_kernels(device)
-        assert rows_for(launch.GEMM, device) == ["reference"]
-    (said,) = [record.getMessage() for record in caplog.records if "no kernels" in record.getMessage()]
+    with logged("svdq_compile.kernels") as records:
+        for _ in range(3):
+            assert not target.has_kernels(device)
+            assert rows_for(launch.GEMM, device) == ["reference"]
+    (said,) = [record.getMessage() for record in records]
     assert re.match(f"no kernels for {words}: quantized layers run as plain torch, slowly", said)
 
 
