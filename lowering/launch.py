@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS, codes_of, layout
 from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
-from ..kernels.runtime.target import BLACKWELL, HOPPER, PORTABLE, has_kernels, is_hopper
+from ..kernels.runtime.target import BLACKWELL, HOPPER, NVIDIA, PORTABLE, has_kernels, is_hopper
 from . import flash3, reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
 
@@ -224,10 +224,10 @@ GEMM = Table(
             _hopper_w4a8,
         ),
         Kernel("hopper_gemm_int4", HOPPER, ("int4",), "hopper.gemm_int4", _hopper_why_not, _hopper_int4),
-        Kernel("ampere_gemm_w4a8", PORTABLE, ("w4a8",), "ampere.gemm_w4a8", _ampere_why_not, _ampere_w4a8),
+        Kernel("ampere_gemm_w4a8", NVIDIA, ("w4a8",), "ampere.gemm_w4a8", _ampere_why_not, _ampere_w4a8),
         Kernel("portable_gemm", PORTABLE, ("w4a8", "int4"), "portable.gemm", _gemm_why_not, _portable_gemm),
         Kernel("portable_gemm_nvfp4", BLACKWELL, ("nvfp4",), "portable.gemm_nvfp4", _nvfp4_why_not, _portable_nvfp4),
-        Kernel("cublas_int8", PORTABLE, ("w8a8",), None, _int8_why_not, _cublas_int8, fuses=False),
+        Kernel("cublas_int8", NVIDIA, ("w8a8",), None, _int8_why_not, _cublas_int8, fuses=False),
     ],
     _reference_gemm,
 )

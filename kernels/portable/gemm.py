@@ -30,7 +30,8 @@ from ..formats.layout import SIBLING_STEP
 from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
-from .unpack import INTERPRETED, nibble, scaled
+from ..runtime.target import amd_architecture
+from .unpack import WITHOUT_PTX, nibble, scaled
 
 # 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
 _LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }")
@@ -50,7 +51,7 @@ def tile_of(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def _sixteenfold(p, HIGH: tl.constexpr):
     """p int8 -> 16 (u - 8), u its low or high code, int8: in place, one exclusive or from two's complement."""
-    if INTERPRETED:
+    if WITHOUT_PTX:
         return ((nibble(p, HIGH).to(tl.int32) - 8) * 16).to(tl.int8)
     elif HIGH:
         return tl.inline_asm_elementwise(_HIGH, "=r,r", [p], dtype=tl.int8, is_pure=True, pack=4)
@@ -209,7 +210,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
     grouped = codes_of(o.precision).by_block
     subscales, wscales = (weight[1], weight[1]) if grouped else weight[1:]
     r = o.up.shape[1]
-    tm, tn, warps, stages = config or _config(m, n, grouped)
+    tm, tn, warps, stages = config or tile_for(m, n, grouped, bool(amd_architecture(qx.device)))
     arguments = (
         qx, o.ascales, weight[0], subscales, wscales, xd, o.up, wscales if o.bias is None else o.bias,
         o.ascales if o.offset is None else o.offset, y, y if auxiliary is None else auxiliary, extra, m, n, kp, r,
@@ -222,10 +223,13 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
     return y
 
 
-def _config(rows: int, features: int, grouped: bool) -> tuple[int, int, int, int]:
-    """TM, TN, warps, stages: the fastest on an H200 of those in bench/gemm.py."""
+def tile_for(rows: int, features: int, grouped: bool, amd: bool) -> tuple[int, int, int, int]:
+    """TM, TN, warps, stages: the fastest on an H200 of those in bench/gemm.py; for AMD the largest without spills."""
+    large = rows > 128 and rows * features > 2**22
+    if amd:
+        return (128, 128, 8, 2) if large and not grouped else (64, 64, 8, 2)
     if rows <= 128:
         return 64, 64, 4, 4
     if grouped:
         return 128, 64, 4, 4
-    return (128, 128, 8, 3) if rows * features > 2**22 else (64, 64, 4, 4)
+    return (128, 128, 8, 3) if large else (64, 64, 4, 4)

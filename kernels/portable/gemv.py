@@ -26,12 +26,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from ..operands import Gemv
 from ..runtime.generated import Generated
-from ..runtime.launcher import check_low_rank, check_tensor, launch
+from ..runtime.launcher import check_low_rank, check_tensor, early_launch, launch
 from ..runtime.target import capability, launches_early
+from .early import gdc_wait
 from .unpack import biased
 
 MAX_ROWS = 64  # above, one pass over the weights for every 16 rows costs more than a 16-bit copy of them
@@ -231,5 +231,5 @@ def gemv(o: Gemv, epilogue: Generated | None = None, split: Split | None = None)
     early = launches_early(x.device)
     constants = (tm, s.warps, s.words, whole, once, -(-r // (32 * s.warps)), bias is not None, function, early)
     grid = (-(-n // 16), -(-m // tm), 1)
-    launch(_gemv_kernel, grid, arguments, constants, num_warps=s.warps, num_stages=1, launch_pdl=early)
+    launch(_gemv_kernel, grid, arguments, constants, num_warps=s.warps, num_stages=1, **early_launch(early))
     return y

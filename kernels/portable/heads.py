@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 from triton.runtime import JITFunction
 
-from ..runtime.launcher import launch
+from ..runtime.launcher import early_launch, launch
 from ..runtime.target import launches_early, processors
+from .early import gdc_wait
 
 MAX_CHANNELS = 256
 
@@ -125,4 +125,4 @@ def run(x: Tensor, y: Tensor, functions: GeneratedHeads, interleaved: bool = Tru
     early = launches_early(x.device)
     constants = (channels, tile.tokens, tile.heads, interleaved, functions.load, functions.function, early)
     launch(_heads_kernel, (triton.cdiv(rows, tile.tokens), heads // tile.heads, 1), arguments, constants,
-           num_warps=tile.warps, launch_pdl=early)  # fmt: skip
+           num_warps=tile.warps, **early_launch(early))  # fmt: skip

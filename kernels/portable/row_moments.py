@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from ..runtime.launcher import launch
+from ..runtime.launcher import early_launch, launch
 from ..runtime.target import launches_early
+from .early import gdc_wait
 
 MAX_COLUMNS = 8192  # a row is held in the registers of its warps
 
@@ -54,6 +54,6 @@ def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             (x, variance, mean, square, m, k, x.stride(0)),
             (rows, tk, early),
             num_warps=4 if tk <= 4096 else 8,
-            launch_pdl=early,
+            **early_launch(early),
         )
     return variance, mean, square

@@ -5,13 +5,15 @@
     biased   bias + u       bf16 (bias 128) or fp16 (1024): a code under a constant exponent, no int-to-float at all;
                             the caller takes the bias off
 
-Each exists as PTX and, for Triton's interpreter, as arithmetic.
+Each exists as PTX and, for Triton's interpreter and for AMD, as arithmetic.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+WITHOUT_PTX = tl.constexpr(INTERPRETED.value or torch.version.hip is not None)
 
 # $1 four packed bytes; $2 the scale, $6 the bytes 128 - 8s (both int32, one copy for each byte, all equal).
 SCALED_LOW = tl.constexpr("""{ .reg .b32 t; and.b32 t, $1, 0x0F0F0F0F; mad.lo.u32 t, t, $2, $6;
@@ -40,7 +42,7 @@ def nibble(p, HIGH: tl.constexpr):
 @triton.jit
 def scaled(p, s, HIGH: tl.constexpr):
     """p [N, J] int8, s [N, 1] int32 in 0..16 -> (u - 8) * s, [N, J] int8."""
-    if INTERPRETED:
+    if WITHOUT_PTX:
         return ((nibble(p, HIGH).to(tl.int32) - 8) * s).to(tl.int8)
     else:
         c = FOUR_128 - s * FOUR_8
@@ -53,7 +55,7 @@ def scaled(p, s, HIGH: tl.constexpr):
 def biased(p, DTYPE: tl.constexpr, HIGH: tl.constexpr):
     """p [N, J] int8 -> u + 128 in bf16 or u + 1024 in fp16, [N, J]."""
     BF16: tl.constexpr = DTYPE == tl.bfloat16
-    if INTERPRETED:
+    if WITHOUT_PTX:
         return (nibble(p, HIGH).to(tl.float32) + (128.0 if BF16 else 1024.0)).to(DTYPE)
     elif BF16:
         return tl.inline_asm_elementwise(

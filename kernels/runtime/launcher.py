@@ -100,6 +100,11 @@ def launch(kernel: JITFunction, grid: tuple[int, int, int], arguments: tuple, co
         known.direct(grid, current_stream(device), values)
 
 
+def early_launch(early: bool) -> dict[str, bool]:
+    """The option of a kernel that begins with `gdc_wait()`, or none: other GPUs' compilers do not know it."""
+    return {"launch_pdl": True} if early else {}
+
+
 @cache
 def gpu() -> tuple[Callable[[], int | None], Callable[[int | None], int | None]]:
     """Which device is current, and a device's current stream."""

@@ -15,6 +15,11 @@ SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100
                  120: 101376, 121: 101376}  # fmt: skip
 
 
+# AMD's GPUs that the kernels are compiled for in the tests, by what their names begin with: those with int8 matrix
+# instructions (MFMA of CDNA 2 to 4, WMMA of RDNA 3 and 4).
+AMD_FAMILIES = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
+
+
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU that Triton can compile for; (0, 0) elsewhere."""
@@ -40,9 +45,43 @@ def _has_triton() -> bool:
     return True
 
 
+@cache
+def amd_architecture(device: torch.device) -> str:
+    """ "gfx942" and the like for an AMD GPU that Triton can compile for, "" elsewhere."""
+    if device.type != "cuda" or not torch.version.hip or not torch.cuda.is_available() or not _has_triton():
+        return ""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+
+
 def has_kernels(device: torch.device) -> bool:
-    """Whether the portable kernels run here, and so weights should lie in the kernel order."""
-    return capability(device) >= (8, 0)
+    """Whether the portable kernels run here, and so weights should lie in the kernel order. If not on a GPU, one
+    warning says so.
+    """
+    some = capability(device) >= (8, 0) or amd_architecture(device).startswith(AMD_FAMILIES)
+    if not some and device.type != "cpu":
+        _warn_of(device)
+    return some
+
+
+@cache
+def _warn_of(device: torch.device) -> None:
+    if is_there(device) and _has_triton():
+        log.warning("no kernels for %s: quantized layers run as plain torch, slowly. There are some for %s.",
+                    describe(device), PORTABLE.name)  # fmt: skip
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether a GPU can be asked what it is: fake tensors know devices that are not there."""
+    module = getattr(torch, device.type, None)
+    return hasattr(module, "get_device_properties") and module.is_available()
+
+
+def describe(device: torch.device) -> str:
+    """A GPU in words: its name, and what compilers call it."""
+    if device.type != "cuda":
+        return f"{device.type} devices"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({amd_architecture(device) or f'sm_{major}{minor}'})"
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -74,6 +113,7 @@ class Target(NamedTuple):
     includes: Callable[[torch.device], bool]
 
 
-PORTABLE = Target("an NVIDIA GPU from sm_80", has_kernels)
+NVIDIA = Target("an NVIDIA GPU from sm_80", lambda d: capability(d) >= (8, 0))
+PORTABLE = Target("an NVIDIA GPU from sm_80 or an AMD GPU of CDNA 2 to 4, RDNA 3 or 4", has_kernels)
 HOPPER = Target("sm_90", is_hopper)
 BLACKWELL = Target("a GPU with 4-bit floating-point products (sm_100, sm_120)", lambda d: capability(d) >= (10, 0))
