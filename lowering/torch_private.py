@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, wraps
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -95,6 +96,11 @@ def eagerly(gm: fx.GraphModule) -> Callable:
             return gm(*args)
 
     return run
+
+
+def patience_of(group: Any) -> timedelta:
+    """How long members of a process group wait for one another: `timeout` of torch.distributed.init_process_group."""
+    return group._get_backend(torch.device(group._device_types[0])).options._timeout
 
 
 def transforms_in(gm: fx.GraphModule) -> set[str]:
