@@ -31,6 +31,8 @@ from .task import Task
 log = logging.getLogger("svdq_compile")
 
 TOO_EXTREME = "its weight or what it reads is too large for fp32 arithmetic"
+FAILED = "quantizing it failed: {}"
+IN_16_BIT = "what is left of it stays 16-bit"
 
 
 def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
@@ -115,8 +117,8 @@ def _quantized(
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         return [TOO_EXTREME] * len(names)
     except Exception as error:
-        go_on(error, f"quantizing {', '.join(names)}", "what is left of it stays 16-bit", config)
-        return [f"quantizing it failed: {type(error).__name__}"] * len(names)
+        go_on(error, f"quantizing {', '.join(names)}", IN_16_BIT, config)
+        return [FAILED.format(type(error).__name__)] * len(names)
 
 
 def _in_arithmetic(weight: Tensor) -> Tensor:
@@ -134,7 +136,11 @@ def _take(task: Task, outcomes: Outcomes, config: Config) -> None:
         if isinstance(outcome, str):
             decisions.leave_alone(weight, outcome)
         elif outcome.error <= config.error_budget:
-            freeze(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
+            try:
+                freeze(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
+            except Exception as error:
+                go_on(error, f"quantizing {name}", IN_16_BIT, config)
+                decisions.leave_alone(weight, FAILED.format(type(error).__name__))
         elif math.isfinite(outcome.error):
             decisions.leave_alone(weight, f"its error would be {outcome.error:.2f}, above error_budget")
         else:
