@@ -70,13 +70,6 @@ def without_views() -> AbstractContextManager:
     return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
-def sort_topologically(graph: fx.Graph) -> None:
-    """Bring the nodes into an order in which each stands after all that it reads, and otherwise as they were."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
-    stable_topological_sort(graph)
-
-
 def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function as if no tensor had a __torch_function__.
 

@@ -8,9 +8,9 @@
              q = add(mul(n, cos), mul(r, sin))                  t8 = pair(t7, t6)
              attention(permute(q, [0, 2, 1, 3]), ...)           ...)
 
-A region ends at what attention reads, a permutation or not, or at what is sent to other ranks to be read there. It grows
-backwards over operations on blocks [..., D] that nothing else reads: elementwise ones, means over D, pairs of channels
-or halves of D taken apart and put together, and tokens taken apart and put together (text and image in joint
+A region ends at what attention reads, a permutation or not, or at what is sent to other ranks to be read there. It
+grows backwards over operations on blocks [..., D] that nothing else reads: elementwise ones, means over D, pairs of
+channels or halves of D taken apart and put together, and tokens taken apart and put together (text and image in joint
 attention).
 
 The kernel knows no `cat` and no `slice` of tokens. So the result is made in parts, each of tokens that come out of one
@@ -33,6 +33,7 @@ from ..lowering import ops
 from ..lowering.launch import takes_channels
 from ..lowering.region import HEADS, IN_THE_MIDDLE, INTERLEAVED, PARTS, Region
 from ..lowering.torch_private import describe
+from .order import sends
 from .pipeline import log
 from .regions import build, erase, grow, read_from_outside
 from .vocabulary import (
@@ -63,7 +64,7 @@ def fuse_heads(gm: fx.GraphModule) -> int:
     """Rewrite what makes the q and k of every attention. Returns how many."""
     attentions = [node for node in gm.graph.nodes if _is_attention(node)]
     arguments = dict.fromkeys(argument for node in attentions for argument in node.args[:2])
-    return sum(any(_fuse(gm.graph, *end) for end in _ends(argument)) for argument in arguments)
+    return sum(_fuse(gm.graph, *end) for argument in arguments for end in _ends(argument))
 
 
 def _is_attention(node: fx.Node) -> bool:
@@ -79,22 +80,19 @@ def _ends(argument: fx.Node) -> Iterator[tuple[fx.Node, str]]:
 
 def _sent(argument: fx.Node) -> Iterator[fx.Node]:
     """In context parallelism, the blocks of heads that are sent to other ranks, where they become what attention reads;
-    the nearest first.
+    beyond one that was fused, or is put together of tokens, nothing is looked for.
     """
     channels = argument.meta["val"].shape[-1]
     waiting, seen = [(argument, False)], set()
     for node, is_sent in waiting:
-        block, sends = value_of(node), _sends(node)
-        if is_sent and block is not None and block.dim() == 4 and same_shape(block.shape[3:], [channels]):
+        block, is_sending = value_of(node), sends(node)
+        is_block = is_sent and block is not None and block.dim() == 4 and same_shape(block.shape[3:], [channels])
+        if is_block:
             yield node
-        if node not in seen and (sends or node.target in _MOVES):
+        is_end = not node.users or (is_block and cat_of(node) is not None)
+        if not is_end and node not in seen and (is_sending or node.target in _MOVES):
             seen.add(node)
-            waiting += [(operand, is_sent or sends) for operand in node.all_input_nodes]
-
-
-def _sends(node: fx.Node) -> bool:
-    """Whether it is one of torch's functional collectives, the waiting for it included."""
-    return getattr(node.target, "namespace", None) == "_c10d_functional"
+            waiting += [(operand, is_sent or is_sending) for operand in node.all_input_nodes]
 
 
 def _end(node: Any) -> tuple[fx.Node, str]:
