@@ -225,14 +225,16 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Each 8 bytes are a whole number, counted as often as an odd number that tells its place; modulo 2^64."""
+    """Each 8 bytes are a whole number, counted as often as an odd number that tells its place; and how many bytes there
+    are; modulo 2^64.
+    """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     rest = data.numel() % 8
     if rest:
         data = torch.cat([data, data.new_zeros(8 - rest)])
     if data.data_ptr() % 8:
         data = data.clone()
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    total = torch.full((), tensor.nbytes, dtype=torch.int64, device=data.device)
     for number, chunk in enumerate(data.view(torch.int64).split(_CHUNK)):
         odd = torch.arange(chunk.numel(), device=data.device).mul_(2).add_(2 * number * _CHUNK + 1)
         total += odd.mul_(chunk).sum()
