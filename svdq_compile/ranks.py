@@ -91,19 +91,22 @@ class Ranks:
 
         Raises RanksDiffer, which names the first difference; the same on all ranks.
         """
-        weights = list(weights)
-        sums = checksums(weight for weight, _ in weights)
-        mine = {
-            "version": {"torch": torch.__version__, "svdq-compile": version("svdq-compile")},
-            "option": {k: v for k, v in config.to_dict().items() if k not in ("progress", "group")},
-            "layer": {n: f"{w.dtype}{list(w.shape)}" for w, n in weights},
-            "weight": {n: c for (_, n), c in zip(weights, sums, strict=True)},
-        }
-        first, *others = self.told(mine)
-        for place, other in enumerate(others, 1):
-            for kind, facts in first.items():
-                if facts != other[kind]:
-                    raise RanksDiffer(kind, *_difference(facts, other[kind]), self.members[0], self.members[place])
+        named = list(weights)
+
+        def facts() -> dict[str, dict[str, Any]]:
+            sums = checksums(weight for weight, _ in named)
+            return {
+                "version": {"torch": torch.__version__, "svdq-compile": version("svdq-compile")},
+                "option": {k: v for k, v in config.to_dict().items() if k not in ("progress", "group")},
+                "layer": {n: f"{w.dtype}{list(w.shape)}" for w, n in named},
+                "weight": {n: total for (_, n), total in zip(named, sums, strict=True)},
+            }
+
+        first, *others = self.told(facts)
+        for member, other in zip(self.members[1:], others, strict=True):
+            for kind in first:
+                if first[kind] != other[kind]:
+                    raise RanksDiffer(kind, *_difference(first[kind], other[kind]), self.members[0], member)
 
     def exchange(
         self, make: Callable[[], tuple[Any, Sequence[Tensor]]], device: torch.device
@@ -112,63 +115,65 @@ class Ranks:
 
         device  where this rank's tensors lie and the others' come to
 
-        Raises what `make` raises here, RankFailed if it raises on another rank, and MemoryError if memory was short.
+        Raises what `make` raises here, and RankFailed if it raises on another rank, or torch.OutOfMemoryError where it
+        lacked memory there.
         """
-        error, said, tensors = None, None, []
-        try:
-            said, made = make()
-            tensors = [tensor.contiguous() for tensor in made]
-        except Exception as failed:
-            error = failed
-        kinds = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-        sums = [] if error else checksums(tensors)
-        told = self._told_if_well((said, kinds, sums, device.type), error)
-        on_gpus = self.nccl and all(kind == "cuda" for *_, kind in told)
-        place = device if on_gpus else torch.device("cpu")
-        buffers, error = [], None
-        try:
-            buffers = [torch.empty(_nbytes(kinds), dtype=torch.uint8, device=place) for _, kinds, *_ in told]
-            for part, tensor in zip(_parts(buffers[self.own], kinds), tensors, strict=True):
+        own: list[Tensor] = []
+
+        def announce() -> _Parcel:
+            said, tensors = make()
+            own.extend(tensor.contiguous() for tensor in tensors)
+            return _Parcel(said, [(t.dtype, tuple(t.shape)) for t in own], checksums(own), device.type)
+
+        parcels = self.told(announce)
+        on_gpus = self.nccl and all(parcel.device == "cuda" for parcel in parcels)
+        buffers: list[Tensor] = []
+
+        def make_room() -> None:
+            place = device if on_gpus else torch.device("cpu")
+            buffers.extend(torch.empty(parcel.nbytes, dtype=torch.uint8, device=place) for parcel in parcels)
+            for part, tensor in zip(parcels[self.own].parts(buffers[self.own]), own, strict=True):
                 part.copy_(tensor)
-        except Exception as failed:
-            error = failed
-        self._told_if_well(None, error)
+
+        self.told(make_room)
         group = self._group_of_gpus() if on_gpus else self.words
         for member, buffer in zip(self.members, buffers, strict=True):
             self._patiently(partial(dist.broadcast, buffer, member, group=group))
-        found, error = [], None
-        try:
-            for place_of, ((said, kinds, sums, _), buffer) in enumerate(zip(told, buffers, strict=True)):
-                own = place_of == self.own
-                got = tensors if own else [part.to(device, copy=True) for part in _parts(buffer, kinds)]
-                if not own and checksums(got) != sums:
-                    raise RuntimeError(f"what rank {self.members[place_of]} has sent arrived damaged")
-                found.append((said, got))
-        except Exception as failed:
-            error = failed
-        self._told_if_well(None, error)
-        return found
+        received: list[list[Tensor]] = []
 
-    def told(self, mine: Any) -> list[Any]:
-        """What each rank says, in their order. Raises RanksApart if one of them does not come."""
+        def unpack() -> None:
+            for place, (parcel, buffer) in enumerate(zip(parcels, buffers, strict=True)):
+                tensors = own if place == self.own else [p.to(device, copy=True) for p in parcel.parts(buffer)]
+                if checksums(tensors) != parcel.checksums:
+                    raise RuntimeError(f"what rank {self.members[place]} sent has arrived damaged")
+                received.append(tensors)
+
+        self.told(unpack)
+        return [(parcel.said, tensors) for parcel, tensors in zip(parcels, received, strict=True)]
+
+    def told(self, make: Callable[[], Any]) -> list[Any]:
+        """What each rank makes, in their order, anything that pickle takes; where it fails on one, all raise.
+
+        Raises RanksApart if one of them does not come.
+        """
+        mine, error = None, None
+        try:
+            mine = make()
+        except Exception as raised:
+            error = raised
         found: list[Any] = [None] * self.size
 
         def gather() -> None:
             dist.monitored_barrier(self.words, wait_all_ranks=True)  # names who is missing
-            dist.all_gather_object(found, mine, group=self.words)
+            dist.all_gather_object(found, (mine, error and _Failure.of(error)), group=self.words)
 
         self._patiently(gather)
-        return found
-
-    def _told_if_well(self, mine: Any, error: Exception | None) -> list[Any]:
-        """As `told`, unless one of them has an error: then all raise."""
-        told = self.told((None, mine) if error is None else (_Failure.of(error), None))
         if error is not None:
             raise error
-        for member, (failure, _) in zip(self.members, told, strict=True):
+        for member, (_, failure) in zip(self.members, found, strict=True):
             if failure is not None:
                 raise failure.error(member)
-        return [said for _, said in told]
+        return [said for said, _ in found]
 
     def _patiently(self, wait: Callable[[], Any]) -> None:
         if self._is_apart:
@@ -186,6 +191,36 @@ class Ranks:
         if self._gpus is None:
             self._gpus = dist.new_group(list(self.members), backend="nccl", use_local_synchronization=True)
         return self._gpus
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """What a rank is about to send.
+
+    said       words and numbers
+    kinds      of each tensor: dtype and shape; they travel as one, each from a multiple of _ALIGNED bytes on
+    checksums  of each tensor
+    device     the type of that on which they lie
+    """
+
+    said: Any
+    kinds: list[tuple[torch.dtype, tuple[int, ...]]]
+    checksums: list[int]
+    device: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(-(-size // _ALIGNED) * _ALIGNED for size in self._sizes())
+
+    def parts(self, buffer: Tensor) -> Iterator[Tensor]:
+        """The tensors, as views of what they travel in."""
+        start = 0
+        for (dtype, shape), size in zip(self.kinds, self._sizes(), strict=True):
+            yield buffer[start : start + size].view(dtype).reshape(shape)
+            start += -(-size // _ALIGNED) * _ALIGNED
+
+    def _sizes(self) -> list[int]:
+        return [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.kinds]
 
 
 @dataclass(frozen=True)
@@ -239,23 +274,6 @@ def _checksum(tensor: Tensor) -> Tensor:
         odd = torch.arange(chunk.numel(), device=data.device).mul_(2).add_(2 * number * _CHUNK + 1)
         total += odd.mul_(chunk).sum()
     return total
-
-
-def _nbytes(kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    return sum(_room(dtype, shape) for dtype, shape in kinds)
-
-
-def _room(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGNED) * _ALIGNED
-
-
-def _parts(buffer: Tensor, kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> Iterable[Tensor]:
-    """The tensors that lie in a buffer, as views of it."""
-    start = 0
-    for dtype, shape in kinds:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        yield buffer[start : start + size].view(dtype).reshape(shape)
-        start += _room(dtype, shape)
 
 
 def _difference(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, Any, Any]:
