@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, wraps
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -69,13 +70,6 @@ def without_views() -> AbstractContextManager:
     return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
-def sort_topologically(graph: fx.Graph) -> None:
-    """Bring the nodes into an order in which each stands after all that it reads, and otherwise as they were."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
-    stable_topological_sort(graph)
-
-
 def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function as if no tensor had a __torch_function__.
 
@@ -95,6 +89,11 @@ def eagerly(gm: fx.GraphModule) -> Callable:
             return gm(*args)
 
     return run
+
+
+def patience_of(group: Any) -> timedelta:
+    """How long members of a process group wait for one another: `timeout` of torch.distributed.init_process_group."""
+    return group._get_backend(torch.device(group._device_types[0])).options._timeout
 
 
 def transforms_in(gm: fx.GraphModule) -> set[str]:

@@ -8,9 +8,10 @@
              q = add(mul(n, cos), mul(r, sin))                  t8 = pair(t7, t6)
              attention(permute(q, [0, 2, 1, 3]), ...)           ...)
 
-A region ends at what attention reads, a permutation or not, and grows backwards over operations on blocks [..., D] that
-nothing else reads: elementwise ones, means over D, pairs of channels or halves of D taken apart and put together, and
-tokens taken apart and put together (text and image in joint attention).
+A region ends at what attention reads, a permutation or not, or at what is sent to other ranks to be read there. It
+grows backwards over operations on blocks [..., D] that nothing else reads: elementwise ones, means over D, pairs of
+channels or halves of D taken apart and put together, and tokens taken apart and put together (text and image in joint
+attention).
 
 The kernel knows no `cat` and no `slice` of tokens. So the result is made in parts, each of tokens that come out of one
 operand of every `cat`. A part follows its tokens from the result backwards: a `slice` moves their positions, a `cat`
@@ -32,6 +33,7 @@ from ..lowering import ops
 from ..lowering.launch import takes_channels
 from ..lowering.region import HEADS, IN_THE_MIDDLE, INTERLEAVED, PARTS, Region
 from ..lowering.torch_private import describe
+from .order import sends
 from .pipeline import log
 from .regions import build, erase, grow, read_from_outside
 from .vocabulary import (
@@ -53,18 +55,44 @@ from .vocabulary import (
 _RESTRIDES = (aten.permute.default, aten.view.default, aten.reshape.default, aten._unsafe_view.default,
               aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, aten.unsqueeze.default,
               aten.squeeze.dim, aten.unbind.int, operator.getitem)  # fmt: skip
+_MOVES = {*_RESTRIDES, aten.clone.default, aten.cat.default}
 _TELLING = {"row_mean", "pair", "halves"}
 _TURN = [0, 2, 1, 3]  # [B, T, H, D] to [B, H, T, D], and back
 
 
 def fuse_heads(gm: fx.GraphModule) -> int:
     """Rewrite what makes the q and k of every attention. Returns how many."""
-    ends = dict(_end(argument) for node in gm.graph.nodes if _is_attention(node) for argument in node.args[:2])
-    return sum(_fuse(gm.graph, end, letters) for end, letters in ends.items())
+    attentions = [node for node in gm.graph.nodes if _is_attention(node)]
+    arguments = dict.fromkeys(argument for node in attentions for argument in node.args[:2])
+    return sum(_fuse(gm.graph, *end) for argument in arguments for end in _ends(argument))
 
 
 def _is_attention(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and "::_scaled_dot_product" in node.target.name()
+
+
+def _ends(argument: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    """Where a region may end, and the axes of what it makes."""
+    yield _end(argument)
+    for node in _sent(argument):
+        yield node, "BTHD"
+
+
+def _sent(argument: fx.Node) -> Iterator[fx.Node]:
+    """In context parallelism, the blocks of heads that are sent to other ranks, where they become what attention reads;
+    beyond one that was fused, or is put together of tokens, nothing is looked for.
+    """
+    channels = argument.meta["val"].shape[-1]
+    waiting, seen = [(argument, False)], set()
+    for node, is_sent in waiting:
+        block, is_sending = value_of(node), sends(node)
+        is_block = is_sent and block is not None and block.dim() == 4 and same_shape(block.shape[3:], [channels])
+        if is_block:
+            yield node
+        is_end = not node.users or (is_block and cat_of(node) is not None)
+        if not is_end and node not in seen and (is_sending or node.target in _MOVES):
+            seen.add(node)
+            waiting += [(operand, is_sent or is_sending) for operand in node.all_input_nodes]
 
 
 def _end(node: Any) -> tuple[fx.Node, str]:

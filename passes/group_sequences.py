@@ -6,7 +6,8 @@
 Each operator gets a stage: 0, or one more than those that it depends on through an operator of another kind. All of a
 stage become one sequence; what they depend on is computed before, what depends on them after it. Where there is a
 choice a stage is as late as possible, so that no result waits in memory for long. Views, and numbers taken from shapes,
-belong to no stage: they are repeated in the sequence.
+belong to no stage: they are repeated in the sequence. A collective of several ranks counts as depending on the one
+before it: their order is the same on all ranks, and stays so.
 
 Left alone: a stage of one operator; graphs that write to memory, where the order matters; graphs on several devices, or
 on one without kernels, where operators do not go by plans (lowering/replay.py), which is what a sequence is for.
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels.runtime.target import has_kernels
 from ..lowering import ops
-from ..lowering.torch_private import describe, sort_topologically
+from ..lowering.torch_private import describe
+from .order import collective_before, sort_topologically
 from .vocabulary import aten
 from .writes import may_write
 
@@ -69,15 +71,19 @@ def _is_free(node: fx.Node) -> bool:
 
 def _stages(graph: fx.Graph) -> dict[fx.Node, int]:
     """Of each operator that can be in a sequence, in the graph's order: even numbers, the odd ones are the others'."""
+    before = collective_before(graph)
+    after = {earlier: later for later, earlier in before.items()}
     early: dict[fx.Node, int] = {}
     for node in graph.nodes:
         stage = max((early[n] for n in node.all_input_nodes), default=-1)
-        early[node] = stage if _is_free(node) else stage + (stage % 2 != _parity(node))
+        stage = stage if _is_free(node) else stage + (stage % 2 != _parity(node))
+        early[node] = max(stage, early[before[node]]) if node in before else stage
     last = max((stage for node, stage in early.items() if _is_grouped(node)), default=0)
     late: dict[fx.Node, int] = {}
     for node in reversed(graph.nodes):
         stage = min((late[user] for user in node.users), default=last + 1)
-        late[node] = stage if _is_free(node) else stage - (stage % 2 != _parity(node))
+        stage = stage if _is_free(node) else stage - (stage % 2 != _parity(node))
+        late[node] = min(stage, late[after[node]]) if node in after else stage
     return {node: late[node] for node in graph.nodes if _is_grouped(node)}
 
 

@@ -21,6 +21,7 @@ MAX_RANK = 256
 PAPER = {"w4a4": "int4"}  # what the paper calls a precision
 ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
 TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
+WORLD, ALONE = "world", "alone"
 OF_QUANTIZE = ("calibrate", "example_inputs", "device")
 
 
@@ -56,6 +57,9 @@ class Config:
     fallback           where a layer cannot be quantized or a graph not be compiled, which would be a fault of this
                        package's or its surroundings', warn and go on: the layer in 16-bit, the graph eagerly. False:
                        raise. Mistakes and want of memory are raised in any case.
+    group              the processes of torch.distributed that hold the same model, and quantize it together: "world",
+                       all of them where it is initialized; a process group, a device mesh, or the ranks as a list;
+                       "alone", this process only
     """
 
     precision: str = "auto"
@@ -71,6 +75,7 @@ class Config:
     mode: str | None = None
     progress: bool = True
     fallback: bool = True
+    group: str | tuple[int, ...] = WORLD
 
     def __new__(cls, *args: Any, **options: Any) -> "Config":
         """Raises OptionError for an option that there is not, naming the nearest."""
@@ -112,6 +117,7 @@ class Config:
             for fusion in fusions:
                 _one_of("fuse", fusion, FUSIONS)
             object.__setattr__(self, "fuse", tuple(fusions))
+        object.__setattr__(self, "group", _ranks(self.group))
         if self.attention != "exact" and "attention" not in self.fusions:
             raise OptionError(f"option attention={self.attention!r} needs 'attention' among fuse={self.fuse!r}")
 
@@ -177,6 +183,27 @@ def _whole(name: str, value: Any, most: int) -> int:
     if not 0 <= number <= most:
         raise OptionError(f"option {name}={value!r}: must be a whole number from 0 to {most}")
     return number
+
+
+def _ranks(group: Any) -> str | tuple[int, ...]:
+    """The ranks of a process group or a mesh, plain numbers that options can be stored and compared with."""
+    if isinstance(group, str):
+        _one_of("group", group, (WORLD, ALONE))
+        return group
+    with suppress(ImportError):  # a torch without torch.distributed
+        from torch.distributed import ProcessGroup, get_process_group_ranks
+        from torch.distributed.device_mesh import DeviceMesh
+
+        group = get_process_group_ranks(group) if isinstance(group, ProcessGroup) else group
+        group = group.mesh.flatten().tolist() if isinstance(group, DeviceMesh) else group
+    with suppress(TypeError):
+        ranks = sorted({_whole("group", rank, 2**31) for rank in group})
+        if ranks:
+            return tuple(ranks)
+    raise OptionError(
+        f"option group={group!r:.60}: can be {WORLD!r}, {ALONE!r}, a process group or a device mesh of "
+        "torch.distributed that this process belongs to, or a list of ranks"
+    )
 
 
 def _iterable(value: object) -> list:

@@ -5,7 +5,7 @@ import fnmatch
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +18,6 @@ from .config import Config
 from .errors import OptionError, UnsupportedDevice
 from .fallback import go_on, is_out_of_memory
 from .foreign import await_copies, groups_of, renew_copies
-from .input_statistics import InputStatistics
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .layers import matrices
 from .lowering.packed import as_matrix
@@ -26,34 +25,16 @@ from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freeze
 from .passes import linears
 from .quantizer import Quantized, quantize_group
+from .sharing import Outcomes, share_out
 from .stages import quantizing
 from .summary import decided
+from .task import Task
 
 log = logging.getLogger("svdq_compile")
 
 TOO_EXTREME = "its weight or what it reads is too large for fp32 arithmetic"
-
-
-@dataclass(frozen=True)
-class Task:
-    """Weights that share an input, and what is known of it.
-
-    few_rows, shift   as in LinearSite, of a graph that reads it
-    expanded          as in WeightGroup
-    """
-
-    weights: tuple[nn.Parameter, ...]
-    names: tuple[str, ...]
-    few_rows: bool
-    shift: float
-    statistics: InputStatistics
-    expanded: bool = False
-
-    @property
-    def has_few_rows(self) -> bool:
-        """Whether it never has many rows, in all calls that were observed: one graph may be of a short prompt."""
-        most = self.statistics.most_rows
-        return self.few_rows if most is None else most <= linears.FEW_ROWS
+FAILED = "quantizing it failed: {}"
+IN_16_BIT = "what is left of it stays 16-bit"
 
 
 def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
@@ -73,22 +54,23 @@ def convert(tasks: Iterable[Task], config: Config, device: torch.device | None =
 @torch.no_grad()
 def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
     missing: Exception | None = None
-    weights = [weight for task in tasks for weight, _ in _undecided(task)]
+    weights = [weight for task in tasks for weight, _ in task.undecided]
     model = decisions.model_of(weights)
     groups = groups_of(model)
     if config.weights == "keep":
-        _check_versions(weights)
         _check_offloading(groups)
     await_copies(groups)
     with quantizing(weights, config.calibration_steps == 0, config.progress):
-        for task in tasks:
+        for task, outcomes in share_out(tasks, lambda task: _quantize(task, config, device), config, device):
             try:
-                _convert_group(task, config, device)
+                if isinstance(outcomes, Exception):
+                    raise outcomes
+                _take(task, outcomes, config)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 missing = error.with_traceback(None)  # whose frames hold tensors
-            if not _undecided(task):
+            if not task.undecided:
                 decisions.forget_statistics(task.weights)
     renew_copies(groups)
     decided(model)
@@ -117,39 +99,43 @@ def _check_offloading(groups: list[Any]) -> None:
         )
 
 
-def _undecided(task: Task) -> list[tuple[nn.Parameter, str]]:
-    """The weights that are, with their names."""
-    return [(w, n) for w, n in zip(task.weights, task.names, strict=True) if decisions.is_undecided(w)]
-
-
-def _convert_group(task: Task, config: Config, device: torch.device | None) -> None:
+def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcomes:
+    """What becomes of the weights that are undecided, by their place in the task. Changes nothing."""
+    if config.weights == "keep":
+        _check_versions(weight for weight, _ in task.undecided)
     precision = choose_precision(config, task.has_few_rows or task.expanded)
-    for weight, name in _undecided(task):
-        reason = why_not_as_asked(weight, name, precision, config)
-        if reason is not None:
-            decisions.leave_alone(weight, reason)
-    chosen = _undecided(task)
-    if not chosen:
-        return
-    names = [name for _, name in chosen]
-    at = device or chosen[0][0].device
+    outcomes: Outcomes = {}
+    chosen: list[int] = []
+    for i, (weight, name) in enumerate(zip(task.weights, task.names, strict=True)):
+        if decisions.is_undecided(weight):
+            reason = why_not_as_asked(weight, name, precision, config)
+            if reason is None:
+                chosen.append(i)
+            else:
+                outcomes[i] = reason
+    if chosen:
+        outcomes |= zip(chosen, _quantized(task, chosen, precision, config, device), strict=True)
+    return outcomes
+
+
+def _quantized(
+    task: Task, chosen: list[int], precision: str, config: Config, device: torch.device | None
+) -> Sequence[Quantized | str]:
+    weights, names = [task.weights[i] for i in chosen], [task.names[i] for i in chosen]
+    at = device or weights[0].device
     if at.type not in ("cpu", "cuda"):
         raise UnsupportedDevice(names[0], str(at))
     try:
-        matrices = [as_matrix(_in_arithmetic(weight.detach().to(at))) for weight, _ in chosen]
+        matrices = [as_matrix(_in_arithmetic(weight.detach().to(at))) for weight in weights]
         with torch.autocast(at.type, enabled=False):
-            quantized = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
-        for (weight, name), result in zip(chosen, quantized, strict=True):
-            result = replace(result, packed=replace(result.packed, expanded=task.expanded))
-            _take(weight, name, result, config, calibrated=task.statistics.span is not None)
+            results = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
+        return [replace(result, packed=replace(result.packed, expanded=task.expanded)) for result in results]
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
-        for weight, _ in _undecided(task):
-            decisions.leave_alone(weight, TOO_EXTREME)
+        return [TOO_EXTREME] * len(names)
     except Exception as error:
-        go_on(error, f"quantizing {', '.join(names)}", "what is left of it stays 16-bit", config)
-        for weight, _ in _undecided(task):
-            decisions.leave_alone(weight, f"quantizing it failed: {type(error).__name__}")
+        go_on(error, f"quantizing {', '.join(names)}", IN_16_BIT, config)
+        return [FAILED.format(type(error).__name__)] * len(names)
 
 
 def _in_arithmetic(weight: Tensor) -> Tensor:
@@ -157,14 +143,25 @@ def _in_arithmetic(weight: Tensor) -> Tensor:
     return weight.bfloat16() if linears.is_storage(weight.dtype) else weight
 
 
-def _take(weight: nn.Parameter, name: str, result: Quantized, config: Config, calibrated: bool) -> None:
-    """The 4-bit form, unless it is too far from the weight."""
-    if result.error <= config.error_budget:
-        freeze(weight, result.packed, name, result.error, config.weights, calibrated)
-    elif math.isfinite(result.error):
-        decisions.leave_alone(weight, f"its error would be {result.error:.2f}, above error_budget")
-    else:
-        decisions.leave_alone(weight, TOO_EXTREME)
+def _take(task: Task, outcomes: Outcomes, config: Config) -> None:
+    """Let the weights have their 4-bit form, unless it is too far from the weight, or stay 16-bit."""
+    calibrated = task.statistics.span is not None
+    for i, outcome in outcomes.items():
+        weight, name = task.weights[i], task.names[i]
+        if not decisions.is_undecided(weight):  # another task had it too
+            continue
+        if isinstance(outcome, str):
+            decisions.leave_alone(weight, outcome)
+        elif outcome.error <= config.error_budget:
+            try:
+                freeze(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
+            except Exception as error:
+                go_on(error, f"quantizing {name}", IN_16_BIT, config)
+                decisions.leave_alone(weight, FAILED.format(type(error).__name__))
+        elif math.isfinite(outcome.error):
+            decisions.leave_alone(weight, f"its error would be {outcome.error:.2f}, above error_budget")
+        else:
+            decisions.leave_alone(weight, TOO_EXTREME)
 
 
 def choose_precision(config: Config, weight_only: bool) -> str:

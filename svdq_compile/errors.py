@@ -1,5 +1,10 @@
 """Every mistake a user can make has a class here, and its message says what to do about it."""
 
+OF_THEIR_OWN = (
+    "Where ranks hold models or parts of their own, say so with option group: 'alone', or the group of those ranks "
+    "that hold the same."
+)
+
 
 class SvdqError(RuntimeError):
     """The base of all errors this package raises on purpose."""
@@ -92,6 +97,39 @@ class FileRefused(SvdqError):
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
+
+
+class RanksDiffer(SvdqError):
+    """Ranks that shall hold one model are about to do different things."""
+
+    def __init__(self, kind: str, name: str, value: object, other: object, rank: int, other_rank: int) -> None:
+        wrong, what = {
+            "version": (f"has {name} {value}, rank {other_rank} {other}", "Install the same on all."),
+            "option": (f"has option {name}={value!r}, rank {other_rank} {name}={other!r}", "Give all ranks the same."),
+            "layer": (
+                f"is at layer {name}: {value or 'none'}, rank {other_rank} at {other or 'none'}",
+                "Ranks that hold one model call it alike, as often.",
+            ),
+            "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
+        }[kind]
+        super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")
+
+
+class RanksApart(SvdqError):
+    """A rank that was waited for did not come, or has ended."""
+
+    def __init__(self, members: str, reason: str) -> None:
+        super().__init__(
+            f"ranks {members} did not all come to quantize the layers of one model: a rank has ended, has not called "
+            f"the model as often, or has it quantized already. {OF_THEIR_OWN} ({reason})"
+        )
+
+
+class RankFailed(SvdqError):
+    """Another rank has raised an error, which ends all."""
+
+    def __init__(self, rank: int, kind: str, text: str) -> None:
+        super().__init__(f"rank {rank} failed, so all ranks stop: {kind}: {text}")
 
 
 class CannotReproduce(SvdqError):

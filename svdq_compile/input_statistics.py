@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,10 +54,21 @@ class InputStatistics:
     @property
     def rows(self) -> Tensor:
         """At most MAX_ROWS rows, evenly over all that were kept."""
+        return self.thinned(MAX_ROWS)
+
+    def thinned(self, most: int) -> Tensor:
+        """At most so many rows, evenly over all that were kept."""
         rows = torch.cat(self._rows)
-        if rows.shape[0] <= MAX_ROWS:
-            return rows
-        return rows[_evenly(rows.shape[0], MAX_ROWS, rows.device)]
+        return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
+
+    @classmethod
+    def of(cls, spans: Sequence[Tensor], rows: Sequence[Tensor], most_rows: float | None) -> "InputStatistics":
+        """Of an input that several have observed, each a part of its rows."""
+        whole = cls()
+        whole.most_rows = most_rows
+        if spans:
+            whole._rows, whole.span = list(rows), torch.stack(list(spans)).amax(0)
+        return whole
 
     def _finite(self, x: Tensor) -> Tensor:
         """The rows that hold numbers. One NaN would go into every statistic, and from there into every weight."""

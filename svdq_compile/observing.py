@@ -12,14 +12,16 @@ from torch import Tensor, fx, nn
 
 from . import decisions, eager, stages
 from .config import Config
-from .convert import Task, convert
+from .convert import convert
 from .fallback import is_out_of_memory
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
 from .passes.linears import rows_read
 from .passes.weight_groups import WeightInputs
+from .ranks import ranks_of
 from .roots import models_under_way
+from .task import Task
 
 log = logging.getLogger("svdq_compile")
 
@@ -62,6 +64,8 @@ class ObservingGraph:
             self._convert(tasks)
             return self._run(*args)
         call = max((task.statistics.calls for task in tasks), default=0) + 1
+        if call == 1 and tasks and (ranks := ranks_of(self._config)) is not None:
+            ranks.agree([pair for task in tasks for pair in task.undecided], self._config)
         with stages.observing(decisions.model_of(args), call, steps, self._config.progress and bool(tasks)):
             outputs = self._run(*args)
         for task in tasks:

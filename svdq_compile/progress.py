@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch.distributed as dist
+
 log = logging.getLogger("svdq_compile")
 
 EVERY = 15.0  # seconds without a line after which a log gets one: nobody should wait longer than 20 s for a sign
@@ -113,7 +115,7 @@ class _Display:
         """Write a whole line, unless the log has just written it to the same place."""
         with self._lock:
             self._last = time.monotonic()
-            if can_show() and not _is_logged_there():
+            if _may_show() and not _is_logged_there():
                 self.clear()
                 with suppress(OSError):  # its reader has gone
                     print(text, file=sys.stderr, flush=True)
@@ -139,7 +141,7 @@ class _Display:
             self.line(activity.told())
 
     def _write(self, text: str) -> None:
-        if can_show():
+        if _may_show():
             with suppress(OSError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
@@ -172,6 +174,11 @@ def can_show() -> bool:
     except (AttributeError, OSError, ValueError):
         return False
     return True
+
+
+def _may_show() -> bool:
+    """Of several ranks of torch.distributed the first does, for all: they do the same. All of them log."""
+    return can_show() and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _on_terminal() -> bool:

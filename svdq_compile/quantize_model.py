@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from . import decisions, stages
-from .config import Config
-from .convert import Task, convert, warn_of_skip
+from .config import ALONE, Config
+from .convert import convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
 from .foreign import groups_of, renew_copies
 from .given import device_in, model_in
@@ -24,9 +24,11 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
+from .ranks import ranks_of
 from .report import Report, report, why_nothing
 from .roots import find_weights
 from .summary import forget, tell_again, tell_to_compile
+from .task import Task
 
 log = logging.getLogger("svdq_compile")
 
@@ -61,6 +63,8 @@ def quantize(
     decisions.ask_again(model)
     decisions.place(model)
     stages.begin_anew(model)
+    if (ranks := ranks_of(chosen)) is not None:
+        ranks.agree(_named(model), chosen)
     if calibrate is not None:
         tasks = _observed(model, calibrate, chosen.progress)
     elif example_inputs is not None:
@@ -125,6 +129,11 @@ def _parameters(model: nn.Module) -> str:
     return f"({', '.join(p.name if p.default is p.empty else f'[{p.name}]' for p in found)})"
 
 
+def _named(model: nn.Module) -> list[tuple[Tensor, str]]:
+    """What may be quantized of a model."""
+    return [(m.weight, m.name) for m in matrices(model) if m.never is None and decisions.is_undecided(m.weight)]
+
+
 def _eligible(tasks: list[Task]) -> list[nn.Parameter]:
     return [w for task in tasks for w in task.weights if decisions.is_undecided(w)]
 
@@ -146,7 +155,8 @@ class _Watch:
 
 
 _WATCHES: list[_Watch] = []  # one for each `_observed` that is under way
-_ENDLESS = Config(calibration_steps=1_000_000, progress=False)  # none of its graphs is ever done with observing
+# None of its graphs is ever done with observing; `quantize` has asked the other ranks.
+_ENDLESS = Config(calibration_steps=1_000_000, progress=False, group=ALONE)
 
 
 def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:

@@ -1,0 +1,39 @@
+"""The order of a graph's nodes: each stands after all that it reads, and collectives stand in one order on all ranks.
+
+A collective, an exchange between the processes of torch.distributed, meets the one that the other ranks come to next.
+So moving nodes must leave their order as it was, even where a pass does other things on other ranks.
+"""
+
+from itertools import pairwise
+
+from torch import fx
+
+
+def sends(node: fx.Node) -> bool:
+    """Whether it is one of torch's functional collectives, the waiting for their results included."""
+    return getattr(node.target, "namespace", None) == "_c10d_functional"
+
+
+def collective_before(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Of each collective but the first, the one before it."""
+    collectives = [n for n in graph.nodes if sends(n) and not n.target.name().endswith("::wait_tensor")]
+    return {later: earlier for earlier, later in pairwise(collectives)}
+
+
+def sort_topologically(graph: fx.Graph) -> None:
+    """Bring the nodes into an order in which each stands after all that it reads, and otherwise as they were."""
+    before = collective_before(graph)
+    waiting: dict[fx.Node, list[fx.Node]] = {}
+    pending, ready = list(reversed(graph.nodes)), dict[fx.Node, None]()
+    while pending:
+        node = pending.pop()
+        needed = [*node.all_input_nodes, *filter(None, [before.get(node)])]
+        missing = next((n for n in reversed(needed) if n not in ready), None)
+        if missing is not None:
+            waiting.setdefault(missing, []).append(node)
+        else:
+            ready[node] = None
+            pending.extend(reversed(waiting.pop(node, [])))
+    for earlier, later in pairwise(ready):
+        if earlier.next is not later:
+            earlier.append(later)

@@ -1,0 +1,290 @@
+"""The ranks of torch.distributed that hold the same model: who they are, that they agree, what they tell each other.
+
+They meet when a layer is first observed and whenever layers are quantized, each time for the same layers. What they say
+goes through a group of gloo's beside their own (`words`), which moves CPU tensors, notices at once when a process ends,
+and cannot mix with what the model sends; tensors on GPUs go through NCCL where the ranks' own group has it.
+
+Nothing is sent before all ranks have said that they are well. So an error on one of them ends all with its message, and
+one that does not come is waited for as long as the ranks' own group would wait (`timeout` of init_process_group).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import ALONE, WORLD, Config
+from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
+from .fallback import is_out_of_memory
+from .lowering.torch_private import patience_of
+from .progress import Activity
+
+_KNOWN: "dict[tuple[Any, tuple[int, ...]], Ranks]" = {}  # by torch.distributed's world, which may be set up anew
+_ALIGNED = 256  # bytes: where tensors begin that are sent together
+_CHUNK = 2**24  # numbers of 8 bytes that are read at once for a checksum
+
+
+def ranks_of(config: Config) -> "Ranks | None":
+    """Those that this process quantizes with, by option `group`; None: it is alone.
+
+    Raises OptionError where the process does not belong to them itself, RanksApart if one of them does not come.
+    """
+    if config.group == ALONE or not (dist.is_available() and dist.is_initialized()):
+        return None
+    members = tuple(range(dist.get_world_size())) if config.group == WORLD else config.group
+    assert isinstance(members, tuple)
+    if dist.get_rank() not in members or max(members) >= dist.get_world_size():
+        raise OptionError(
+            f"option group={config.group!r}: this is rank {dist.get_rank()} of {dist.get_world_size()}; give each rank "
+            f"the group that it belongs to, or group={ALONE!r}"
+        )
+    if len(members) == 1:
+        return None
+    known = dist.group.WORLD, members
+    if known not in _KNOWN:
+        _KNOWN[known] = Ranks.meet(members, config.progress)
+    return _KNOWN[known]
+
+
+@dataclass
+class Ranks:
+    """Some ranks of torch.distributed.
+
+    members   their numbers there
+    own       the place of this process among them
+    words     for what they tell each other, and for CPU tensors
+    nccl      whether their GPUs reach each other by NCCL
+    visible   whether it is told that they are waited for
+    """
+
+    members: tuple[int, ...]
+    own: int
+    words: dist.ProcessGroup
+    nccl: bool
+    visible: bool
+    _is_apart: bool = False
+    _gpus: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @classmethod
+    def meet(cls, members: tuple[int, ...], visible: bool) -> "Ranks":
+        """Set up; all of them call this at once."""
+        world = dist.group.WORLD
+        assert world is not None
+        with _waiting(members, visible):
+            words = dist.new_group(
+                list(members), timeout=patience_of(world), backend="gloo", use_local_synchronization=True
+            )
+        return cls(members, members.index(dist.get_rank()), words, "nccl" in dist.get_backend_config(world), visible)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def agree(self, weights: Iterable[tuple[Tensor, str]], config: Config) -> None:
+        """Check that all ranks are about to do the same, with weights of the same values and the same options.
+
+        Raises RanksDiffer, which names the first difference; the same on all ranks.
+        """
+        named = list(weights)
+
+        def facts() -> dict[str, dict[str, Any]]:
+            sums = checksums(weight for weight, _ in named)
+            return {
+                "version": {"torch": torch.__version__, "svdq-compile": version("svdq-compile")},
+                "option": {k: v for k, v in config.to_dict().items() if k not in ("progress", "group")},
+                "layer": {n: f"{w.dtype}{list(w.shape)}" for w, n in named},
+                "weight": {n: total for (_, n), total in zip(named, sums, strict=True)},
+            }
+
+        first, *others = self.told(facts)
+        for member, other in zip(self.members[1:], others, strict=True):
+            for kind in first:
+                if first[kind] != other[kind]:
+                    raise RanksDiffer(kind, *_difference(first[kind], other[kind]), self.members[0], member)
+
+    def exchange(
+        self, make: Callable[[], tuple[Any, Sequence[Tensor]]], device: torch.device
+    ) -> list[tuple[Any, list[Tensor]]]:
+        """What each rank makes, in their order: anything that pickle takes, and tensors.
+
+        device  where this rank's tensors lie and the others' come to
+
+        Raises what `make` raises here, and RankFailed if it raises on another rank, or torch.OutOfMemoryError where it
+        lacked memory there.
+        """
+        own: list[Tensor] = []
+
+        def announce() -> _Parcel:
+            said, tensors = make()
+            own.extend(tensor.contiguous() for tensor in tensors)
+            return _Parcel(said, [(t.dtype, tuple(t.shape)) for t in own], checksums(own), device.type)
+
+        parcels = self.told(announce)
+        on_gpus = self.nccl and all(parcel.device == "cuda" for parcel in parcels)
+        buffers: list[Tensor] = []
+
+        def make_room() -> None:
+            place = device if on_gpus else torch.device("cpu")
+            buffers.extend(torch.empty(parcel.nbytes, dtype=torch.uint8, device=place) for parcel in parcels)
+            for part, tensor in zip(parcels[self.own].parts(buffers[self.own]), own, strict=True):
+                part.copy_(tensor)
+
+        self.told(make_room)
+        group = self._group_of_gpus() if on_gpus else self.words
+        for member, buffer in zip(self.members, buffers, strict=True):
+            self._patiently(partial(dist.broadcast, buffer, member, group=group))
+        received: list[list[Tensor]] = []
+
+        def unpack() -> None:
+            for place, (parcel, buffer) in enumerate(zip(parcels, buffers, strict=True)):
+                tensors = own if place == self.own else [p.to(device, copy=True) for p in parcel.parts(buffer)]
+                if checksums(tensors) != parcel.checksums:
+                    raise RuntimeError(f"what rank {self.members[place]} sent has arrived damaged")
+                received.append(tensors)
+
+        self.told(unpack)
+        return [(parcel.said, tensors) for parcel, tensors in zip(parcels, received, strict=True)]
+
+    def told(self, make: Callable[[], Any]) -> list[Any]:
+        """What each rank makes, in their order, anything that pickle takes; where it fails on one, all raise.
+
+        Raises RanksApart if one of them does not come.
+        """
+        mine, error = None, None
+        try:
+            mine = make()
+        except Exception as raised:
+            error = raised
+        found: list[Any] = [None] * self.size
+
+        def gather() -> None:
+            dist.monitored_barrier(self.words, wait_all_ranks=True)  # names who is missing
+            dist.all_gather_object(found, (mine, error and _Failure.of(error)), group=self.words)
+
+        self._patiently(gather)
+        if error is not None:
+            raise error
+        for member, (_, failure) in zip(self.members, found, strict=True):
+            if failure is not None:
+                raise failure.error(member)
+        return [said for said, _ in found]
+
+    def _patiently(self, wait: Callable[[], Any]) -> None:
+        if self._is_apart:
+            raise RanksApart(_listed(self.members), "they lost each other before: start all of them anew")
+        try:
+            with _waiting(self.members, self.visible):
+                wait()
+        except BaseException:
+            self._is_apart = True  # what comes from the others now belongs to what this one has missed
+            raise
+
+    def _group_of_gpus(self) -> dist.ProcessGroup | None:
+        if self.size == dist.get_world_size():
+            return dist.group.WORLD
+        if self._gpus is None:
+            self._gpus = dist.new_group(list(self.members), backend="nccl", use_local_synchronization=True)
+        return self._gpus
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """What a rank is about to send.
+
+    said       words and numbers
+    kinds      of each tensor: dtype and shape; they travel as one, each from a multiple of _ALIGNED bytes on
+    checksums  of each tensor
+    device     the type of that on which they lie
+    """
+
+    said: Any
+    kinds: list[tuple[torch.dtype, tuple[int, ...]]]
+    checksums: list[int]
+    device: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(-(-size // _ALIGNED) * _ALIGNED for size in self._sizes())
+
+    def parts(self, buffer: Tensor) -> Iterator[Tensor]:
+        """The tensors, as views of what they travel in."""
+        start = 0
+        for (dtype, shape), size in zip(self.kinds, self._sizes(), strict=True):
+            yield buffer[start : start + size].view(dtype).reshape(shape)
+            start += -(-size // _ALIGNED) * _ALIGNED
+
+    def _sizes(self) -> list[int]:
+        return [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.kinds]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error as the other ranks are told of it."""
+
+    kind: str
+    text: str
+    is_out_of_memory: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure":
+        return cls(type(error).__name__, str(error), is_out_of_memory(error))
+
+    def error(self, member: int) -> Exception:
+        if self.is_out_of_memory:
+            return torch.OutOfMemoryError(f"on rank {member}: {self.text}")
+        return RankFailed(member, self.kind, self.text)
+
+
+@contextmanager
+def _waiting(members: Sequence[int], visible: bool) -> Iterator[None]:
+    """Within the context others are waited for: torch's words for their absence become ours."""
+    with Activity(lambda: f"waiting for ranks {_listed(members)} (option group)", visible):
+        try:
+            yield
+        except RuntimeError as error:
+            raise RanksApart(_listed(members), str(error)) from error
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Of each tensor's bytes, in their order; the same on every device. A tensor without values has 0."""
+    sums = [torch.zeros((), dtype=torch.int64, device="cpu") if t.is_meta else _checksum(t) for t in tensors]
+    devices = {total.device for total in sums}
+    by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}  # one wait each
+    return [next(by_device[total.device]) for total in sums]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Each 8 bytes are a whole number, counted as often as an odd number that tells its place; and how many bytes there
+    are; modulo 2^64.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    rest = data.numel() % 8
+    if rest:
+        data = torch.cat([data, data.new_zeros(8 - rest)])
+    if data.data_ptr() % 8:
+        data = data.clone()
+    total = torch.full((), tensor.nbytes, dtype=torch.int64, device=data.device)
+    for number, chunk in enumerate(data.view(torch.int64).split(_CHUNK)):
+        odd = torch.arange(chunk.numel(), device=data.device).mul_(2).add_(2 * number * _CHUNK + 1)
+        total += odd.mul_(chunk).sum()
+    return total
+
+
+def _difference(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The first name that two ranks have different values for, and the two; None: it has no such name."""
+    names = dict.fromkeys((*facts, *others))
+    name = next((n for n in names if facts.get(n) != others.get(n)), None)
+    if name is not None:
+        return name, facts.get(name), others.get(name)
+    place = next(i for i, pair in enumerate(zip(facts, others, strict=True)) if pair[0] != pair[1])
+    return "in another order", list(facts)[place], list(others)[place]
+
+
+def _listed(members: Sequence[int]) -> str:
+    return f"{members[0]} to {members[-1]}" if len(members) > 8 else ", ".join(map(str, members))

@@ -1,0 +1,145 @@
+"""Quantizing together with other ranks: what each has observed is put together, each quantizes a part, all get all.
+
+    rank 0   observes some rows of q's input ──┐                 ┌─► quantizes q, k, v ──┐
+                                               ├─► one and the same                      ├─► every pack, bit for bit
+    rank 1   observes others ──────────────────┘                 └─► quantizes up ───────┘
+
+Alone it is a loop over the tasks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .fallback import is_out_of_memory
+from .input_statistics import MAX_ROWS, InputStatistics
+from .kernels.formats import FORMATS
+from .lowering.launch import in_device_order
+from .lowering.packed import PackedLinear, SharedInput
+from .quantizer import Quantized
+from .ranks import Ranks, ranks_of
+from .task import Task
+
+# What becomes of a task's weights, by their place: their 4-bit form, or why they stay 16-bit.
+Outcomes = dict[int, Quantized | str]
+
+# Groups of linears that a rank quantizes before the packs are exchanged. More even the ranks' work out better, and
+# take more memory: the 16-bit weights go when the packs are there.
+PER_ROUND = 4
+
+
+def share_out(
+    tasks: Sequence[Task], quantize: Callable[[Task], Outcomes], config: Config, device: torch.device | None
+) -> Iterator[tuple[Task, Outcomes | Exception]]:
+    """Each task, and what `quantize` made of it, on whichever rank; an error if memory was short. What else it raises
+    is raised, on all ranks.
+    """
+    tasks = [task for task in tasks if task.undecided]
+    ranks = ranks_of(config) if tasks else None
+    if ranks is None:
+        for task in tasks:
+            yield task, _tried(quantize, task)
+        return
+    ranks.agree([pair for task in tasks for pair in task.undecided], config)
+    step = PER_ROUND * ranks.size
+    for start in range(0, len(tasks), step):
+        yield from _round(ranks, tasks[start : start + step], quantize, device)
+
+
+def _tried(quantize: Callable[[Task], Outcomes], task: Task) -> Outcomes | Exception:
+    try:
+        return quantize(task)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return error.with_traceback(None)
+
+
+def _round(
+    ranks: Ranks, tasks: Sequence[Task], quantize: Callable[[Task], Outcomes], device: torch.device | None
+) -> Iterator[tuple[Task, Outcomes | Exception]]:
+    at = device or tasks[0].weights[0].device
+    tasks = _observed_by_all(ranks, tasks, at)
+    owners = _dealt(tasks, ranks.size)
+
+    def work() -> tuple[list, list[Tensor]]:
+        made = [_tried(quantize, task) for task, owner in zip(tasks, owners, strict=True) if owner == ranks.own]
+        said, tensors = zip(*map(_written, made), strict=True) if made else ((), ())
+        return list(said), [tensor for own in tensors for tensor in own]
+
+    found = [(iter(said), iter(tensors)) for said, tensors in ranks.exchange(work, at)]
+    for task, owner in zip(tasks, owners, strict=True):
+        said, tensors = found[owner]
+        yield task, _read(next(said), tensors)
+
+
+def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> list[Task]:
+    """With the statistics of all ranks: the same rows in the same order on each."""
+
+    def observed() -> tuple[list, list[Tensor]]:
+        own = [task.statistics for task in tasks]
+        tensors = [t for s in own if s.span is not None for t in (s.span.to(at), s.thinned(share).to(at))]
+        return [(s.most_rows, s.span is not None) for s in own], tensors
+
+    share = max(1, MAX_ROWS // ranks.size)
+    found = [(said, iter(tensors)) for said, tensors in ranks.exchange(observed, at)]
+    together = []
+    for place, task in enumerate(tasks):
+        most = [said[place][0] for said, _ in found if said[place][0] is not None]
+        seen = [(next(tensors), next(tensors)) for said, tensors in found if said[place][1]]
+        spans, rows = [span for span, _ in seen], [rows for _, rows in seen]
+        statistics = InputStatistics.of(spans, rows, max(most, default=None))
+        together.append(replace(task, statistics=statistics))
+    return together
+
+
+def _dealt(tasks: Sequence[Task], size: int) -> list[int]:
+    """Who quantizes each task: the largest first, each to whom has least to do."""
+    costs = [sum(weight.numel() for weight, _ in task.undecided) for task in tasks]
+    loads, owners = [0] * size, [0] * len(tasks)
+    for place in sorted(range(len(tasks)), key=lambda place: -costs[place]):
+        owners[place] = min(range(size), key=loads.__getitem__)
+        loads[owners[place]] += costs[place]
+    return owners
+
+
+def _written(outcomes: Outcomes | Exception) -> tuple[Any, list[Tensor]]:
+    """As it is sent: words and numbers, and tensors."""
+    if isinstance(outcomes, Exception):
+        return str(outcomes), []
+    packs = [outcome.packed for outcome in outcomes.values() if isinstance(outcome, Quantized)]
+    if not packs:
+        return (None, outcomes), []
+    shared = packs[0].shared  # by all of a task
+    said = {i: _words(o) if isinstance(o, Quantized) else o for i, o in outcomes.items()}
+    tensors = [shared.smooth, shared.down, *(t for packed in packs for t in packed.own_tensors().values())]
+    return ((shared.precision, shared.shift), said), tensors
+
+
+def _words(outcome: Quantized) -> dict[str, Any]:
+    packed = outcome.packed
+    own = {"rank_start": packed.rank_start, "expanded": packed.expanded}
+    return {"error": outcome.error, "packed": own, "tensors": list(packed.own_tensors())}
+
+
+def _read(said: Any, tensors: Iterator[Tensor]) -> Outcomes | Exception:
+    """The opposite of `_written`."""
+    if isinstance(said, str):
+        return torch.OutOfMemoryError(said)
+    form, outcomes = said
+    if form is None:
+        return dict(outcomes)
+    precision, shift = form
+    shared = SharedInput(precision, next(tensors), next(tensors), shift)
+    return {i: o if isinstance(o, str) else _pack(shared, o, tensors) for i, o in outcomes.items()}
+
+
+def _pack(shared: SharedInput, words: Mapping[str, Any], tensors: Iterator[Tensor]) -> Quantized:
+    own = {name: next(tensors) for name in words["tensors"]}
+    weight = in_device_order(shared.precision, tuple(own[name] for name in FORMATS[shared.precision].fields))
+    packed = PackedLinear(shared, weight, own["up"], offset=own.get("offset"), **words["packed"])
+    return Quantized(packed, words["error"])

@@ -1,0 +1,387 @@
+"""Several ranks quantize one model: equal packs, whatever each has seen; what goes wrong on one ends all."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks_testing import message, on_ranks, packs
+from torch import Tensor, nn
+
+import svdq_compile as svdq
+from conftest import CHANNELS, TOKENS, WIDTH, net, quiet, relative_error, run_eagerly
+from svdq_compile import compiled, convert, sharing
+from svdq_compile.errors import OptionError
+from svdq_compile.input_statistics import InputStatistics
+from svdq_compile.ranks import checksums
+
+BOTH = range(2)
+
+
+def seen_by(rank: int, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
+    """What a rank calls the model with: others see other values, louder ones in another channel."""
+    generator = torch.Generator().manual_seed(rank + 1)
+    x = torch.randn(2, tokens, CHANNELS, generator=generator)
+    x[..., rank] *= 10
+    return x, torch.randn(2, WIDTH, generator=generator)
+
+
+def by_blocks(model: nn.Module, **options: Any) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(backend="svdquant", options=quiet(refine=1, **options))
+    return model
+
+
+# What follows runs in the processes. Each step leaves them in step, errors too: all of it happens in one run.
+
+
+def together() -> dict[str, Any]:
+    rank, found = dist.get_rank(), {}
+    compiled.compile_with_inductor = run_eagerly
+    quantized: list[str] = []
+    whole = convert.quantize_group
+
+    def counted(weights: Any, names: Any, *args: Any) -> Any:
+        quantized.extend(names)
+        return whole(weights, names, *args)
+
+    convert.quantize_group = counted
+    for name, step in STEPS.items():
+        torch._dynamo.reset()
+        quantized.clear()
+        found[name] = step(rank)
+        found[f"{name}: quantized here"] = list(quantized)
+    return found
+
+
+def blocks(rank: int) -> Any:
+    model = by_blocks(net())
+    model(*seen_by(rank))
+    return packs(model), relative_error(model(*seen_by(rank)), net()(*seen_by(rank)))
+
+
+def whole_model(rank: int) -> Any:
+    model = net()
+    model.compile(backend="svdquant", options=quiet(refine=1, calibration_steps=2))
+    for _ in range(2):
+        model(*seen_by(rank))
+    return packs(model)
+
+
+def ahead(rank: int) -> Any:
+    model = net()
+    svdq.quantize(model, calibrate=lambda m: m(*seen_by(rank)), **quiet(refine=1))
+    return packs(model)
+
+
+def by_weights(rank: int) -> Any:
+    model = net()
+    svdq.quantize(model, **quiet(refine=1))
+    return packs(model)
+
+
+def few_tokens_here(rank: int) -> Any:
+    """As a short prompt in one half of a batch: too few rows on one rank for 8-bit activations."""
+    model = by_blocks(net())
+    model(*seen_by(rank, tokens=(2, 24)[rank]))
+    return packs(model), {row.precision for row in svdq.report(model) if "to_q" in row.name}
+
+
+def alone(rank: int) -> Any:
+    model = by_blocks(net(), group="alone")
+    if rank == 0:  # nobody waits
+        model(*seen_by(rank))
+    return packs(model)
+
+
+def own_group(rank: int) -> Any:
+    model = by_blocks(net(seed=rank), group=[rank])
+    model(*seen_by(rank))
+    return len(packs(model))
+
+
+def process_group(rank: int) -> Any:
+    model = net()
+    svdq.quantize(model, group=dist.group.WORLD, **quiet(refine=0))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    return packs(model), svdq.Config(group=dist.group.WORLD).group, svdq.Config(group=mesh).group
+
+
+def not_in_the_group(rank: int) -> str:
+    return message(lambda: svdq.quantize(net(), group=[1 - rank], **quiet()))
+
+
+def other_options(rank: int) -> str:
+    return message(lambda: by_blocks(net(), rank=32 if rank else 64)(*seen_by(rank)))
+
+
+def other_calls(rank: int) -> str:
+    """One would quantize while the other goes on observing."""
+    return message(lambda: by_blocks(net(), calibration_steps=1 + rank)(*seen_by(rank)))
+
+
+def other_weights(rank: int) -> str:
+    return message(lambda: by_blocks(net(seed=rank))(*seen_by(0)))
+
+
+def one_other_value(rank: int) -> str:
+    model = net()
+    model.blocks[1].down.weight.view(-1)[5] += 1e-3 * rank
+    return message(lambda: svdq.quantize(model, **quiet()))
+
+
+def other_model(rank: int) -> str:
+    return message(lambda: svdq.quantize(net(blocks=1 + rank), **quiet()))
+
+
+def a_broken_weight(rank: int) -> str:
+    model = net()
+    model.blocks[0].to_q.weight[0, 0] = torch.nan
+    return message(lambda: svdq.quantize(model, **quiet()))
+
+
+def failing(error: Exception, on: int) -> Any:
+    """Quantizing fails on one rank."""
+
+    def quantize_group(*args: Any) -> Any:
+        if dist.get_rank() == on:
+            raise error
+        return whole(*args)
+
+    whole = convert.quantize_group
+    convert.quantize_group = quantize_group
+    return whole
+
+
+def a_fault(rank: int) -> Any:
+    whole, model = failing(ZeroDivisionError("a bug"), on=1), net()
+    told = message(lambda: by_blocks(model)(*seen_by(rank)))
+    convert.quantize_group = whole
+    before = len(packs(model))
+    model(*seen_by(rank))  # nothing is in the way any more
+    return told, before, packs(model)
+
+
+def a_fault_with_fallback(rank: int) -> Any:
+    """What fails on one rank stays 16-bit on all."""
+    whole, model = failing(ZeroDivisionError("a bug"), on=1), net()
+    by_blocks(model, fallback=True)(*seen_by(rank))
+    convert.quantize_group = whole
+    return packs(model), {row.reason for row in svdq.report(model) if "ZeroDivision" in row.reason}
+
+
+def no_memory(rank: int) -> Any:
+    """Goes on in 16-bit on all ranks; the next call takes up what is left."""
+    whole, model = failing(torch.OutOfMemoryError("none left"), on=1), net()
+    by_blocks(model, fallback=True)(*seen_by(rank))
+    convert.quantize_group = whole
+    before = len(packs(model))
+    model(*seen_by(rank))
+    return before, packs(model)
+
+
+STEPS = {
+    step.__name__: step
+    for step in (blocks, whole_model, ahead, by_weights, few_tokens_here, alone, own_group, process_group,
+                 not_in_the_group, other_options, other_calls, other_weights, one_other_value, other_model,
+                 a_broken_weight, a_fault, a_fault_with_fallback, no_memory)
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of all steps, for each rank."""
+    found = on_ranks(2, together, tmp_path_factory.mktemp("ranks"))
+    for rank, result in enumerate(found):
+        assert isinstance(result, dict), f"rank {rank}: {result}"
+    return found
+
+
+def one_process(calibrate: Any) -> dict[str, list[int]]:
+    """The packs of a model that sees in one process, in two calls, what the two ranks see in one each."""
+    model = net()
+    svdq.quantize(model, calibrate=calibrate, **quiet(refine=1))
+    return packs(model)
+
+
+def test_packs_are_those_of_one_process_that_sees_everything(results: list[dict]) -> None:
+    expected = one_process(lambda model: [model(*seen_by(rank)) for rank in BOTH])
+    assert len(expected) == 10
+    for rank in BOTH:
+        own, error = results[rank]["blocks"]
+        assert own == expected
+        assert error < 0.12  # rank 16 of 128, random weights
+        assert results[rank]["ahead"] == expected
+        assert results[rank]["whole_model"].keys() == expected.keys()
+    assert results[0]["whole_model"] == results[1]["whole_model"]
+    assert expected != one_process(lambda model: model(*seen_by(0)))
+
+
+def test_work_is_shared(results: list[dict]) -> None:
+    for step in ("blocks", "ahead", "by_weights"):
+        first, second = (results[rank][f"{step}: quantized here"] for rank in BOTH)
+        assert not set(first) & set(second)
+        assert len(first) + len(second) == 10
+        assert min(len(first), len(second)) >= 2
+
+
+def test_without_calibration(results: list[dict]) -> None:
+    model = net()
+    svdq.quantize(model, **quiet(refine=1))
+    assert results[0]["by_weights"] == results[1]["by_weights"] == packs(model)
+
+
+def test_rows_are_few_where_they_are_on_all(results: list[dict]) -> None:
+    assert results[0]["few_tokens_here"] == results[1]["few_tokens_here"]
+    assert results[0]["few_tokens_here"][1] == {"w4a8"}
+
+
+def test_alone(results: list[dict]) -> None:
+    assert len(results[0]["alone"]) == 10
+    assert not results[1]["alone"]
+    assert results[0]["alone"] == one_process(lambda model: model(*seen_by(0)))
+    assert [results[rank]["own_group"] for rank in BOTH] == [10, 10]
+
+
+def test_groups_are_kept_as_ranks(results: list[dict]) -> None:
+    for rank in BOTH:
+        own, *groups = results[rank]["process_group"]
+        assert len(own) == 10
+        assert groups == [(0, 1), (0, 1)]
+        assert results[rank]["not_in_the_group"].startswith("OptionError: option group=")
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    {
+        "other_options": ("rank=64", "rank=32", "option"),
+        "other_calls": ("calibration_steps=1", "calibration_steps=2"),
+        "other_weights": ("weight of blocks.0.", "group"),
+        "one_other_value": ("weight of blocks.1.down", "group"),
+        "other_model": ("blocks.1.modulate", "none", "group"),
+    }.items(),
+)
+def test_differences_are_named_on_all(step: str, named: tuple[str, ...], results: list[dict]) -> None:
+    assert results[0][step] == results[1][step]
+    assert results[0][step].startswith("RanksDiffer: rank 0 ")
+    assert not [word for word in named if word not in results[0][step]]
+    assert not results[0][f"{step}: quantized here"]
+
+
+def test_a_mistake_that_one_rank_finds_ends_all(results: list[dict]) -> None:
+    told = sorted(results[rank]["a_broken_weight"] for rank in BOTH)
+    assert told[0].startswith("NonFiniteWeight: the weight of blocks.0.to_q")
+    assert told[1].startswith("RankFailed: rank ")
+    assert "NonFiniteWeight: the weight of blocks.0.to_q" in told[1]
+
+
+def test_a_fault_ends_all_and_leaves_them_in_step(results: list[dict]) -> None:
+    (told, before, own), (raised, *others) = (results[rank]["a_fault"] for rank in BOTH)
+    assert raised == "ZeroDivisionError: a bug"
+    assert told == "RankFailed: rank 1 failed, so all ranks stop: ZeroDivisionError: a bug"
+    assert [before, own] == others
+    assert before == 0
+    assert len(own) == 10
+
+
+def test_what_fails_on_one_stays_16_bit_on_all(results: list[dict]) -> None:
+    own, reasons = results[0]["a_fault_with_fallback"]
+    assert results[1]["a_fault_with_fallback"] == (own, reasons)
+    assert reasons == {"quantizing it failed: ZeroDivisionError"}
+    assert 2 <= len(own) < 10
+
+
+def test_missing_memory_on_one(results: list[dict]) -> None:
+    before, own = results[0]["no_memory"]
+    assert results[1]["no_memory"] == (before, own)
+    assert 2 <= before < 10
+    assert len(own) == 10
+
+
+def leaving(how: str) -> Any:
+    """The last rank never comes, or dies when layers are quantized."""
+    compiled.compile_with_inductor = run_eagerly
+    rank = dist.get_rank()
+    if how == "dies" and rank == 1:
+        convert.quantize_group = lambda *args: os._exit(1)
+    if how == "stays away" and rank == 1:
+        time.sleep(12)
+        return None
+    model, begun = by_blocks(net()), time.monotonic()
+    first = message(lambda: model(*seen_by(rank)))
+    second, seconds = message(lambda: model(*seen_by(rank))), time.monotonic() - begun
+    return first, second, seconds, len(packs(model))
+
+
+@pytest.mark.parametrize(("how", "longest"), [("dies", 8), ("stays away", 12)])
+def test_nobody_waits_for_ever(how: str, longest: float, tmp_path: Path) -> None:
+    (first, second, seconds, quantized), _ = on_ranks(2, leaving, tmp_path, how, patience=4)
+    assert first.startswith("RanksApart: ranks 0, 1 did not all come")
+    assert "group" in first
+    assert second.startswith("RanksApart: ")
+    assert seconds < longest
+    assert quantized == 0
+
+
+def in_groups() -> Any:
+    """Two models, each on two ranks of four, one after the other in another order."""
+    compiled.compile_with_inductor = run_eagerly
+    rank = dist.get_rank()
+    own = [0, 2] if rank % 2 == 0 else [1, 3]
+    model = by_blocks(net(seed=rank % 2), group=own)
+    model(*seen_by(rank))
+    everybody = net()
+    svdq.quantize(everybody, **quiet(refine=0))
+    return packs(model), packs(everybody)
+
+
+def test_groups_in_a_larger_group(tmp_path: Path) -> None:
+    found = on_ranks(4, in_groups, tmp_path)
+    own, everybody = zip(*found, strict=True)
+    assert own[0] == own[2] != own[1] == own[3]
+    assert everybody[0] == everybody[1] == everybody[2] == everybody[3]
+    assert {len(part) for part in own + everybody} == {10}
+
+
+@pytest.mark.parametrize("group", ["all", 3, [], [0.5], [-1], object()])
+def test_groups_that_are_none(group: Any) -> None:
+    with pytest.raises(OptionError, match="group"):
+        svdq.Config(group=group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool])
+def test_checksums_tell_tensors_apart(dtype: torch.dtype) -> None:
+    x = (torch.arange(1, 40) ** 3 % 11).div(6 if dtype is torch.bool else 1, rounding_mode="floor").to(dtype)
+    (sum_of_x,) = checksums([x])
+    assert checksums([x.clone(), x[1:], x.flip(0), torch.cat([x, x[:1]]), x[:0]])[0] == sum_of_x
+    assert len(set(checksums([x, x[1:], x.flip(0), torch.cat([x, x[:1]]), x[:0]]))) == 5
+    assert checksums([torch.stack([x, x], 1)[:, 0]]) == [sum_of_x]
+
+
+def test_statistics_of_parts() -> None:
+    a, b = torch.randn(600, 8), torch.randn(30, 8) * 3
+    parts = [InputStatistics(), InputStatistics()]
+    for part, x in zip(parts, (a, b), strict=True):
+        for chunk in x.split(60):
+            part.observe(chunk, rows=len(chunk))
+    spans, rows = [p.span for p in parts], [p.thinned(256) for p in parts]
+    whole = InputStatistics.of(spans, rows, 60)  # type: ignore[arg-type]
+    assert whole.span is not None
+    assert torch.equal(whole.span, torch.cat([a, b]).abs().amax(0))
+    assert whole.rows.shape == (286, 8)
+    assert torch.equal(whole.rows[256:], b)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_work_is_dealt_evenly(size: int) -> None:
+    class Work:
+        def __init__(self, cost: int) -> None:
+            self.undecided = [(torch.empty(cost, device="meta"), "")]
+
+    tasks: Any = [Work(cost) for cost in (57, 57, 28, 28, 9, 9, 38, 38, 38, 38)]
+    owners = sharing._dealt(tasks, size)
+    loads = [sum(t.undecided[0][0].numel() for t, o in zip(tasks, owners, strict=True) if o == r) for r in range(size)]
+    assert max(loads) <= 1.1 * sum(loads) / size
