@@ -4,12 +4,14 @@
 
 Each model is made in a process of its own, and runs with its weights in one place after another. For each cap it is
 held to so many GiB, what the driver takes for the process included, and so is the peak that is told: torch's reserved
-memory and that of the driver. No one else may use the GPU. What is timed is checked: `error_vs_16bit` is against the
-output of the 16-bit model, whole on the device and held to nothing. A cap that is too small is a row without times.
+memory and that of the driver. No one else may use the GPU. torch's allocator has expandable segments, as PyTorch
+advises where memory is short. What is timed is checked: `error_vs_16bit` is against the output of the 16-bit model,
+whole on the device and held to nothing. A cap that is too small is a row without times.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -169,7 +171,8 @@ def in_a_process(name: str, args: argparse.Namespace, folder: Path) -> list[dict
     command += ["--tiny"] if args.tiny else []
     reason = []
     try:
-        subprocess.run(command, check=True, timeout=args.limit)
+        environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        subprocess.run(command, check=True, timeout=args.limit, env=environment)
     except subprocess.TimeoutExpired:
         reason = [{"method": name, "error": f"stopped after the limit of {args.limit} s"}]
     except subprocess.CalledProcessError as error:
