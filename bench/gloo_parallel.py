@@ -11,9 +11,9 @@ process?
     groups      ulysses of 2 in each half of the ranks, which get other pictures
     batch       pictures, or the two halves of guidance: each rank has its own
 
-packs_equal: the checksums of all packs, over all ranks. rel_err: the output against one process that runs the same packs
-eagerly. Models are in float32, so that rounding does not hide what a wrong token would do. diffusers' attention on a CPU
-does not give the log-sum that a ring needs; here torch's does.
+packs_equal: the checksums of all packs, over all ranks. rel_err: the output against one process that runs the same
+packs eagerly. Models are in float32, so that rounding does not hide what a wrong token would do. diffusers' attention on
+a CPU does not give the log-sum that a ring needs; here torch's does.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import record
 import step_models
 import torch
 import torch.distributed as dist
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_map_only
 
+import record
 import svdq_compile as svdq
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
@@ -85,8 +85,8 @@ def on_a_cpu() -> Iterator[None]:
         return (out.permute(0, 2, 1, 3), lse.permute(0, 2, 1)) if rest[-1] else out.permute(0, 2, 1, 3)
 
     with (
-        mock.patch("torch.accelerator.device_count", lambda: 1),
-        mock.patch("torch._C._get_accelerator", lambda: CPU),
+        mock.patch("torch.accelerator.device_count", return_value=1),
+        mock.patch("torch._C._get_accelerator", return_value=CPU),
         mock.patch.object(attention_dispatch, "_native_attention_forward_op", attention),
     ):
         yield
