@@ -26,7 +26,7 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
 from .given import model_in
-from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, read_header, seal
+from .header import FILE_NAME, FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, read_header, seal
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -34,7 +34,7 @@ from .lowering.packed import PackedLinear, SharedInput
 from .parameter import QuantizedWeight
 from .passes.peft_names import is_adapter, without_adapters
 from .placing import assign, device_of, own_buffers, owner_of, put_plain, put_quantized
-from .pretrained import FILE_NAME, serve_save_pretrained
+from .pretrained import serve_save_pretrained
 from .progress import steps
 from .reading import TensorFile, opened, unchanged
 from .replacing import replacing

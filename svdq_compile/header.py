@@ -22,10 +22,11 @@ from torch import Tensor
 from .errors import FileRefused
 from .kernels.formats import FORMATS
 from .lowering.packed import as_matrix
-from .pretrained import FILE_NAME
 from .reading import opened
 
 FORMAT = "svdq-compile"
+# In a folder of save_pretrained: of transformers' models, and of diffusers', whose from_pretrained looks for this.
+FILE_NAME, DIFFUSERS_NAME = "model.svdq.safetensors", "diffusion_pytorch_model.safetensors"
 VERSION = 2
 UNSEALED = "0" * 64  # where the digest will stand, and what it is counted as
 _LENGTH = 8  # bytes
@@ -184,10 +185,18 @@ def _raw(path: str | os.PathLike) -> bytes:
 
 def file_of(path: str | os.PathLike) -> str | os.PathLike:
     """A file itself, or the one that `save_pretrained` has put into a folder. Raises FileRefused."""
-    inside = Path(path) / FILE_NAME
-    if Path(path).is_dir() and not inside.is_file():
-        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
-    return inside if inside.is_file() else path
+    if not Path(path).is_dir():
+        return path
+    for inside in (Path(path) / FILE_NAME, Path(path) / DIFFUSERS_NAME):
+        if inside.is_file() and (inside.name == FILE_NAME or is_ours(inside)):
+            return inside
+    raise FileRefused(path, "this is a folder without a file that svdq_compile.save wrote: give one of another name")
+
+
+def is_ours(file: Path) -> bool:
+    """Whether `svdq_compile.save` wrote a safetensors file. Raises FileRefused for a damaged one."""
+    with opened(file) as found:
+        return found.metadata.get("format") == FORMAT
 
 
 def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:

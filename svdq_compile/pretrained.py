@@ -1,5 +1,6 @@
 """`save_pretrained` of a quantized model of diffusers or transformers: its configuration and its 4-bit weights, in a
-folder from which `svdq_compile.load` fills a model. Without this it would begin a folder and then fail.
+folder from which `svdq_compile.load` fills a model, and, of diffusers' models, `from_pretrained` makes one. Without this
+it would begin a folder and then fail.
 """
 
 import inspect
@@ -13,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
+from .header import DIFFUSERS_NAME, FILE_NAME, is_ours
 from .parameter import has_quantized
 from .progress import say
 
 _BASES = (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
-FILE_NAME = "model.svdq.safetensors"
+QUANT_METHOD = "svdquant"  # what config.json says
 # Arguments that would ask for something else, and the values that ask for nothing.
 _REFUSED = {"safe_serialization": True, "variant": None, "push_to_hub": False, "use_flashpack": False}
 
@@ -38,6 +40,7 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if not has_quantized(self):
+            _say_quantized(self, False)
             result = original(self, save_directory, *args, **kwargs)
             (Path(save_directory) / FILE_NAME).unlink(missing_ok=True)  # of an earlier save: it is this model no more
             return result
@@ -59,13 +62,32 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
 def _save(model: nn.Module, folder: Path, write: Write) -> None:
     if folder.is_file():
         raise OptionError(f"{folder} is a file: give save_pretrained a folder")
-    others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") and p.name != FILE_NAME]
-    if others:
-        raise OptionError(f"{folder} holds other weights ({others[0]}): give save_pretrained a folder of its own")
+    target = folder / (DIFFUSERS_NAME if hasattr(model, "save_config") else FILE_NAME)
+    files = [p for p in folder.glob("*") if p.suffix == ".bin" or (p.suffix == ".safetensors" and not is_ours(p))]
+    if files:
+        raise OptionError(f"{folder} holds other weights ({files[0].name}): give save_pretrained a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
-    write(model, folder / FILE_NAME)
+    write(model, target)
+    _say_quantized(model, True)
     _save_config(model, folder)
-    say(f"svdquant: 4-bit weights in {folder / FILE_NAME}; svdq_compile.load(model, {str(folder)!r}) loads them", True)
+    say(f"svdquant: 4-bit weights in {target}; svdq_compile.load(model, {str(folder)!r}) loads them", True)
+
+
+def _say_quantized(model: Any, is_quantized: bool) -> None:
+    """In the configuration of a model of diffusers, from which `from_pretrained` knows whom to ask."""
+    config = getattr(model, "_internal_dict", None)
+    if config is None:
+        return
+    if is_quantized:
+        model.register_to_config(quantization_config={"quant_method": QUANT_METHOD})
+    elif _method(config.get("quantization_config")) == QUANT_METHOD:
+        model._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})
+
+
+def _method(quantization_config: Any) -> Any:
+    if isinstance(quantization_config, dict):
+        return quantization_config.get("quant_method")
+    return getattr(quantization_config, "quant_method", None)
 
 
 def _save_config(model: Any, folder: Path) -> None:
