@@ -20,6 +20,7 @@ from .quantize_model import quantize, restore
 from .registering import serve_diffusers
 from .report import report
 from .reproduce import reproduce
+from .streaming import from_pretrained
 
 if TYPE_CHECKING:
     from .diffusers_quantizer import SVDQuantConfig
@@ -46,6 +47,7 @@ __all__ = [
     "compile",
     "doctor",
     "export_nunchaku",
+    "from_pretrained",
     "load",
     "packed",
     "quantize",

@@ -4,7 +4,8 @@ import difflib
 import fnmatch
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -54,22 +55,33 @@ class Task:
         return self.few_rows if most is None else most <= linears.FEW_ROWS
 
 
-def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
+def convert(
+    tasks: Iterable[Task],
+    config: Config,
+    device: torch.device | None = None,
+    at_hand: Callable[[Task], AbstractContextManager] = nullcontext,
+) -> None:
     """Quantize every weight that is still undecided, or decide that it stays 16-bit.
 
-    device  where the work is done and the packed tensors stay; by default each weight's own
+    device   where the work is done and the packed tensors stay; by default each weight's own
+    at_hand  around each task: where its weights come from that have no memory yet
 
     Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
     takes up what this one has left.
     """
     serve_libraries()
     # On one line: an interruption before the next would leave it locked.
-    with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
+    with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device, at_hand)  # noqa: E701  # fmt: skip
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
+def _convert(
+    tasks: list[Task],
+    config: Config,
+    device: torch.device | None,
+    at_hand: Callable[[Task], AbstractContextManager],
+) -> None:
     missing: Exception | None = None
     weights = [weight for task in tasks for weight, _ in _undecided(task)]
     if config.weights == "keep":
@@ -77,7 +89,8 @@ def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> 
     with quantizing(weights, config.calibration_steps == 0, config.progress):
         for task in tasks:
             try:
-                _convert_group(task, config, device)
+                with at_hand(task):
+                    _convert_group(task, config, device)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

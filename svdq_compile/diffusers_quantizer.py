@@ -1,9 +1,10 @@
-"""diffusers' own way to load in 4 bits: `SVDQuantConfig` for `Model.from_pretrained(folder, quantization_config=...)` and
-`PipelineQuantizationConfig`, and what loads a folder whose config.json names us.
+"""diffusers' own way to load in 4 bits: `SVDQuantConfig` for `Model.from_pretrained(folder, quantization_config=...)`
+and `PipelineQuantizationConfig`, and what loads a folder whose config.json names us.
 
-Imported where diffusers is: `registering.py` sees to that.
+To import it is to register both; `registering.py` sees to that where diffusers is.
 """
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .config import Config
-from .errors import OptionError
+from .deferred import Deferred
+from .errors import FileRefused, OptionError
+from .filling import fill
 from .given import device_in
-from .header import is_ours
+from .header import VERSION, is_ours
+from .model_files import in_dtype
 from .pretrained import QUANT_METHOD
-from .quantize_model import quantize
+from .quantize_model import restore
+from .stored import here, stored
+from .summary import tell_again, tell_to_compile
 
 # Options that say how a model is compiled or observed: those go to torch.compile and svdq_compile.quantize.
 ELSEWHERE = frozenset(("calibration_steps", "fuse", "attention", "mode"))
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes
+_CPU = torch.device("cpu")
 
 
 class Method(str, Enum):
@@ -33,18 +41,26 @@ class Method(str, Enum):
 
 
 class SVDQuantConfig(QuantizationConfigMixin):
-    """Which 4-bit form a model of diffusers takes when it is loaded, by its weights alone.
+    """Which 4-bit form a model of diffusers takes while it is loaded, by its weights alone.
 
         FluxTransformer2DModel.from_pretrained(folder, quantization_config=SVDQuantConfig(), dtype=torch.bfloat16)
         PipelineQuantizationConfig(quant_mapping={"transformer": SVDQuantConfig(precision="int4", rank=64)})
 
-    options  those of `Config` that concern weights. Raises OptionError for another
+    options         those of `Config` that concern weights
+    format_version  of a folder's files, in its config.json
+
+    Raises OptionError for another option, and for a version that is newer than this package.
     """
 
-    def __init__(self, quant_method: str = QUANT_METHOD, **options: Any) -> None:
+    def __init__(self, quant_method: str = QUANT_METHOD, format_version: int = VERSION, **options: Any) -> None:
         if quant_method != QUANT_METHOD:
             raise OptionError(f"quant_method={quant_method!r}: SVDQuantConfig is for {QUANT_METHOD!r}")
-        for name in ELSEWHERE & options.keys():
+        if not isinstance(format_version, int) or format_version > VERSION:
+            raise OptionError(
+                f"quantization_config: format_version={format_version!r}; this svdq-compile reads up to {VERSION}: "
+                "update it"
+            )
+        for name in sorted(ELSEWHERE & options.keys()):
             raise OptionError(
                 f"option {name} does not go with loading: it is torch.compile's, as in "
                 f"model.compile(backend='svdquant', options={{{name!r}: ...}})"
@@ -65,51 +81,93 @@ class SVDQuantConfig(QuantizationConfigMixin):
 
 
 class SVDQuantizer(DiffusersQuantizer):
-    """What diffusers calls while it loads. A model that is quantized already is read by `svdq_compile.load`, past
-    diffusers' own reading, which knows of no packed tensors.
+    """What diffusers calls while it loads: the model is filled before diffusers would read its weights, from files of
+    ours by `checkpoint.load`, from others by `filling.fill`. Of what diffusers does then only placing is left.
     """
 
     use_keep_in_fp32_modules = True
     quantization_config: SVDQuantConfig
-    _files: list[Path]
-    _device_map: Any = None
+    _dtype: torch.dtype | None = None
+    _files: Sequence[Path] = ()
+    _filled = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises OptionError for a place where 4-bit weights cannot be."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise OptionError("device_map: 4-bit weights are not offloaded to the disk; give 'cpu', or a GPU")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """Nobody runs 4-bit weights in float32, which is what diffusers takes if nothing is said."""
-        return torch.bfloat16 if torch_dtype in (None, torch.float32) else torch_dtype
+        """Without one diffusers takes float32, in which nobody runs 4-bit weights."""
+        self._dtype = torch_dtype
+        return torch_dtype or torch.bfloat16
 
-    def update_device_map(self, device_map: Any) -> Any:
-        """Weights that are not there yet cannot be dispatched: a quantized model is placed after it is read."""
-        if not self.pre_quantized:
-            return device_map
-        self._device_map = device_map
-        return None
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        """What a number of a model takes, by which accelerate spreads it over devices."""
+        from accelerate.utils import CustomDtype
+
+        return CustomDtype.INT4
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """The weights are there before diffusers would make room for them."""
+        return 2**60
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._files = [Path(file) for file in checkpoint_files]
         return [] if self.pre_quantized else loaded_keys
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        return [] if self.pre_quantized else missing_keys
+        return []  # `fill` and `load` have refused them
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {} if self.pre_quantized else state_dict
+        return {} if self._filled else state_dict
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def create_quantized_param(self, *args: Any, **kwargs: Any) -> None:
+        """Each is in its place already."""
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, device_map: Any = None, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """state_dict: of `from_single_file`, as diffusers' converters have made it; otherwise there are files."""
+        place = _one_place(device_map)
+        if state_dict is not None:
+            self.pre_quantized = False  # diffusers says nothing, and takes it to be
+            self._fill(
+                model, {name: here(tensor) for name, tensor in state_dict.items()}, Path("the checkpoint"), place
+            )
+        elif self.pre_quantized:
+            self._load(model, place)
+        else:
+            with stored(self._files[0].parent, self._files) as tensors:
+                model._fix_state_dict_keys_on_load(tensors)  # type: ignore[operator]
+                self._fill(model, tensors, self._files[0].parent, place)
+        self._filled = True
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if not self.pre_quantized:
-            quantize(model, self.quantization_config.config())
-            return model
-        (file,) = self._files
-        if not is_ours(file):
-            raise OptionError(f"{file}: config.json says that it is in 4 bits, and it holds other weights")
-        checkpoint.load(model, file, _first_device(self._device_map), progress=False)
-        if isinstance(self._device_map, dict) and len(set(self._device_map.values())) > 1:
-            from accelerate import dispatch_model
+    def _fill(self, model: nn.Module, tensors: dict[str, Deferred], path: Path, place: torch.device) -> None:
+        at = torch.device("cuda") if place == _CPU and torch.cuda.is_available() else place
+        in_dtype(model, self.update_torch_dtype(self._dtype))
+        fill(model, tensors, path, self.quantization_config.config(), at=at, place=place)
 
-            dispatch_model(model, self._device_map)
+    def _load(self, model: nn.Module, place: torch.device) -> None:
+        if not is_ours(self._files[0]):
+            raise FileRefused(self._files[0], "config.json says that it is in 4 bits, and it holds other weights")
+        path = self._files[0] if len(self._files) == 1 else self._files[0].parent
+        checkpoint.load(model, path, place, progress=False)
+        if self._dtype is not None:
+            _cast(model, self._dtype)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.is_quantized = False  # diffusers refuses to cast what it calls so; a cast keeps these 4 bits
+        visible = self.quantization_config.config().progress
+        tell_again(model, visible)
+        tell_to_compile(model, visible)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        restore(model, dequantize=True)
         return model
 
     @property
@@ -120,20 +178,27 @@ class SVDQuantizer(DiffusersQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        return True
 
-def _first_device(device_map: Any) -> torch.device | None:
-    """Where a quantized model goes that `from_pretrained` was given this for."""
-    if device_map is None:
-        return torch.device("cpu")
-    if isinstance(device_map, dict):
+
+def _one_place(device_map: Any) -> torch.device:
+    """The device of a whole model; the CPU where diffusers will spread it."""
+    if isinstance(device_map, Mapping):
         places = set(device_map.values())
-        return device_in(places.pop()) if len(places) == 1 else torch.device("cpu")
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device_in(device_map)
+        return device_in(places.pop()) if len(places) == 1 else _CPU
+    return _CPU if device_map is None or device_map in _STRATEGIES else device_in(device_map)
 
 
-def register() -> None:
-    """Let diffusers know of both classes: it looks into these dictionaries at each call."""
-    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """But for what a class keeps in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, module in model.named_modules():
+        if kept.isdisjoint(name.split(".")):
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+
+
+# diffusers looks into these dictionaries at each call.
+auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = SVDQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = SVDQuantConfig

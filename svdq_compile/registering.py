@@ -1,5 +1,5 @@
-"""diffusers has no entry point for quantizers. So ours are put into its dictionaries as soon as both packages are there,
-whichever was imported first, and diffusers is never imported for it.
+"""diffusers has no entry point for quantizers. So ours are put into its dictionaries as soon as both packages are
+there, whichever was imported first, and diffusers is never imported for it.
 """
 
 import importlib.abc
@@ -41,9 +41,7 @@ class _Loader(importlib.abc.Loader):
 
 
 def _register() -> None:
-    from .diffusers_quantizer import register
-
-    register()
+    from . import diffusers_quantizer  # noqa: F401  (which registers itself)
 
 
 def serve_diffusers() -> None:
