@@ -65,7 +65,7 @@ class SVDQuantConfig(QuantizationConfigMixin):
                 f"option {name} does not go with loading: it is torch.compile's, as in "
                 f"model.compile(backend='svdquant', options={{{name!r}: ...}})"
             )
-        self.quant_method = Method.SVDQUANT
+        self.quant_method = Method.SVDQUANT  # type: ignore[assignment]  # an enum of diffusers', which has none for us
         config = Config(**options).to_dict()
         self.__dict__.update((name, config[name]) for name in options)
 
@@ -124,7 +124,7 @@ class SVDQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    def create_quantized_param(self, *args: Any, **kwargs: Any) -> None:
+    def create_quantized_param(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # nobody asks
         """Each is in its place already."""
 
     def _process_model_before_weight_loading(
@@ -157,9 +157,9 @@ class SVDQuantizer(DiffusersQuantizer):
         path = self._files[0] if len(self._files) == 1 else self._files[0].parent
         checkpoint.load(model, path, place, progress=False)
         if self._dtype is not None:
-            _cast(model, self._dtype)
+            in_dtype(model, self._dtype)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         model.is_quantized = False  # diffusers refuses to cast what it calls so; a cast keeps these 4 bits
         visible = self.quantization_config.config().progress
         tell_again(model, visible)
@@ -189,14 +189,6 @@ def _one_place(device_map: Any) -> torch.device:
         places = set(device_map.values())
         return device_in(places.pop()) if len(places) == 1 else _CPU
     return _CPU if device_map is None or device_map in _STRATEGIES else device_in(device_map)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """But for what a class keeps in float32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    for name, module in model.named_modules():
-        if kept.isdisjoint(name.split(".")):
-            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
 
 
 # diffusers looks into these dictionaries at each call.

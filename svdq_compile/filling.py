@@ -89,7 +89,7 @@ def _without_memory(model: nn.Module) -> None:
     empty: dict[int, nn.Parameter] = {}
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         values = shell(old.shape, old.stride(), old.dtype, _CPU)
-        assign(model, name, empty.setdefault(id(old), nn.Parameter(values, requires_grad=False)))
+        assign(model, name, empty.setdefault(id(old), nn.Parameter(values, old.requires_grad)))
 
 
 def _read(tensor: Deferred, like: Tensor, path: Path) -> Tensor:

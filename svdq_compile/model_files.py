@@ -149,7 +149,7 @@ def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype)
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let a model on the meta device have this dtype, but for what its class keeps in float32."""
+    """Let a model have this dtype, but for what its class keeps in float32."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():

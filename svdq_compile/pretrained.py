@@ -67,7 +67,8 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
 def _save(model: nn.Module, folder: Path, size: int | str, write: Write) -> None:
     if folder.is_file():
         raise OptionError(f"{folder} is a file: give save_pretrained a folder")
-    target = folder / (DIFFUSERS_NAME if hasattr(model, "save_config") else FILE_NAME)
+    is_diffusers = hasattr(model, "save_config")
+    target = folder / (DIFFUSERS_NAME if is_diffusers else FILE_NAME)
     files = [p for p in folder.glob("*") if p.suffix == ".bin" or (p.suffix == ".safetensors" and not is_ours(p))]
     if files:
         raise OptionError(f"{folder} holds other weights ({files[0].name}): give save_pretrained a folder of its own")
@@ -75,7 +76,9 @@ def _save(model: nn.Module, folder: Path, size: int | str, write: Write) -> None
     write(model, target, size)
     _say_quantized(model, True)
     _save_config(model, folder)
-    say(f"svdquant: 4-bit weights in {target}; svdq_compile.load(model, {str(folder)!r}) loads them", True)
+    kind = type(model).__name__
+    way = f"{kind}.from_pretrained({str(folder)!r})" if is_diffusers else f"svdq_compile.load(model, {str(folder)!r})"
+    say(f"svdquant: 4-bit weights in {folder}; {way} loads them", True)
 
 
 def _quantized_in(folder: Path) -> list[Path]:

@@ -5,8 +5,9 @@ GGUF, 8-bit checkpoints with scales; and those of a model's authors under diffus
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,10 +117,8 @@ def _gguf(path: Path, held: ExitStack) -> Tensors:
         found = GGUFReader(path).tensors
     except Exception as error:  # damaged ones give rise to any
         raise FileRefused(path, f"not a whole GGUF file ({error})") from error
-    return {
-        tensor.name: Deferred.of(tuple(map(int, reversed(tensor.shape))), torch.float32, lambda t=tensor: expanded(t))
-        for tensor in found
-    }
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in found}
+    return {t.name: Deferred.of(shapes[t.name], torch.float32, partial(expanded, t)) for t in found}
 
 
 def _with_scales(path: Path, tensors: Tensors) -> Tensors:
@@ -128,12 +127,15 @@ def _with_scales(path: Path, tensors: Tensors) -> Tensors:
     for name in named:
         module, _, kind = name.rpartition(".")
         weight = tensors.get(f"{module}.weight")
-        is_fp8 = weight is not None and weight.dtype == torch.float8_e4m3fn
-        if kind == "weight_scale" and is_fp8 and tensors[name].shape == weight.shape[:1]:
+        if kind == "weight_scale" and weight is not None and _is_a_scale_a_row(weight, tensors[name]):
             tensors[f"{module}.weight"] = _scaled(weight, tensors[name])
         elif kind != "input_scale":
             raise FileRefused(path, f"{name} says that its weights are scaled in a way that is not known here")
     return {name: tensor for name, tensor in tensors.items() if name not in named}
+
+
+def _is_a_scale_a_row(weight: Deferred, scale: Deferred) -> bool:
+    return weight.dtype == torch.float8_e4m3fn and scale.shape == weight.shape[:1]
 
 
 def _scaled(weight: Deferred, scale: Deferred) -> Deferred:
@@ -146,14 +148,12 @@ def converted(path: Path, kind: Any, config: dict[str, Any], tensors: Tensors) -
     """A checkpoint as its authors name it, cut and named as a class of diffusers has it. Raises FileRefused."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    diffusers = importlib.import_module("diffusers")
-    names = (name for name in SINGLE_FILE_LOADABLE_CLASSES if issubclass(kind, getattr(diffusers, name)))
-    name = next(names, None)
+    diffusers, classes = importlib.import_module("diffusers"), cast(dict[str, Any], SINGLE_FILE_LOADABLE_CLASSES)
+    name = next((name for name in classes if issubclass(kind, getattr(diffusers, name))), None)
     if name is None:
         raise FileRefused(path, f"its tensors are not named as a {kind.__name__}'s, and diffusers converts none")
-    convert = SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
     try:
-        found = convert(config=config, checkpoint=dict(tensors))
+        found = classes[name]["checkpoint_mapping_fn"](config=config, checkpoint=dict(tensors))
     except Exception as error:  # of a checkpoint of another model any
         raise FileRefused(
             path, f"diffusers makes no {kind.__name__} of it ({type(error).__name__}: {error})"
