@@ -22,7 +22,7 @@ from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .header import Header, LayerEntry, read_header
 from .kernels.formats import FORMATS
-from .model_files import Pipeline, empty_model, model_of_config, open_pipeline, opened_source
+from .model_files import Pipeline, empty_model, model_of_config, open_pipeline
 from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened
 from .nunchaku_keys import W4A4
 from .streaming import quantize_file
@@ -147,9 +147,7 @@ def quantize(
         svdq.save(pipeline.model, output, config=config)
         place = pipeline.place
     else:
-        with opened_source(source, model=model, component=component) as unread:
-            quantize_file(unread, output, config, torch.device(at))
-        place = unread.place
+        place = quantize_file(source, output, config, torch.device(at), model=model, component=component)
     console = _console()
     console.print(_totals(read_header(output)))
     console.print(f'Next: svdq_compile.load({place}, "{output}"); {place}.compile(backend="svdquant")', soft_wrap=True)

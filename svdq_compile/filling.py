@@ -22,8 +22,10 @@ from .journal import Journal
 from .lowering.torch_private import shell
 from .parameter import has_quantized
 from .placing import assign, put_plain
+from .progress import say
 from .quantize_model import planned
 from .report import why_nothing
+from .summary import title
 
 _CPU = torch.device("cpu")
 
@@ -55,6 +57,8 @@ def fill(
     warn_of_skip([model], config)
     stages.begin_anew(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if done:
+        say(f"svdquant: {title(model)}: going on, {len(done)} of {len(names)} weights are done", config.progress)
 
     @contextmanager
     def at_hand(weights: Sequence[nn.Parameter]) -> Iterator[None]:

@@ -1,12 +1,12 @@
 """A long quantization that is cut off goes on where it was: what is done lies on the disk, beside the file that is to
 come.
 
-    .<name>.<key>.unfinished/     locked by the process that works on it
-        <number>.safetensors      some of the model's tensors, in the format of a whole file
+    .<name>.<whose>.<key>.unfinished/   locked by the process that works on it
+        <number>.safetensors            some of the model's tensors, in the format of a whole file
 
-The key is a digest of all that the result depends on: what other options or other files have left is never taken up. A
-part is written whole, and its checksums are looked at before it is used again. A model holds its parts mapped, so it
-may be larger than the memory.
+The name may be shortened, so `whose` is a digest of it. The key is a digest of all that the result depends on: what
+other options or other files have left is never taken up. A part is written whole, and its checksums are looked at
+before it is used again. A model holds its parts mapped, so it may be larger than the memory.
 """
 
 import hashlib
@@ -89,14 +89,15 @@ class Journal:
 
 @contextmanager
 def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of a model for a file. It is removed at the end, and stays if the end is not reached.
+    """The journal of a model for a file. At the end it is removed, with those that were kept for the same file; if the
+    end is not reached it stays.
 
     facts  what the result depends on, as JSON
     Raises SvdqError while another process has it, OSError that names the target where there can be none.
     """
     target = Path(os.path.realpath(target))
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = target.with_name(f"{beginning(target)}{key}{_ENDING}")
+    start = f"{beginning(target)}{_digest(target.name)}."
+    folder = target.with_name(f"{start}{_digest(facts)}{_ENDING}")
     with ExitStack() as held:
         with naming(target):
             folder.mkdir(exist_ok=True)
@@ -107,6 +108,9 @@ def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> 
             folder.mkdir(exist_ok=True)
         try:
             yield Journal(folder, target, model)
+        except FileRefused:  # what was read is not what should be
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except BaseException:
             if any(folder.glob("*.safetensors")):
                 say(f"svdquant: what is done is kept in {folder}: the same again goes on from there", True)
@@ -114,4 +118,8 @@ def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> 
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
-    remove_leftovers(target, _ENDING)
+    remove_leftovers(target.parent, start, _ENDING)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

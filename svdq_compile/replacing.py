@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with naming(path):
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "it is no file")
-        remove_leftovers(target, ENDING)
+        remove_leftovers(target.parent, beginning(target), ENDING)
         with ExitStack() as held:
             folder = _folder_beside(target, held)
             held.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -108,9 +108,9 @@ def _mode(target: Path, probe: Path) -> int:
     return probe.stat().st_mode & 0o777
 
 
-def remove_leftovers(target: Path, ending: str) -> None:
-    """The folders that processes which are no more have left beside a file."""
-    for folder in target.parent.glob(f"{glob.escape(beginning(target))}*{ending}"):
+def remove_leftovers(parent: Path, start: str, ending: str) -> None:
+    """The folders in a folder that processes which are no more have left, by how their names begin and end."""
+    for folder in parent.glob(f"{glob.escape(start)}*{ending}"):
         with suppress(OSError), lock(folder) as is_left:  # or somebody writes there, or has removed it in between
             if is_left:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,29 @@ def from_pretrained(
     return source.model
 
 
-def quantize_file(source: Source, output: Path, config: Config, device: torch.device) -> None:
+def quantize_file(
+    path: Path,
+    output: Path,
+    config: Config,
+    device: torch.device,
+    *,
+    model: str | None = None,
+    component: str | None = None,
+) -> str:
     """Quantize a model by its weights alone, and write it to a file. What was done before an interruption is taken up
     by the next call with the same arguments, which ends with the same file.
 
     Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
+
+    path, model, component  as in `opened_source`. Returns what a program would call the model.
     """
-    with journal_beside(output, source.model, _facts(source, config, device)) as journal:
-        fill(source.model, source.tensors, source.path, config, at=device, journal=journal)
+    with ExitStack() as kept:
+        with opened_source(path, model=model, component=component) as source:
+            journal = kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
+            fill(source.model, source.tensors, source.path, config, at=device, journal=journal)
         checkpoint.save(source.model, output, config=config, progress=config.progress)
     tell_again(source.model, config.progress)
+    return source.place
 
 
 def _facts(source: Source, config: Config, device: torch.device) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_a_single_file_is_what_diffusers_loads(model: str, sd3: Path, tmp_path: 
         found = svdq.from_pretrained(sd3 / "sd3.safetensors", model=sd3, **OPTIONS)
         assert equal(found, expected)
     else:  # whose defaults are another size
-        with pytest.raises(FileRefused, match="SD3Transformer2DModel of its config.json has no tensor"):
+        with pytest.raises(FileRefused, match="a SD3Transformer2DModel of its config"):
             svdq.from_pretrained(sd3 / "sd3.safetensors", model="SD3Transformer2DModel", **OPTIONS)
 
 
