@@ -209,15 +209,28 @@ def _raw(path: str | os.PathLike) -> bytes:
 
 def files_of(path: str | os.PathLike) -> list[Path]:
     """A file itself, or those that `save_pretrained` has put into a folder. Raises FileNotFoundError, FileRefused."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return [folder]
+    if not Path(path).is_dir():
+        return [Path(path)]
+    files = _quantized_in(Path(path))
+    if not files:
+        raise FileRefused(path, "no file in this folder is quantized: give the file that svdq_compile.save wrote")
+    return files
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a file is of `svdq_compile.save`, or a folder of `save_pretrained` in 4 bits. Raises FileNotFoundError,
+    FileRefused for a damaged index.
+    """
+    return bool(_quantized_in(path)) if path.is_dir() else is_ours(path)
+
+
+def _quantized_in(folder: Path) -> list[Path]:
     for name in (FILE_NAME, DIFFUSERS_NAME):
         index = folder / f"{name}{INDEX}"
         files = shards_of(index) if index.is_file() else [folder / name]
         if is_ours(files[0]):
             return files
-    raise FileRefused(path, "no file in this folder is quantized: give the file that svdq_compile.save wrote")
+    return []
 
 
 def is_ours(file: Path) -> bool:

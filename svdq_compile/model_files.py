@@ -8,7 +8,7 @@ float32.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
-from .header import is_ours
+from .header import is_quantized
 from .nunchaku_file import is_nunchaku
 from .reading import json_object
 from .stored import Tensors, converted, stored, weight_files
@@ -57,6 +57,20 @@ class Pipeline:
     place: str
 
 
+def model_folder(path: Path, component: str | None = None) -> tuple[Path, str]:
+    """Where a model is, and what a program would call it: in a pipeline folder its folder, else the path itself. Raises
+    FileNotFoundError, FileRefused, OptionError.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder (nothing is downloaded)")
+    if (path / "model_index.json").is_file():
+        component = _component(path, _read_json(path / "model_index.json"), component)
+        return path / component, f"pipe.{component}"
+    if component is not None:
+        raise OptionError(f"--component needs a pipeline folder, and {path} has no model_index.json")
+    return path, "model"
+
+
 @contextmanager
 def opened_source(
     path: Path, *, model: str | None = None, component: str | None = None, dtype: torch.dtype | None = None
@@ -70,14 +84,7 @@ def opened_source(
 
     Raises FileNotFoundError, FileRefused, OptionError, SvdqError where a package is missing.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder (nothing is downloaded)")
-    place, folder = "model", path
-    if (path / "model_index.json").is_file():
-        component = _component(path, _read_json(path / "model_index.json"), component)
-        place, folder = f"pipe.{component}", path / component
-    elif component is not None:
-        raise OptionError(f"--component needs a pipeline folder, and {path} has no model_index.json")
+    folder, place = model_folder(path, component)
     if folder.is_dir() and model is not None:
         raise OptionError(f"model={model!r} goes with a single file, and {path} has its own config.json")
     _refuse_quantized(folder)
@@ -229,10 +236,8 @@ def _refuse_quantized(path: Path) -> None:
     """Raises FileRefused for a file or folder in 4 bits, or in another form of few bits that diffusers knows."""
     if is_nunchaku(path):
         raise FileRefused(path, f"this is quantized already, by Nunchaku: svdq convert {path} OUTPUT takes it")
-    with suppress(FileNotFoundError):
-        first = weight_files(path)[0] if path.is_dir() else path
-        if first.suffix == ".safetensors" and is_ours(first):
-            raise FileRefused(path, f"this is quantized already; see svdq inspect {path}")
+    if is_quantized(path):
+        raise FileRefused(path, f"this is quantized already; see svdq inspect {path}")
     if (path / "config.json").is_file():
         told = _read_json(path / "config.json").get("quantization_config")
         if told is not None:

@@ -12,11 +12,12 @@ from torch import nn
 
 from . import checkpoint
 from .config import Config
+from .errors import OptionError
 from .filling import fill
 from .given import device_in
-from .header import VERSION
+from .header import VERSION, is_quantized
 from .journal import journal_beside
-from .model_files import Source, opened_source
+from .model_files import Source, empty_model, in_dtype, model_folder, opened_source
 from .summary import tell_again, tell_to_compile
 
 
@@ -33,8 +34,8 @@ def from_pretrained(
 ) -> nn.Module:
     """A model of diffusers in 4 bits, from local files: one group of its linears at a time is there in 16 bits.
 
-    path             a model folder, whole or in shards; a pipeline folder; a single file (safetensors, GGUF) with a
-                     model's weights, as diffusers or as the model's authors name them
+    path             a model folder, whole or in shards, which may be in 4 bits already; a pipeline folder; a single
+                     file (safetensors, GGUF) with a model's weights, as diffusers or as the model's authors name them
     config, options  as in `quantize`. The weights alone are looked at: no calibration
     model            of a single file: the folder with the model's config.json, or its class
     component        of a pipeline folder: which model; by default the transformer, else the unet
@@ -47,20 +48,26 @@ def from_pretrained(
     """
     chosen = Config.of(config, options)
     target = torch.device("cpu") if device is None else device_in(device)
+    folder, _ = model_folder(Path(path), component)
+    if is_quantized(folder):
+        return _loaded(folder, target, config is not None or bool(options), dtype)
     name = None if model is None else os.fspath(model)
-    with opened_source(Path(path), model=name, component=component, dtype=dtype) as source:
-        fill(
-            source.model,
-            source.tensors,
-            source.path,
-            chosen,
-            example_inputs=example_inputs,
-            at=target,
-            place=target,
-        )
+    with opened_source(folder, model=name, dtype=dtype) as source:
+        fill(source.model, source.tensors, folder, chosen, example_inputs=example_inputs, at=target, place=target)
     tell_again(source.model, chosen.progress)
     tell_to_compile(source.model, chosen.progress)
     return source.model
+
+
+def _loaded(folder: Path, target: torch.device, has_options: bool, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder that is in 4 bits already."""
+    if has_options:
+        raise OptionError(f"{folder} is in 4 bits already, in whatever way it was quantized: leave the options out")
+    model = empty_model(str(folder))
+    checkpoint.load(model, folder, target)
+    if dtype is not None:
+        in_dtype(model, dtype)
+    return model
 
 
 def quantize_file(

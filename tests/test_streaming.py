@@ -24,7 +24,7 @@ import svdq_compile as svdq
 from conftest import logged
 from svdq_compile import journal
 from svdq_compile.cli import app
-from svdq_compile.errors import FileRefused, NonFiniteWeight, SvdqError
+from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError, SvdqError
 from svdq_compile.model_files import opened_source
 from svdq_compile.reading import TensorFile
 from svdq_compile.streaming import _facts, quantize_file
@@ -328,6 +328,19 @@ def test_shards_that_lack_a_tensor(folder: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / SHARD)
     with pytest.raises(FileRefused, match=f"tensor {name} is missing, which a FluxTransformer2DModel"):
         svdq.from_pretrained(tmp_path, CONFIG)
+
+
+def test_a_folder_that_is_in_4_bits(folder: Path, tmp_path: Path) -> None:
+    model = svdq.from_pretrained(folder, CONFIG)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")  # type: ignore[operator]
+    loaded = svdq.from_pretrained(tmp_path)
+    assert type(loaded) is FluxTransformer2DModel
+    for file, each in (("a", model), ("b", loaded)):
+        svdq.save(each, tmp_path / file, progress=False)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert svdq.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
+    with pytest.raises(OptionError, match="is in 4 bits already"):
+        svdq.from_pretrained(tmp_path, rank=16)
 
 
 def test_arguments_of_from_pretrained(folder: Path, tmp_path: Path) -> None:
