@@ -6,6 +6,8 @@
 The other names below are for quantizing ahead of time, for files, and for looking at what was done.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .checkpoint import save
 from .compile_model import compile
 from .config import Config
@@ -15,16 +17,37 @@ from .loading import load
 from .nunchaku_export import export_nunchaku
 from .parameter import packed
 from .quantize_model import quantize, restore
+from .registering import serve_diffusers
 from .report import report
 from .reproduce import reproduce
+from .streaming import from_pretrained
+
+if TYPE_CHECKING:
+    from .diffusers_quantizer import SVDQuantConfig
+
+serve_diffusers()
+
+
+def __getattr__(name: str) -> Any:
+    """`SVDQuantConfig`, which needs diffusers, is there once it is asked for."""
+    if name != "SVDQuantConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .diffusers_quantizer import SVDQuantConfig
+    except ModuleNotFoundError as missing:
+        raise SvdqError(f"SVDQuantConfig needs {missing.name}: pip install diffusers accelerate") from None
+    return SVDQuantConfig
+
 
 __all__ = [
     "Config",
     "Diagnosis",
+    "SVDQuantConfig",
     "SvdqError",
     "compile",
     "doctor",
     "export_nunchaku",
+    "from_pretrained",
     "load",
     "packed",
     "quantize",

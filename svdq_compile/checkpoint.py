@@ -10,10 +10,12 @@
 Nothing is pickled. A file is checked whole before the model is touched.
 """
 
+import glob
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,19 @@ from . import decisions
 from .config import Config
 from .errors import FileRefused, NothingToQuantize, OptionError
 from .given import model_in
-from .header import FORMAT, UNSEALED, VERSION, Header, LayerEntry, check_layout, file_of, read_header, seal
+from .header import (
+    FILE_NAME,
+    FORMAT,
+    INDEX,
+    UNSEALED,
+    VERSION,
+    Header,
+    LayerEntry,
+    check_layout,
+    files_of,
+    read_header,
+    seal,
+)
 from .kernels.formats import FORMATS
 from .layers import layers
 from .lowering.launch import in_device_order
@@ -34,9 +48,9 @@ from .lowering.packed import PackedLinear, SharedInput
 from .parameter import QuantizedWeight
 from .passes.peft_names import is_adapter, without_adapters
 from .placing import assign, device_of, own_buffers, owner_of, put_plain, put_quantized
-from .pretrained import FILE_NAME, serve_save_pretrained
+from .pretrained import serve_save_pretrained
 from .progress import steps
-from .reading import TensorFile, opened, unchanged
+from .reading import opened, unchanged
 from .replacing import replacing
 from .summary import tell_to_compile, title
 
@@ -63,20 +77,59 @@ def save(
         raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: there is no such folder to write {Path(path).name} to")
-    tensors, metadata = _contents(model, None if config is None else Config.of(config))
-    metadata["digest"] = UNSEALED
+    tensors, metadata = contents(model, None if config is None else Config.of(config))
     with replacing(Path(path)) as temporary:
-        host = {n: t.detach().cpu().contiguous() for n, t in steps(tensors.items(), f"saving {title(model)}", progress)}
-        # Two names must not be one memory: safetensors refuses that, and a later load would untie them.
-        host = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in host.items()}
-        metadata["checksums"] = json.dumps({n: _checksum(t) for n, t in host.items()})
-        save_file(host, temporary, metadata)
-        seal(temporary)
+        write({temporary: on_host(steps(tensors.items(), f"saving {title(model)}", progress))}, metadata)
+
+
+def save_in_shards(model: nn.Module, path: Path, size: int | str) -> None:
+    """Write a quantized model to one file, or to several and an index beside it where it takes more than `size` bytes
+    ("10GB"). The index comes last; files that an earlier save left there and that are no part of this one are removed.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    tensors, metadata = contents(model)
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=size
+    )
+    index = path.with_name(f"{path.name}{INDEX}")
+    with ExitStack() as written:  # what is entered first takes its place last
+        if plan.is_sharded:
+            places = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            written.enter_context(replacing(index)).write_text(json.dumps(places, indent=2, sort_keys=True) + "\n")
+        shards = {
+            written.enter_context(replacing(path.with_name(name))): on_host((n, tensors[n]) for n in names)
+            for name, names in plan.filename_to_tensors.items()
+        }
+        write(shards, metadata)
+    new = {path.with_name(name) for name in plan.filename_to_tensors} | ({index} if plan.is_sharded else set())
+    for old in {index, *path.parent.glob(f"{glob.escape(path.stem)}*{path.suffix}")} - new:
+        old.unlink(missing_ok=True)
+
+
+def on_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """In CPU memory, no two in the same: safetensors refuses that, and a later load would untie them."""
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+    end = 0
+    for name in sorted(host, key=lambda name: host[name].data_ptr()):
+        start = host[name].data_ptr()
+        if start < end:
+            host[name] = host[name].clone()
+        end = max(end, start + host[name].nbytes)
+    return host
+
+
+def write(files: Mapping[Path, dict[str, Tensor]], metadata: dict[str, str]) -> None:
+    """Files that say the same and hold these tensors."""
+    checksums = {name: _checksum(tensor) for tensors in files.values() for name, tensor in tensors.items()}
+    for file, tensors in files.items():
+        save_file(tensors, file, metadata | {"digest": UNSEALED, "checksums": json.dumps(checksums)})
+        seal(file)
 
 
 def serve_libraries() -> None:
-    """Let `save_pretrained` of diffusers and transformers write quantized models as `save` does."""
-    serve_save_pretrained(lambda model, path: save(model, path, progress=False))
+    """Let `save_pretrained` of diffusers and transformers write quantized models."""
+    serve_save_pretrained(save_in_shards)
 
 
 def check_order(model: object, path: object, function: str) -> None:
@@ -88,7 +141,14 @@ def check_order(model: object, path: object, function: str) -> None:
         raise OptionError(f"path={path!r:.60} is no path: {call}")
 
 
-def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+def contents(
+    model: nn.Module, config: Config | None = None, among: Container[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file of a model holds: tensors, and what is said of them.
+
+    among  names of Parameters: a part of the model, for a file with these alone. Raises NothingToQuantize for a whole
+           model that holds no quantized weight
+    """
     names: dict[int, str] = {}
     tied: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -100,6 +160,8 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
             tied[name] = names[id(parameter)]
             continue
         names[id(parameter)] = name
+        if among is not None and name not in among:
+            continue
         if not isinstance(parameter, QuantizedWeight):
             tensors[name] = parameter
             continue
@@ -110,13 +172,15 @@ def _contents(model: nn.Module, config: Config | None) -> tuple[dict[str, Tensor
         tensors |= {f"{name}.{field}": tensor for field, tensor in packed.plain_tensors().items()}
         entries.append(_entry(name, parameter, owner[id(packed.shared)]))
         calibrated[name] = parameter._svdq_calibrated
-    if not entries:
+    if among is None and not entries:
         raise NothingToQuantize(
             f"no weight of this {type(model).__name__} is quantized: "
             "run the compiled model, or svdq_compile.quantize it"
         )
-    tensors |= dict(without_adapters(model.named_buffers()))
-    kept = (layer for layer in layers(model) if not is_adapter(layer.name))
+    if among is None:
+        tensors |= dict(without_adapters(model.named_buffers()))
+    kept = [layer for layer in layers(model) if not is_adapter(layer.name)]
+    kept = [layer for layer in kept if among is None or names.get(id(layer.weight)) in among]
     others = {layer.name: decisions.reason_of(layer.weight) or layer.reason or "" for layer in kept}
     metadata = {
         "format": FORMAT,
@@ -166,19 +230,24 @@ def load(
     No 16-bit form of a quantized weight is made anywhere. Raises FileNotFoundError, and FileRefused, naming the tensor:
     before the model is changed.
     """
-    path = file_of(path)
     serve_libraries()
     target = device_of(model) if device is None else device
-    with unchanged(path, [path]):
+    with unchanged(path, files_of(path)):
         header = read_header(path)
         _check_fit(model, header, path)
-        with opened(path) as file:
-            names = steps(header.checksums, f"loading {path}", progress)
-            tensors = {name: _intact(file, name, header.checksums[name]).to(target) for name in names}
+        tensors = {name: tensor.to(target) for name, tensor in intact(header, f"loading {path}", progress)}
         _check_tensors(model, header, tensors, path)
-    packs = _packs(header, tensors)
-    # Everything has been read: nothing can be refused any more.
-    for entry, packed in packs:
+    put(model, header, tensors)
+    for name, buffer in list(without_adapters(model.named_buffers())):
+        put_plain(model, name, buffer.to(target))
+    decisions.place(model)
+    model.eval()  # a model that was made on the meta device is in training mode
+    tell_to_compile(model, progress)
+
+
+def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
+    """Let a model hold what a file does. Everything has been checked: nothing is refused any more."""
+    for entry, packed in packs(header, tensors):
         put_quantized(
             model,
             entry.weight,
@@ -189,31 +258,30 @@ def load(
         )
     for name, tensor in tensors.items():
         put_plain(model, name, tensor)
-    for name, buffer in list(without_adapters(model.named_buffers())):
-        put_plain(model, name, buffer.to(target))
     for alias, name in header.tied.items():
         module, _, leaf = name.rpartition(".")
         assign(model, alias, owner_of(model, module).get_parameter(leaf))
     for layer in layers(model):
         if layer.name in header.others:
             decisions.leave_alone(layer.weight, header.others[layer.name])
-    decisions.place(model)
-    model.eval()  # a model that was made on the meta device is in training mode
-    tell_to_compile(model, progress)
 
 
-def _intact(file: TensorFile, name: str, checksum: int) -> Tensor:
-    """A tensor as it was saved. Raises FileRefused."""
-    tensor = file.get(name)
-    if _checksum(tensor) != checksum:
-        raise FileRefused(file.path, f"tensor {name} is damaged: its checksum differs")
-    return tensor
+def intact(header: Header, doing: str, progress: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they were saved. Raises FileRefused."""
+    with ExitStack() as held:
+        files = {path: held.enter_context(opened(path)) for path in set(header.files.values())}
+        for name in steps(header.checksums, doing, progress):
+            file = files[header.files[name]]
+            tensor = file.get(name)
+            if _checksum(tensor) != header.checksums[name]:
+                raise FileRefused(file.path, f"tensor {name} is damaged: its checksum differs")
+            yield name, tensor
 
 
-def _packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, PackedLinear]]:
-    """The quantized weights; their tensors are taken out."""
+def packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, PackedLinear]]:
+    """The quantized weights; their tensors are taken out, and what is left is plain."""
     shared: dict[str, SharedInput] = {}
-    packs = []
+    found = []
     for entry in header.layers:
         if entry.shared not in shared:
             smooth, down = (tensors.pop(name) for name in entry.shared_names())
@@ -223,8 +291,8 @@ def _packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry,
         packed = PackedLinear(
             shared[entry.shared], weight, own["up"], entry.rank_start, own.get("offset"), expanded=entry.expanded
         )
-        packs.append((entry, packed))
-    return packs
+        found.append((entry, packed))
+    return found
 
 
 def _check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

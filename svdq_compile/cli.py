@@ -22,9 +22,10 @@ from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .header import Header, LayerEntry, read_header
 from .kernels.formats import FORMATS
-from .model_files import Source, empty_model, model_of_config, open_source
+from .model_files import Pipeline, empty_model, model_of_config, open_pipeline
 from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened
 from .nunchaku_keys import W4A4
+from .streaming import quantize_file
 from .tables import names
 
 DEFAULT = Config()
@@ -89,7 +90,7 @@ def _root(
 def quantize(
     source: Annotated[
         Path,
-        typer.Argument(help="A diffusers pipeline folder, a diffusers model folder, or a .safetensors state dict."),
+        typer.Argument(help="A diffusers pipeline folder, a diffusers model folder, or a single file with weights."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .safetensors file to write.")],
     precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
@@ -115,12 +116,20 @@ def quantize(
     component: Annotated[
         str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Of a single file: its model's folder (config.json is enough) or class."),
+    ] = None,
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="With --prompt: run the Python files that a pipeline folder brings.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
 ) -> None:
-    """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16."""
+    """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16.
+
+    Without --prompt a layer at a time is read and quantized, so the model may be larger than the memory; cut off, the
+    same command goes on where it was.
+    """
     _check_output(source, output, force)
     config = Config(
         precision=precision,
@@ -131,11 +140,15 @@ def quantize(
         smooth=not no_smooth,
     )
     at = _device(device)
-    with _console(stderr=True).status(f"loading {source}"):
-        opened = open_source(source, component=component, device=at if prompt else None, trust_code=trust_code)
-    svdq.quantize(opened.model, config, calibrate=_calibration(opened, prompt or [], steps), device=at)
-    svdq.save(opened.model, output, config=config)
-    console, place = _console(), opened.place
+    if prompt:
+        with _console(stderr=True).status(f"loading {source}"):
+            pipeline = open_pipeline(source, at, component=component, trust_code=trust_code)
+        svdq.quantize(pipeline.model, config, calibrate=_calibration(pipeline, prompt, steps), device=at)
+        svdq.save(pipeline.model, output, config=config)
+        place = pipeline.place
+    else:
+        place = quantize_file(source, output, config, torch.device(at), model=model, component=component)
+    console = _console()
     console.print(_totals(read_header(output)))
     console.print(f'Next: svdq_compile.load({place}, "{output}"); {place}.compile(backend="svdquant")', soft_wrap=True)
 
@@ -163,15 +176,12 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _calibration(source: Source, prompts: list[str], steps: int) -> Callable[[Any], None] | None:
+def _calibration(pipeline: Pipeline, prompts: list[str], steps: int) -> Callable[[Any], None]:
     """Draws the prompts one by one: a batch of all could need more memory than the model ever will."""
-    draw = source.draw
-    if draw is None:
-        return None
 
     def calibrate(model: Any) -> None:
         for prompt in prompts:
-            draw(prompt=prompt, num_inference_steps=steps)
+            pipeline.draw(prompt=prompt, num_inference_steps=steps)
 
     return calibrate
 

@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -37,22 +37,40 @@ FAILED = "quantizing it failed: {}"
 IN_16_BIT = "what is left of it stays 16-bit"
 
 
-def convert(tasks: Iterable[Task], config: Config, device: torch.device | None = None) -> None:
+def convert(
+    tasks: Iterable[Task],
+    config: Config,
+    device: torch.device | None = None,
+    fetch: Callable[[Task], None] = lambda task: None,
+    keep: Callable[[Task], None] = lambda task: None,
+) -> None:
     """Quantize every weight that is still undecided, or decide that it stays 16-bit.
 
     device  where the work is done and the packed tensors stay; by default each weight's own
+    fetch   called before a task is worked on: its weights may have no memory until then
+    keep    called when a task is done
 
     Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
     takes up what this one has left.
     """
     serve_libraries()
     # On one line: an interruption before the next would leave it locked.
-    with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device)  # noqa: E701  # fmt: skip
+    with while_nothing_is_traced(), decisions.LOCK: _convert(list(tasks), config, device, fetch, keep)  # noqa: E701  # fmt: skip
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> None:
+def _convert(
+    tasks: list[Task],
+    config: Config,
+    device: torch.device | None,
+    fetch: Callable[[Task], None],
+    keep: Callable[[Task], None],
+) -> None:
+    def quantize(task: Task) -> Outcomes:
+        fetch(task)
+        return _quantize(task, config, device)
+
     missing: Exception | None = None
     weights = [weight for task in tasks for weight, _ in task.undecided]
     model = decisions.model_of(weights)
@@ -61,11 +79,12 @@ def _convert(tasks: list[Task], config: Config, device: torch.device | None) -> 
         _check_offloading(groups)
     await_copies(groups)
     with quantizing(weights, config.calibration_steps == 0, config.progress):
-        for task, outcomes in share_out(tasks, lambda task: _quantize(task, config, device), config, device):
+        for task, outcomes in share_out(tasks, quantize, config, device):
             try:
                 if isinstance(outcomes, Exception):
                     raise outcomes
                 _take(task, outcomes, config)
+                keep(task)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

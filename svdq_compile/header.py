@@ -5,13 +5,16 @@
 
 Together they cover every byte that means something. Files of version 1 have no digest: the shapes and dtypes of their
 layers are held against what the format makes of such a weight.
+
+A large model may lie in several files (shards): each says all of the model and holds some of the tensors.
 """
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
@@ -22,10 +25,12 @@ from torch import Tensor
 from .errors import FileRefused
 from .kernels.formats import FORMATS
 from .lowering.packed import as_matrix
-from .pretrained import FILE_NAME
-from .reading import opened
+from .reading import opened, shards_of
 
 FORMAT = "svdq-compile"
+# In a folder of save_pretrained: of transformers' models, and of diffusers', whose from_pretrained looks for this.
+FILE_NAME, DIFFUSERS_NAME = "model.svdq.safetensors", "diffusion_pytorch_model.safetensors"
+INDEX = ".index.json"  # behind the name, where there are shards
 VERSION = 2
 UNSEALED = "0" * 64  # where the digest will stand, and what it is counted as
 _LENGTH = 8  # bytes
@@ -73,7 +78,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, read without loading a tensor."""
+    """What a file, or a model's shards, say of themselves, read without loading a tensor. files: tensor -> its file"""
 
     version: int
     model_class: str
@@ -84,6 +89,7 @@ class Header:
     calibrated: dict[str, bool | None]
     checksums: dict[str, int]
     nbytes: int
+    files: dict[str, Path]
 
     @property
     def calibration(self) -> str:
@@ -100,8 +106,23 @@ class Header:
 
 
 def read_header(path: str | os.PathLike) -> Header:
-    """What is in a file, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or damaged one."""
-    path = file_of(path)
+    """What is in a file or a folder, from its metadata. Raises FileNotFoundError, or FileRefused for a foreign or
+    damaged one.
+    """
+    shards = [_read_shard(file) for file in files_of(path)]
+    whole = shards[0]
+    for shard in shards[1:]:
+        if replace(shard, files=whole.files, nbytes=whole.nbytes) != whole:
+            raise FileRefused(path, "its shards are not of one model: save it again")
+    found = {name: file for shard in shards for name, file in shard.files.items()}
+    for name in whole.checksums.keys() ^ found:
+        raise FileRefused(path, f"tensor {name} is {'missing' if name not in found else 'not in its metadata'}")
+    if sum(len(shard.files) for shard in shards) > len(found):
+        raise FileRefused(path, "its shards hold some tensors twice")
+    return replace(whole, files=found, nbytes=sum(shard.nbytes for shard in shards))
+
+
+def _read_shard(path: Path) -> Header:
     with opened(path) as file:
         metadata, tensors = file.metadata, file.dtypes.keys()
     if metadata.get("format") != FORMAT:
@@ -117,7 +138,7 @@ def read_header(path: str | os.PathLike) -> Header:
         raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
     if "digest" in metadata or int(version) > 1:
         _check_digest(path, metadata.get("digest", ""))
-    header = Header(
+    return Header(
         version=int(version),
         model_class=_part(path, metadata, "model_class"),
         config=_parsed(path, metadata, "config"),
@@ -126,11 +147,9 @@ def read_header(path: str | os.PathLike) -> Header:
         tied=_parsed(path, metadata, "tied"),
         calibrated=_parsed(path, {"calibrated": "{}", **metadata}, "calibrated"),
         checksums=_parsed(path, metadata, "checksums"),
-        nbytes=Path(path).stat().st_size,
+        nbytes=path.stat().st_size,
+        files=dict.fromkeys(tensors, path),
     )
-    for name in header.checksums.keys() ^ tensors:
-        raise FileRefused(path, f"tensor {name} is {'missing' if name not in tensors else 'not in its metadata'}")
-    return header
 
 
 def _part(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> str:
@@ -159,12 +178,18 @@ def _schemas() -> dict[str, Any]:
 
 
 def seal(path: Path) -> None:
-    """Write the digest into a file that has room for it: `UNSEALED` stands in its place."""
+    """Bring the metadata, which safetensors writes in any order, into one order, so that equal models are equal files;
+    and write the digest into the room there is for it: `UNSEALED` stands in its place.
+    """
     raw = _raw(path)
-    assert raw.count(UNSEALED.encode()) == 1, "the place of the digest is not the only one of its kind"
+    header = json.loads(raw)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(raw))
+    assert len(ordered) == len(raw), "safetensors writes JSON as Python does, but for spaces"
+    assert ordered.count(UNSEALED.encode()) == 1, "the place of the digest is not the only one of its kind"
     with open(path, "r+b") as file:
-        file.seek(_LENGTH + raw.index(UNSEALED.encode()))
-        file.write(hashlib.sha256(raw).hexdigest().encode())
+        file.seek(_LENGTH)
+        file.write(ordered.replace(UNSEALED.encode(), hashlib.sha256(ordered).hexdigest().encode()))
 
 
 def _check_digest(path: str | os.PathLike, digest: str) -> None:
@@ -182,12 +207,39 @@ def _raw(path: str | os.PathLike) -> bytes:
         return file.read(min(length, os.fstat(file.fileno()).st_size))
 
 
-def file_of(path: str | os.PathLike) -> str | os.PathLike:
-    """A file itself, or the one that `save_pretrained` has put into a folder. Raises FileRefused."""
-    inside = Path(path) / FILE_NAME
-    if Path(path).is_dir() and not inside.is_file():
-        raise FileRefused(path, f"this is a folder without {FILE_NAME}: give the file that svdq_compile.save wrote")
-    return inside if inside.is_file() else path
+def files_of(path: str | os.PathLike) -> list[Path]:
+    """A file itself, or those that `save_pretrained` has put into a folder. Raises FileNotFoundError, FileRefused."""
+    if not Path(path).is_dir():
+        return [Path(path)]
+    files = _quantized_in(Path(path))
+    if not files:
+        raise FileRefused(path, "no file in this folder is quantized: give the file that svdq_compile.save wrote")
+    return files
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a file is of `svdq_compile.save`, or a folder of `save_pretrained` in 4 bits. Raises FileNotFoundError,
+    FileRefused for a damaged index.
+    """
+    return bool(_quantized_in(path)) if path.is_dir() else is_ours(path)
+
+
+def _quantized_in(folder: Path) -> list[Path]:
+    for name in (FILE_NAME, DIFFUSERS_NAME):
+        index = folder / f"{name}{INDEX}"
+        files = shards_of(index) if index.is_file() else [folder / name]
+        if is_ours(files[0]):
+            return files
+    return []
+
+
+def is_ours(file: Path) -> bool:
+    """Whether `svdq_compile.save` wrote a file."""
+    try:
+        with opened(file) as found:
+            return found.metadata.get("format") == FORMAT
+    except (FileNotFoundError, FileRefused):
+        return False
 
 
 def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.PathLike) -> None:

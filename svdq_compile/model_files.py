@@ -1,63 +1,108 @@
-"""What the command line can quantize: a diffusers pipeline folder, a diffusers model folder, a plain state dict.
+"""What can be quantized: a diffusers pipeline folder, a diffusers model folder, a single file with a model's weights, a
+plain state dict.
 
 Everything is read from local files; nothing is downloaded, and no code in a folder is run unless it is trusted.
-A model comes in the 16-bit dtype it is stored in, and in bfloat16 if that is float32: once quantized, it cannot be cast
-any more, and nobody runs 4-bit weights in float32.
+A model comes in the 16-bit dtype it is stored in, and in bfloat16 if that is another: nobody runs 4-bit weights in
+float32.
 """
 
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
-from .header import FORMAT
+from .header import is_quantized
 from .nunchaku_file import is_nunchaku
-from .reading import json_object, opened
+from .reading import json_object
+from .stored import Tensors, converted, stored, weight_files
 
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")  # without a variant, as diffusers reads
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+_HALVES = (torch.bfloat16, torch.float16)
+_STORED = (torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)  # what nobody runs 4-bit weights in
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was loaded.
+    """A model whose weights are still in their files.
 
-    draw    runs its whole pipeline: draw(prompt=..., num_inference_steps=...); None if it was loaded alone
-    place   what a program would call the model, as in "pipe.transformer"
+    path     where it is from; files: those that are read
+    model    on the meta device, in the dtypes that its tensors are to have
+    tensors  its state dict
+    place    what a program would call the model, as in "pipe.transformer"
     """
 
+    path: Path
+    files: list[Path]
     model: nn.Module
-    draw: Callable[..., Any] | None
+    tensors: Tensors
     place: str
 
 
-def open_source(
-    path: Path, *, component: str | None = None, device: str | None = None, trust_code: bool = False
-) -> Source:
-    """Load a model, on the CPU unless a device is given.
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline that was loaded.
 
-    component   of a pipeline folder: which model; by default the transformer, else the unet
-    device      load the whole pipeline around the model, too, and move it there
-    trust_code  let Python files in a pipeline folder run, if the pipeline needs them
+    model  the one to quantize; draw: runs all of it, as in draw(prompt=..., num_inference_steps=...)
+    place  what a program would call the model, as in "pipe.transformer"
+    """
+
+    model: nn.Module
+    draw: Callable[..., Any]
+    place: str
+
+
+def model_folder(path: Path, component: str | None = None) -> tuple[Path, str]:
+    """Where a model is, and what a program would call it: in a pipeline folder its folder, else the path itself. Raises
+    FileNotFoundError, FileRefused, OptionError.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder (nothing is downloaded)")
     if (path / "model_index.json").is_file():
-        return _open_pipeline(path, component, device, trust_code)
-    for option, given in (("--component", component), ("--prompt", device)):
-        if given is not None:
-            raise OptionError(f"{option} needs a pipeline folder, and {path} has no model_index.json")
-    return Source(_load_model(path) if path.is_dir() else _load_state_dict(path), None, "model")
+        component = _component(path, _read_json(path / "model_index.json"), component)
+        return path / component, f"pipe.{component}"
+    if component is not None:
+        raise OptionError(f"--component needs a pipeline folder, and {path} has no model_index.json")
+    return path, "model"
+
+
+@contextmanager
+def opened_source(
+    path: Path, *, model: str | None = None, component: str | None = None, dtype: torch.dtype | None = None
+) -> Iterator[Source]:
+    """A model and its weights, none of them read; while this lasts the files are open, and nobody may write to them.
+
+    model      of a single file: whose weights they are, as `empty_model` takes it. Without, it is a state dict of which
+               nothing is known but its names
+    component  of a pipeline folder: which model; by default the transformer, else the unet
+    dtype      of the model, by default the 16-bit one that most of its numbers are stored in, else bfloat16
+
+    Raises FileNotFoundError, FileRefused, OptionError, SvdqError where a package is missing.
+    """
+    folder, place = model_folder(path, component)
+    if folder.is_dir() and model is not None:
+        raise OptionError(f"model={model!r} goes with a single file, and {path} has its own config.json")
+    _refuse_quantized(folder)
+    if folder.is_dir():
+        kind, config, described = _described(str(folder))
+    elif model is not None:
+        kind, config, described = _described(model)
+    files = weight_files(folder) if folder.is_dir() else [folder]
+    with stored(folder, files) as tensors:
+        if not folder.is_dir() and model is None:
+            yield Source(folder, files, _state_dict(path, tensors, dtype), tensors, place)
+            return
+        found = _on_meta(str(described), kind, config, dtype or _most_common(tensors))
+        if folder.is_dir():
+            found._fix_state_dict_keys_on_load(tensors)  # old names
+        elif not tensors.keys() >= found.state_dict().keys():
+            tensors = converted(path, kind, dict(found.config), tensors)
+        yield Source(folder, files, found, tensors, place)
 
 
 def empty_model(source: str, *, config: Path | None = None, component: str | None = None) -> nn.Module:
@@ -67,13 +112,19 @@ def empty_model(source: str, *, config: Path | None = None, component: str | Non
     config     of a class: a JSON file with what its constructor takes; by default the class's own values
     component  of a pipeline folder: which model; by default the transformer, else the unet
     """
+    kind, content, folder = _described(source, config=config, component=component)
+    return _on_meta(str(folder), kind, content, _dtype(folder))
+
+
+def _described(
+    source: str, *, config: Path | None = None, component: str | None = None
+) -> tuple[Any, dict[str, Any], Path]:
+    """The class of a model, its configuration, and the folder that has it, for `empty_model`."""
     path = Path(source)
     if not path.exists():
         if not source.isidentifier():
             raise FileNotFoundError(f"{path}: there is no such folder (nothing is downloaded)")
-        return _on_meta(
-            source, _model_class(path, source), {} if config is None else _read_json(config), torch.bfloat16
-        )
+        return _model_class(path, source), {} if config is None else _read_json(config), path
     if config is not None:
         raise OptionError(f"--config goes with the name of a class, and {path} has its own")
     if (path / "model_index.json").is_file():
@@ -83,7 +134,7 @@ def empty_model(source: str, *, config: Path | None = None, component: str | Non
     if not (path / "config.json").is_file():
         raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
     content = _read_json(path / "config.json")
-    return _on_meta(str(path), _model_class(path, content.get("_class_name")), content, _dtype(path))
+    return _model_class(path, content.get("_class_name")), content, path
 
 
 def model_of_config(source: Path, name: str, config: Mapping[str, Any]) -> nn.Module:
@@ -91,17 +142,25 @@ def model_of_config(source: Path, name: str, config: Mapping[str, Any]) -> nn.Mo
     return _on_meta(str(source), _model_class(source, name or None), dict(config), torch.bfloat16)
 
 
-def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+    from diffusers.models.modeling_utils import no_init_weights
+
     try:
-        with torch.device("meta"):
+        with no_init_weights(), init_empty_weights():  # tables that a class computes are there
             model = kind.from_config(config).eval()
     except Exception as error:  # a damaged one gives rise to any
         raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
-    kept = set(kind._keep_in_fp32_modules or ())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
+    in_dtype(model, dtype)
     return model
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model have this dtype, but for what its class keeps in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
 
 
 def _component(path: Path, index: Mapping[str, Any], component: str | None) -> str:
@@ -113,16 +172,22 @@ def _component(path: Path, index: Mapping[str, Any], component: str | None) -> s
     return component
 
 
-def _open_pipeline(path: Path, component: str | None, device: str | None, trust_code: bool) -> Source:
+def open_pipeline(path: Path, device: str, *, component: str | None = None, trust_code: bool = False) -> Pipeline:
+    """Load a pipeline folder to a device.
+
+    component   which model; by default the transformer, else the unet
+    trust_code  let Python files in the folder run, if the pipeline needs them
+    """
+    if not (path / "model_index.json").is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file or folder (nothing is downloaded)")
+        raise OptionError(f"--prompt needs a pipeline folder, and {path} has no model_index.json")
     index = _read_json(path / "model_index.json")
     component = _component(path, index, component)
-    place = f"pipe.{component}"
-    if device is None:
-        return Source(_load_model(path / component), None, place)
     pipe = _load_pipeline(path, index, _dtype(path / component), trust_code).to(device)
     # One bar a prompt, gone when it is done; none where nobody watches.
     pipe.set_progress_bar_config(desc="calibrating", leave=False, disable=None)
-    return Source(getattr(pipe, component), pipe, place)
+    return Pipeline(getattr(pipe, component), pipe, f"pipe.{component}")
 
 
 def _load_pipeline(path: Path, index: Mapping[str, Any], dtype: torch.dtype, trust_code: bool) -> Any:
@@ -167,27 +232,17 @@ def _code_of_components(path: Path, index: Mapping[str, Any]) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _refuse_nunchaku(path: Path) -> None:
+def _refuse_quantized(path: Path) -> None:
+    """Raises FileRefused for a file or folder in 4 bits, or in another form of few bits that diffusers knows."""
     if is_nunchaku(path):
         raise FileRefused(path, f"this is quantized already, by Nunchaku: svdq convert {path} OUTPUT takes it")
-
-
-def _load_model(path: Path) -> nn.Module:
-    _refuse_nunchaku(path)
-    if not (path / "config.json").is_file():
-        raise FileRefused(path, "neither a pipeline (no model_index.json) nor a model (no config.json)")
-    kind = _model_class(path, _read_json(path / "config.json").get("_class_name"))
-    dtype = _dtype(path)
-    try:
-        with _default_dtype_kept():
-            model, found = kind.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except Exception as error:  # damaged configurations and indices give rise to any
-        raise FileRefused(path, f"diffusers makes no {kind.__name__} of it ({error})") from error
-    for name in found["missing_keys"]:  # diffusers would leave random values there
-        raise FileRefused(path, f"tensor {name} is missing, which a {kind.__name__} of its config.json has")
-    for name in found["unexpected_keys"]:
-        raise FileRefused(path, f"a {kind.__name__} of its config.json has no tensor {name}")
-    return model
+    if is_quantized(path):
+        raise FileRefused(path, f"this is quantized already; see svdq inspect {path}")
+    if (path / "config.json").is_file():
+        told = _read_json(path / "config.json").get("quantization_config")
+        if told is not None:
+            method = told.get("quant_method") if isinstance(told, dict) else told
+            raise FileRefused(path, f"its config.json says that it is quantized, by {method}: give the 16-bit model")
 
 
 def _model_class(path: Path, name: Any) -> Any:
@@ -215,30 +270,39 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _dtype(folder: Path) -> torch.dtype:
     """What to load the model of a folder in."""
-    return _DTYPES.get(_stored_in([f for f in folder.iterdir() if _WEIGHTS.fullmatch(f.name)]), torch.bfloat16)
-
-
-def _stored_in(files: Sequence[Path]) -> str:
-    """The dtype that holds most of the numbers, by its name in safetensors: "BF16"; "" without files."""
-    counts: Counter[str] = Counter()
-    for path in files:
-        with opened(path) as file:
-            for name, dtype in file.dtypes.items():
-                counts[dtype] += math.prod(file.shapes[name])
-    return max(counts, key=lambda dtype: counts[dtype], default="")
-
-
-def _load_state_dict(path: Path) -> nn.Module:
-    _refuse_nunchaku(path)
-    with opened(path) as file:
-        if file.metadata.get("format") == FORMAT:
-            raise FileRefused(path, f"this file is quantized already; see svdq inspect {path}")
-    mapped = load_file(path)  # a tensor's bytes are read when it is used
-    tensors = {name: mapped[name] for name in sorted(mapped, key=_in_order)}
-    if _stored_in([path]) == "F32":
-        tensors = {n: t.to(torch.bfloat16) if t.dtype == torch.float32 else t for n, t in tensors.items()}
     try:
-        return skeleton(tensors)
+        with stored(folder, weight_files(folder)) as tensors:
+            return _most_common(tensors)
+    except FileNotFoundError:  # a description of a model may do without weights
+        return torch.bfloat16
+
+
+def _most_common(tensors: Tensors) -> torch.dtype:
+    """The 16-bit dtype that most numbers are stored in, bfloat16 where that is another."""
+    stored = _stored_in(tensors)
+    return stored if stored in _HALVES else torch.bfloat16
+
+
+def _stored_in(tensors: Tensors) -> torch.dtype | None:
+    """The dtype that holds most of the numbers."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=None)
+
+
+def _state_dict(path: Path, tensors: Tensors, dtype: torch.dtype | None) -> nn.Module:
+    """Modules on the meta device with these names. dtype: by default each tensor's own, and 16 bits for float32 and
+    less where most are that.
+    """
+    most = _stored_in(tensors)
+    cast = set(_STORED) if dtype is not None else set() if most not in _STORED else {most}
+    metas = {
+        name: torch.empty_like(tensor, dtype=(dtype or torch.bfloat16) if tensor.dtype in cast else None, device="meta")
+        for name, tensor in ((name, tensors[name].as_subclass(Tensor)) for name in sorted(tensors, key=_in_order))
+    }
+    try:
+        return skeleton(metas)
     except KeyError as error:
         raise FileRefused(path, f"its tensor names are not those of a model's state dict ({error})") from error
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .lowering.packed import PackedLinear
 from .lowering.torch_private import shell
-from .parameter import become_quantized
+from .parameter import QuantizedWeight, become_quantized
 from .passes.peft_names import wrapped_layer
 
 
@@ -35,6 +35,15 @@ def put_quantized(
     old = owner_of(model, module).get_parameter(leaf)
     parameter = nn.Parameter(shell(old.shape, old.stride(), dtype, packed.device), old.requires_grad)
     assign(model, weight, become_quantized(parameter, packed, module, error, calibrated))
+
+
+def put_elsewhere(model: nn.Module, weight: str, packed: PackedLinear) -> None:
+    """Let a quantized Parameter have these packed tensors, equal to its own; it stays the same object."""
+    module, _, leaf = weight.rpartition(".")
+    old = owner_of(model, module).get_parameter(leaf)
+    assert isinstance(old, QuantizedWeight)
+    twin = nn.Parameter(shell(old.shape, old.stride(), old.dtype, packed.device), old.requires_grad)
+    old.data = become_quantized(twin, packed, module, old._svdq_error, old._svdq_calibrated)
 
 
 def put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -65,13 +65,11 @@ def quantize(
     stages.begin_anew(model)
     if (ranks := ranks_of(chosen)) is not None:
         ranks.agree(_named(model), chosen)
-    if calibrate is not None:
-        tasks = _observed(model, calibrate, chosen.progress)
-    elif example_inputs is not None:
-        tasks = _traced(model, example_inputs)
+    if calibrate is None:
+        tasks = planned(model, example_inputs)
     else:
-        tasks = []
-    tasks += _by_weights_alone(model, tasks)
+        tasks = _observed(model, calibrate, chosen.progress)
+        tasks += _by_weights_alone(model, tasks)
     if not has_quantized(model) and not _eligible(tasks):
         raise NothingToQuantize(why_nothing(model))
     convert(tasks, chosen, target)
@@ -192,8 +190,15 @@ def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any], visible: 
     return list(watch.tasks.values())
 
 
+def planned(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> list[Task]:
+    """What is known without running the model: by a twin on the meta device, which shows shapes and who shares an
+    input, and of the layers that it does not run, or without inputs for it, by the weights alone.
+    """
+    tasks = [] if example_inputs is None else _traced(model, example_inputs)
+    return tasks + _by_weights_alone(model, tasks)
+
+
 def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:
-    """Observe a twin of the model on the meta device, which shows shapes and who shares an input."""
     for layer in matrices(model):
         if layer.never is not None and decisions.is_undecided(layer.weight):
             decisions.leave_alone(layer.weight, layer.never)  # its twin does not tell

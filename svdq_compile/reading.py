@@ -64,25 +64,40 @@ def unchanged(path: str | os.PathLike, files: Sequence[str | os.PathLike]) -> It
     """While files are read, that nobody writes to them or replaces them. Raises FileRefused, which names `path`, at the
     end, or instead of what was wrong with them.
     """
-    before = [_state(file) for file in files]
+    before = [state_of(file) for file in files]
     reason = "it was written to while it was read: load it again"
     try:
         yield
     except FileRefused as error:
-        if [_state(file) for file in files] != before:
+        if [state_of(file) for file in files] != before:
             raise FileRefused(path, reason) from error
         raise
-    if [_state(file) for file in files] != before:
+    if [state_of(file) for file in files] != before:
         raise FileRefused(path, reason)
 
 
-def _state(file: str | os.PathLike) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
+def state_of(file: str | os.PathLike) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced; nothing where there is none."""
     try:
         state = os.stat(file)
     except FileNotFoundError:
         return ()
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files beside an index that it names, in order. Raises FileNotFoundError, FileRefused."""
+    places = json_object(index, "it", index.read_bytes()).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise FileRefused(index, "it has no weight_map, which names a file for each tensor")
+    files = []
+    for name in sorted(set(places.values())):
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise FileRefused(index, f"it points to {name!r}: shards lie beside their index, whatever it says")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name}: there is no such file, and {index.name} names it")
+        files.append(index.parent / name)
+    return files
 
 
 def json_object(path: str | os.PathLike, what: str, text: str | bytes) -> dict[str, Any]:

@@ -28,10 +28,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises OSError that names `path` where nothing can be written there, as on a full disk.
     """
     target = Path(os.path.realpath(path))
-    try:
+    with naming(path):
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "it is no file")
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, beginning(target), ENDING)
         with ExitStack() as held:
             folder = _folder_beside(target, held)
             held.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -39,6 +39,13 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = _mode(target, folder / "rights")
             yield temporary
             _place(temporary, target, mode)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While something is written for `path`: raises OSError that names it where that fails, as on a full disk."""
+    try:
+        yield
     except OSError as error:
         told = f"cannot write {path}: {error.strerror or error}"
         raise (type(error)(error.errno, told) if error.errno else OSError(told)) from error
@@ -49,15 +56,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def _folder_beside(target: Path, held: ExitStack) -> Path:
     """A new folder, locked as long as this process writes into it."""
     while True:
-        folder = Path(tempfile.mkdtemp(ENDING, _beginning(target), target.parent))
+        folder = Path(tempfile.mkdtemp(ENDING, beginning(target), target.parent))
         with suppress(BlockingIOError, FileNotFoundError):  # before it is locked, others may take it for a leftover
-            held.enter_context(_lock(folder))
+            held.enter_context(lock(folder))
             if folder.exists():
                 return folder
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
+def lock(folder: Path) -> Iterator[bool]:
     """Whether a folder can be locked here. Raises BlockingIOError if somebody else has the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -101,13 +108,14 @@ def _mode(target: Path, probe: Path) -> int:
     return probe.stat().st_mode & 0o777
 
 
-def _remove_leftovers(target: Path) -> None:
-    for folder in target.parent.glob(f"{glob.escape(_beginning(target))}*{ENDING}"):
-        with suppress(OSError), _lock(folder) as is_left:  # or somebody writes there, or has removed it in between
+def remove_leftovers(parent: Path, start: str, ending: str) -> None:
+    """The folders in a folder that processes which are no more have left, by how their names begin and end."""
+    for folder in parent.glob(f"{glob.escape(start)}*{ending}"):
+        with suppress(OSError), lock(folder) as is_left:  # or somebody writes there, or has removed it in between
             if is_left:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _beginning(target: Path) -> str:
+def beginning(target: Path) -> str:
     """Of the folder's name. A file's name may be as long as the system allows, and more is added here."""
     return f".{target.name[:40]}."

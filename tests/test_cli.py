@@ -17,7 +17,7 @@ from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused
 from svdq_compile.header import read_header
 from svdq_compile.layers import layers
-from svdq_compile.model_files import open_source, skeleton
+from svdq_compile.model_files import opened_source, skeleton
 
 FAST = ("--rank", "8", "--refine", "0", "--device", "cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -281,6 +281,11 @@ def test_a_skeleton_has_the_layers_that_names_tell() -> None:
     assert "outside the repeated blocks" in reasons["table"]
 
 
+def model_in(file: Path) -> nn.Module:
+    with opened_source(file) as source:
+        return source.model
+
+
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
@@ -288,17 +293,17 @@ def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
 def test_the_layers_of_a_state_dict_come_in_the_models_order(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     save_file({f"blocks.{i}.to_q.weight": torch.zeros(4, 4) for i in range(12)}, file)
-    assert [layer.name for layer in layers(open_source(file).model)] == [f"blocks.{i}.to_q" for i in range(12)]
+    assert [layer.name for layer in layers(model_in(file))] == [f"blocks.{i}.to_q" for i in range(12)]
 
 
 def test_a_state_dict_keeps_its_dtypes_unless_it_is_float32(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     tensors = {"a.weight": torch.randn(64, 64), "steps": torch.arange(4)}
     save_file(tensors, file)
-    model = open_source(file).model
+    model = model_in(file)
     assert dtypes_of(model) == {"a.weight": torch.bfloat16, "steps": torch.int64}
     save_file({"a.weight": tensors["a.weight"].half(), "a.bias": torch.randn(64)}, file)
-    model = open_source(file).model
+    model = model_in(file)
     assert dtypes_of(model) == {"a.weight": torch.float16, "a.bias": torch.float32}
 
 
@@ -307,7 +312,7 @@ def test_names_that_no_module_has_are_refused(names: tuple[str, str], tmp_path: 
     file = tmp_path / "weights.safetensors"
     save_file({name: torch.zeros(4, 4) for name in names}, file)
     with pytest.raises(FileRefused, match="not those of a model's state dict"):
-        open_source(file)
+        model_in(file)
 
 
 def test_inspect_reads_metadata_alone(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

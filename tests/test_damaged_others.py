@@ -133,7 +133,7 @@ def second(folder: Path) -> Path:
 
 FOLDERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut": ("whole", lambda d: cut(d / WEIGHTS), "not a whole safetensors file"),
-    "no-weights": ("whole", lambda d: (d / WEIGHTS).unlink(), "diffusers makes no FluxTransformer2DModel of it"),
+    "no-weights": ("whole", lambda d: (d / WEIGHTS).unlink(), f"there is no {WEIGHTS} in it"),
     "configuration-deep": ("whole", lambda d: (d / "config.json").write_text("[" * 100_000), "is no JSON"),
     "configuration-of-other-types": ("whole", json_with("config.json", lambda c: c.update(num_layers="a")), "no Flux"),
     "configuration-with-a-zero": (
@@ -141,16 +141,20 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         json_with("config.json", lambda c: c.update(attention_head_dim=0)),
         "no Flux",
     ),
-    "more-heads": ("whole", json_with("config.json", lambda c: c.update(num_attention_heads=3)), "no Flux"),
+    "more-heads": ("whole", json_with("config.json", lambda c: c.update(num_attention_heads=3)), "in the model"),
     "layers-missing": ("whole", json_with("config.json", lambda c: c.update(num_layers=2)), "is missing"),
     "layers-more": ("whole", json_with("config.json", lambda c: c.update(num_layers=0)), "config.json has no tensor"),
-    "index-no-json": ("shards", lambda d: (d / INDEX).write_text("{"), "no Flux"),
-    "index-a-list": ("shards", lambda d: (d / INDEX).write_text("[]"), "no Flux"),
-    "index-empty": ("shards", lambda d: (d / INDEX).write_text("{}"), "no Flux"),
-    "index-outside": ("shards", json_with(INDEX, lambda c: c["weight_map"].update(x="../x")), "no Flux"),
-    "index-of-numbers": ("shards", json_with(INDEX, lambda c: c["weight_map"].update(x=3)), "no Flux"),
+    "index-no-json": ("shards", lambda d: (d / INDEX).write_text("{"), "is no JSON"),
+    "index-a-list": ("shards", lambda d: (d / INDEX).write_text("[]"), "is no JSON object"),
+    "index-empty": ("shards", lambda d: (d / INDEX).write_text("{}"), "it has no weight_map"),
+    "index-outside": ("shards", json_with(INDEX, lambda c: c["weight_map"].update(x="../x")), "it points to"),
+    "index-of-numbers": ("shards", json_with(INDEX, lambda c: c["weight_map"].update(x=3)), "it has no weight_map"),
     "a-shard-cut": ("shards", lambda d: cut(second(d)), "not a whole safetensors file"),
-    "a-shard-missing": ("shards", lambda d: second(d).unlink(), "no Flux"),
+    "a-shard-missing": (
+        "shards",
+        lambda d: second(d).unlink(),
+        "there is no such file, and diffusion_pytorch_model.safetensors.index.json names it",
+    ),
 }
 
 

@@ -35,7 +35,7 @@ from svdq_compile.errors import (
     UnsupportedDevice,
     WeightsReleased,
 )
-from svdq_compile.header import read_header
+from svdq_compile.header import is_ours, read_header
 from zoo import make
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -495,7 +495,10 @@ def test_save_pretrained_leads_to_a_file_that_loads(weights: str, tmp_path: Path
     model, args = flux(weights=weights), make("flux")[1]
     expected = model(**args)[0]
     model.save_pretrained(tmp_path / "folder")
-    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == ["config.json", "model.svdq.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
     assert count(model) == 40, "still in 4 bits"
     config = FluxTransformer2DModel.load_config(tmp_path / "folder")
     with torch.device("meta"):
@@ -510,7 +513,7 @@ def test_save_pretrained_after_loading(tmp_path: Path) -> None:
     svdq.save(flux(), tmp_path / "file", progress=False)
     model = svdq.load(make("flux")[0], tmp_path / "file", progress=False)
     model.save_pretrained(tmp_path / "folder")  # type: ignore[operator]
-    assert read_header(tmp_path / "folder" / "model.svdq.safetensors").model_class == "FluxTransformer2DModel"
+    assert read_header(tmp_path / "folder").model_class == "FluxTransformer2DModel"
 
 
 def test_save_pretrained_of_a_16_bit_model_is_diffusers_own(tmp_path: Path) -> None:
@@ -657,7 +660,7 @@ def test_one_folder_holds_one_form(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     svdq.restore(model, state, progress=False)
     model.save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.svdq.safetensors")), "it would be loaded instead"
+    assert not any(is_ours(file) for file in tmp_path.glob("*.safetensors")), "it would be loaded instead"
     svdq.quantize(model, quiet())
     with pytest.raises(svdq.SvdqError, match="a folder of its own"):
         model.save_pretrained(tmp_path)

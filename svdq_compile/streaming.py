@@ -1,0 +1,115 @@
+"""From a model's 16-bit files to a quantized model, or to a quantized file, without the 16-bit model in between."""
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import Config
+from .errors import OptionError
+from .filling import fill
+from .given import device_in
+from .header import VERSION, is_quantized
+from .journal import journal_beside
+from .model_files import Source, empty_model, in_dtype, model_folder, opened_source
+from .summary import tell_again, tell_to_compile
+
+
+def from_pretrained(
+    path: str | os.PathLike,
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    model: str | os.PathLike | None = None,
+    component: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | int | torch.device | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A model of diffusers in 4 bits, from local files: one group of its linears at a time is there in 16 bits.
+
+    path             a model folder, whole or in shards, which may be in 4 bits already; a pipeline folder; a single
+                     file (safetensors, GGUF) with a model's weights, as diffusers or as the model's authors name them
+    config, options  as in `quantize`. The weights alone are looked at: no calibration
+    model            of a single file: the folder with the model's config.json, or its class
+    component        of a pipeline folder: which model; by default the transformer, else the unet
+    dtype            of the model; by default the 16-bit one that it is stored in, else bfloat16
+    device           where the model goes, and the work is done; by default the CPU
+    example_inputs   as in `quantize`
+
+    Raises FileNotFoundError, FileRefused, OptionError, NothingToQuantize, NonFiniteWeight, and SvdqError where a
+    package is missing.
+    """
+    chosen = Config.of(config, options)
+    target = torch.device("cpu") if device is None else device_in(device)
+    folder, _ = model_folder(Path(path), component)
+    if is_quantized(folder):
+        return _loaded(folder, target, config is not None or bool(options), dtype)
+    name = None if model is None else os.fspath(model)
+    with opened_source(folder, model=name, dtype=dtype) as source:
+        fill(source.model, source.tensors, folder, chosen, example_inputs=example_inputs, at=target, place=target)
+    tell_again(source.model, chosen.progress)
+    tell_to_compile(source.model, chosen.progress)
+    return source.model
+
+
+def _loaded(folder: Path, target: torch.device, has_options: bool, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder that is in 4 bits already."""
+    if has_options:
+        raise OptionError(f"{folder} is in 4 bits already, in whatever way it was quantized: leave the options out")
+    model = empty_model(str(folder))
+    checkpoint.load(model, folder, target)
+    if dtype is not None:
+        in_dtype(model, dtype)
+    return model
+
+
+def quantize_file(
+    path: Path,
+    output: Path,
+    config: Config,
+    device: torch.device,
+    *,
+    model: str | None = None,
+    component: str | None = None,
+) -> str:
+    """Quantize a model by its weights alone, and write it to a file. What was done before an interruption is taken up
+    by the next call with the same arguments, which ends with the same file.
+
+    Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
+
+    path, model, component  as in `opened_source`. Returns what a program would call the model.
+    """
+    with ExitStack() as kept:
+        with opened_source(path, model=model, component=component) as source:
+            journal = kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
+            fill(source.model, source.tensors, source.path, config, at=device, journal=journal)
+        checkpoint.save(source.model, output, config=config, progress=config.progress)
+    tell_again(source.model, config.progress)
+    return source.place
+
+
+def _facts(source: Source, config: Config, device: torch.device) -> dict[str, Any]:
+    """All that the file depends on."""
+    options = {k: v for k, v in config.to_dict().items() if k not in ("progress", "fallback")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    state = source.model.state_dict(keep_vars=True)
+    return {
+        "versions": [version("svdq-compile"), torch.__version__, VERSION],
+        "options": options,
+        "device": name,
+        "files": [[file.name, *_state(file)] for file in source.files],
+        "model": [[key, list(tensor.shape), str(tensor.dtype)] for key, tensor in state.items()],
+    }
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns
