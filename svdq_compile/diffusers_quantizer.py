@@ -119,7 +119,11 @@ class SVDQuantizer(DiffusersQuantizer):
         return []  # `fill` and `load` have refused them
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {} if self._filled else state_dict
+        if self._filled:
+            return {}
+        if any(name.endswith(".qweight") for name in state_dict):  # of `from_single_file`, before it is converted
+            raise OptionError("this checkpoint is in 4 bits already: svdq_compile.load(model, path) loads it")
+        return state_dict
 
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         return True

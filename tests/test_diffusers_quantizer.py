@@ -257,6 +257,14 @@ def test_importing_does_not_import_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
 
 
+def test_a_diffusers_that_does_not_fit_works_without_us() -> None:
+    code = "import sys, svdq_compile; sys.modules['svdq_compile.diffusers_quantizer'] = None\n"
+    code += "from diffusers.quantizers import auto; print('svdquant' in auto.AUTO_QUANTIZER_MAPPING)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False"]
+    assert "this diffusers does not know SVDQuantConfig" in told.stderr
+
+
 # ** what is refused **
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -335,6 +343,13 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert f"{name} is (3, 3) in the file, (128, 640) in the model" in says(**{name: torch.ones(3, 3)})
     assert f"{name} is torch.int32 in the file" in says(**{name: torch.ones(128, 640, dtype=torch.int32)})
     assert "has no tensor more" in says(more=torch.ones(3))
+
+
+def test_a_single_file_that_is_in_4_bits(folder: Path, saved: Path) -> None:
+    with pytest.raises(OptionError, match="this checkpoint is in 4 bits already"):
+        FluxTransformer2DModel.from_single_file(
+            str(saved / "saved" / WEIGHTS), config=str(folder / "whole"), quantization_config=SVDQuantConfig()
+        )
 
 
 def test_places_where_they_cannot_be(folder: Path) -> None:
