@@ -74,7 +74,9 @@ class SVDQuantConfig(QuantizationConfigMixin):
         return Config(**{name: value for name, value in self.__dict__.items() if name != "quant_method"})
 
     def to_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"quant_method": QUANT_METHOD}
+        """As config.json has it: without what only the call asks for."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("progress", "fallback")}
+        return kept | {"quant_method": QUANT_METHOD}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

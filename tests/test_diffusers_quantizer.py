@@ -158,9 +158,10 @@ def test_what_was_saved_loads(name: str, saved: Path, reference: nn.Module) -> N
 def test_options_are_kept_by_a_folder(folder: Path, tmp_path: Path) -> None:
     load(folder / "whole").save_pretrained(tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert told == {"quant_method": "svdquant", "format_version": VERSION, **OPTIONS}
+    kept = {name: value for name, value in OPTIONS.items() if name != "progress"}
+    assert told == {"quant_method": "svdquant", "format_version": VERSION, **kept}
     model = FluxTransformer2DModel.from_pretrained(tmp_path)
-    assert model.hf_quantizer.quantization_config.to_dict() == {"quant_method": "svdquant", **OPTIONS}  # type: ignore[attr-defined]
+    assert model.hf_quantizer.quantization_config.to_dict() == {"quant_method": "svdquant", **kept}  # type: ignore[attr-defined]
 
 
 def test_a_folder_is_saved_to_again(saved: Path, folder: Path, reference: nn.Module, tmp_path: Path) -> None:
@@ -350,6 +351,15 @@ def test_a_single_file_that_is_in_4_bits(folder: Path, saved: Path) -> None:
         FluxTransformer2DModel.from_single_file(
             str(saved / "saved" / WEIGHTS), config=str(folder / "whole"), quantization_config=SVDQuantConfig()
         )
+
+
+def test_kept_values_are_not_there(folder: Path) -> None:
+    with pytest.raises(OptionError, match="option weights='keep' does not go with loading in 4 bits"):
+        load(folder / "whole", quantization_config=SVDQuantConfig(**OPTIONS, weights="keep"))
+    model = load(folder / "whole", quantization_config=SVDQuantConfig(**OPTIONS, weights="offload"))
+    svdq.restore(model, progress=False)
+    expected = load_file(folder / "whole" / WEIGHTS)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
 
 
 def test_places_where_they_cannot_be(folder: Path) -> None:
