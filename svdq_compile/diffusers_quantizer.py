@@ -74,7 +74,9 @@ class SVDQuantConfig(QuantizationConfigMixin):
         return Config(**{name: value for name, value in self.__dict__.items() if name != "quant_method"})
 
     def to_dict(self) -> dict[str, Any]:
-        return self.__dict__ | {"quant_method": QUANT_METHOD}
+        """As config.json has it: without what only the call asks for."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("progress", "fallback")}
+        return kept | {"quant_method": QUANT_METHOD}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -119,7 +121,11 @@ class SVDQuantizer(DiffusersQuantizer):
         return []  # `fill` and `load` have refused them
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {} if self._filled else state_dict
+        if self._filled:
+            return {}
+        if any(name.endswith(".qweight") for name in state_dict):  # of `from_single_file`, before it is converted
+            raise OptionError("this checkpoint is in 4 bits already: svdq_compile.load(model, path) loads it")
+        return state_dict
 
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -5,7 +5,7 @@ it then is the journal's to say (journal.py): without one it stays in memory, on
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from . import decisions, stages
 from .config import ALONE, Config
 from .convert import convert, warn_of_skip
 from .deferred import Deferred
-from .errors import FileRefused, NothingToQuantize
+from .errors import FileRefused, NothingToQuantize, OptionError
 from .journal import Journal
 from .lowering.torch_private import shell
 from .parameter import has_quantized
@@ -48,46 +48,91 @@ def fill(
     at       where the work is done; place: where the model ends up
     journal  keeps what is done on the disk; what it has is not done again
 
-    Raises FileRefused before anything is read if the tensors do not fit the model, and what `quantize` raises.
+    Raises FileRefused before anything is read if the tensors do not fit the model, OptionError for weights="keep", and
+    what `quantize` raises.
     """
-    alone = replace(config, group=ALONE)  # each of several processes reads for itself, and comes to the same bits
+    if config.weights == "keep":
+        raise OptionError(
+            "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
+            "svdq_compile.quantize"
+        )
     tensors = _fitting(model, tensors, path)
     _without_memory(model)
     done = journal.take_up() if journal else set()
     decisions.place(model)
     warn_of_skip([model], config)
     stages.begin_anew(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    filling = _Filling(model, tensors, path, place, journal, done)
     if done:
-        say(f"svdquant: {title(model)}: going on, {len(done)} of {len(names)} weights are done", config.progress)
-
-    def fetch(weights: Sequence[nn.Parameter]) -> None:
-        for weight in weights:
-            if names[id(weight)] not in done:
-                weight.data = _read(tensors[names[id(weight)]], weight, path)
-
-    def keep(weights: Sequence[nn.Parameter]) -> None:
-        own = [weight for weight in weights if names[id(weight)] not in done]
-        done.update(names[id(weight)] for weight in own)
-        if journal:
-            journal.add(names[id(weight)] for weight in own)
-        else:
-            for weight in own:
-                weight.data = weight.to(place)
-
+        all_of_them = len(list(model.parameters()))
+        say(f"svdquant: {title(model)}: going on, {len(done)} of {all_of_them} weights are done", config.progress)
     tasks = planned(model, example_inputs)
     if not has_quantized(model) and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
         raise NothingToQuantize(why_nothing(model))
-    convert(tasks, alone, at, lambda task: fetch(task.weights), lambda task: keep(task.weights))
-    for parameter in list(model.parameters()):
-        fetch([parameter])
-        keep([parameter])
-    if journal:
-        journal.flush()
-    for name, buffer in list(model.named_buffers()):
-        put_plain(model, name, (_read(tensors[name], buffer, path) if name in tensors else buffer).to(place))
+    alone = replace(config, group=ALONE)  # each of several processes reads for itself, and comes to the same bits
+    convert(tasks, alone, at, lambda task: filling.fetch(task.weights), lambda task: filling.keep(task.weights))
+    filling.fill_the_rest()
     decisions.place(model)
     model.eval()
+
+
+class _Filling:
+    """A model whose tensors are there for the time that they are needed.
+
+    done  names of the Parameters that are what they will be
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Mapping[str, Deferred],
+        path: Path,
+        place: torch.device,
+        journal: Journal | None,
+        done: set[str],
+    ) -> None:
+        self._model, self._tensors, self._path = model, tensors, path
+        self._place, self._journal, self._done = place, journal, done
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def fetch(self, weights: Iterable[nn.Parameter]) -> None:
+        """Give these Parameters their 16-bit values."""
+        for name, weight in self._undone(weights).items():
+            weight.data = self._read(name, weight)
+
+    def keep(self, weights: Iterable[nn.Parameter]) -> None:
+        """These Parameters are what they will be."""
+        own = self._undone(weights)
+        self._done |= own.keys()
+        if self._journal:
+            self._journal.add(own)
+        else:
+            for weight in own.values():
+                weight.data = weight.to(self._place)
+
+    def _undone(self, weights: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+        named = {self._names[id(weight)]: weight for weight in weights}
+        return {name: weight for name, weight in named.items() if name not in self._done}
+
+    def fill_the_rest(self) -> None:
+        """What is not quantized."""
+        for parameter in list(self._model.parameters()):
+            self.fetch([parameter])
+            self.keep([parameter])
+        if self._journal:
+            self._journal.flush()
+        for name, buffer in list(self._model.named_buffers()):
+            values = self._read(name, buffer) if name in self._tensors else buffer
+            put_plain(self._model, name, values.to(self._place))
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        """The values of a tensor of the model, in memory of its own."""
+        values = self._tensors[name].now().to(like.dtype).contiguous()
+        if values.shape != like.shape:
+            raise FileRefused(
+                self._path, f"{name} is {tuple(values.shape)} in the file, {tuple(like.shape)} in the model"
+            )
+        return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
 def _without_memory(model: nn.Module) -> None:
@@ -96,14 +141,6 @@ def _without_memory(model: nn.Module) -> None:
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         values = shell(old.shape, old.stride(), old.dtype, _CPU)
         assign(model, name, empty.setdefault(id(old), nn.Parameter(values, old.requires_grad)))
-
-
-def _read(tensor: Deferred, like: Tensor, path: Path) -> Tensor:
-    """The values of one tensor of a model, in memory of its own."""
-    values = tensor.now().to(like.dtype).contiguous()
-    if values.shape != like.shape:
-        raise FileRefused(path, f"a tensor became {tuple(values.shape)} as it was read, not {tuple(like.shape)}")
-    return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
 def _fitting(model: nn.Module, tensors: Mapping[str, Deferred], path: Path) -> dict[str, Deferred]:

@@ -100,12 +100,7 @@ def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> 
     folder = target.with_name(f"{start}{_digest(facts)}{_ENDING}")
     with ExitStack() as held:
         with naming(target):
-            folder.mkdir(exist_ok=True)
-            try:
-                held.enter_context(lock(folder))
-            except BlockingIOError:
-                raise SvdqError(f"{target}: another process is quantizing to it: wait for it, or end it") from None
-            folder.mkdir(exist_ok=True)
+            _make_and_lock(folder, target, held)
         try:
             yield Journal(folder, target, model)
         except FileRefused:  # what was read is not what should be
@@ -119,6 +114,20 @@ def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> 
             raise
         shutil.rmtree(folder, ignore_errors=True)
     remove_leftovers(target.parent, start, _ENDING)
+
+
+def _make_and_lock(folder: Path, target: Path, held: ExitStack) -> None:
+    while True:
+        folder.mkdir(exist_ok=True)
+        made = folder.stat().st_ino
+        try:
+            held.enter_context(lock(folder))
+            if folder.stat().st_ino == made:
+                return
+        except FileNotFoundError:  # who had it has come to the end, and removed it
+            continue
+        except BlockingIOError:
+            raise SvdqError(f"{target}: another process is quantizing to it: wait for it, or end it") from None
 
 
 def _digest(value: Any) -> str:

@@ -147,7 +147,8 @@ def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype)
     from diffusers.models.modeling_utils import no_init_weights
 
     try:
-        with no_init_weights(), init_empty_weights():  # tables that a class computes are there
+        with _default_dtype_kept(), no_init_weights(), init_empty_weights():
+            torch.set_default_dtype(dtype)  # of tables that a class computes, which are there, as diffusers has it
             model = kind.from_config(config).eval()
     except Exception as error:  # a damaged one gives rise to any
         raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
@@ -208,7 +209,7 @@ def _load_pipeline(path: Path, index: Mapping[str, Any], dtype: torch.dtype, tru
 
 @contextmanager
 def _default_dtype_kept() -> Iterator[None]:
-    """diffusers changes torch's while it loads, and leaves it so when it raises."""
+    """Who makes a model changes torch's; diffusers leaves it so when it raises."""
     before = torch.get_default_dtype()
     try:
         yield
@@ -257,6 +258,7 @@ def _model_class(path: Path, name: Any) -> Any:
 
 def _diffusers() -> Any:
     try:
+        import accelerate  # noqa: F401  (without which diffusers makes no model on the meta device)
         import diffusers
     except ModuleNotFoundError as missing:
         raise SvdqError(f"reading a diffusers folder needs {missing.name}: pip install diffusers accelerate") from None

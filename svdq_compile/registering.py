@@ -5,9 +5,13 @@ there, whichever was imported first, and diffusers is never imported for it.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
+
+log = logging.getLogger("svdq_compile")
 
 AWAITED = "diffusers.quantizers.auto"
 
@@ -20,28 +24,25 @@ class _Watcher(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != AWAITED:
             return None
-        sys.meta_path.remove(self)
+        with suppress(ValueError):  # another thread has
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, own: importlib.abc.Loader) -> None:
-        self._own = own
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._own.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._own.exec_module(module)
-        sys.modules[AWAITED] = module
-        _register()
-
-
 def _register() -> None:
-    from . import diffusers_quantizer  # noqa: F401  (which registers itself)
+    try:
+        from . import diffusers_quantizer  # noqa: F401  (which registers itself)
+    except ImportError as error:
+        log.warning("svdquant: this diffusers does not know SVDQuantConfig, which needs another version: %s", error)
 
 
 def serve_diffusers() -> None:

@@ -115,5 +115,5 @@ def _is_waiting(model: nn.Module) -> bool:
 
 def tell_to_compile(model: nn.Module, visible: bool) -> None:
     """What is left to do with a quantized model, unless it or a part of it was compiled already."""
-    if not any(module._compiled_call_impl is not None for module in model.modules()):
+    if has_quantized(model) and not any(module._compiled_call_impl is not None for module in model.modules()):
         say("svdquant: quantized; now compile it, for speed: svdq_compile.compile(model)", visible)

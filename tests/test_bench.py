@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import flux_step  # noqa: E402
 import lora_step  # noqa: E402
 import small_memory  # noqa: E402
+import stream_quantize  # noqa: E402
+from memory import TINY  # noqa: E402
 
+import svdq_compile as svdq  # noqa: E402
 from svdq_compile import compiled as compiled_module  # noqa: E402
 
 FIELDS = {"model", "method", "run", "device", "ms", "ms_all", "resident_gib", "peak_gib", "first_step_s"}
@@ -56,6 +59,17 @@ def test_flux_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1] == "after"
     assert "old" not in lines
     assert sum(line.startswith("| ours |") for line in lines) == 1
+
+
+def test_stream_quantize(tmp_path: Path) -> None:
+    """Each way, in this process: which is larger than what it looks at, so only what adds to it is."""
+    stream_quantize.build(tmp_path, TINY, 2**22)
+    config = svdq.Config(rank=8, refine=0, progress=False)
+    rows = [stream_quantize.measure(way, tmp_path, tmp_path / f"{way}.file", config) for way in stream_quantize.WAYS]
+    assert [row["way"] for row in rows] == ["quantize", "from_pretrained", "diffusers"]
+    assert all(row["shards"] == 3 and row["host_peak_gib"] >= row["host_base_gib"] > 0 for row in rows)
+    assert (tmp_path / "quantize.file").stat().st_size > 2**20
+    assert [row["file_gib"] is None for row in rows] == [False, True, True]
 
 
 def test_processes_that_compile_at_once_are_timed_in_turn(tmp_path: Path) -> None:

@@ -158,9 +158,10 @@ def test_what_was_saved_loads(name: str, saved: Path, reference: nn.Module) -> N
 def test_options_are_kept_by_a_folder(folder: Path, tmp_path: Path) -> None:
     load(folder / "whole").save_pretrained(tmp_path)
     told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert told == {"quant_method": "svdquant", "format_version": VERSION, **OPTIONS}
+    kept = {name: value for name, value in OPTIONS.items() if name != "progress"}
+    assert told == {"quant_method": "svdquant", "format_version": VERSION, **kept}
     model = FluxTransformer2DModel.from_pretrained(tmp_path)
-    assert model.hf_quantizer.quantization_config.to_dict() == {"quant_method": "svdquant", **OPTIONS}  # type: ignore[attr-defined]
+    assert model.hf_quantizer.quantization_config.to_dict() == {"quant_method": "svdquant", **kept}  # type: ignore[attr-defined]
 
 
 def test_a_folder_is_saved_to_again(saved: Path, folder: Path, reference: nn.Module, tmp_path: Path) -> None:
@@ -257,6 +258,14 @@ def test_importing_does_not_import_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
 
 
+def test_a_diffusers_that_does_not_fit_works_without_us() -> None:
+    code = "import sys, svdq_compile; sys.modules['svdq_compile.diffusers_quantizer'] = None\n"
+    code += "from diffusers.quantizers import auto; print('svdquant' in auto.AUTO_QUANTIZER_MAPPING)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False"]
+    assert "this diffusers does not know SVDQuantConfig" in told.stderr
+
+
 # ** what is refused **
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -335,6 +344,22 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     assert f"{name} is (3, 3) in the file, (128, 640) in the model" in says(**{name: torch.ones(3, 3)})
     assert f"{name} is torch.int32 in the file" in says(**{name: torch.ones(128, 640, dtype=torch.int32)})
     assert "has no tensor more" in says(more=torch.ones(3))
+
+
+def test_a_single_file_that_is_in_4_bits(folder: Path, saved: Path) -> None:
+    with pytest.raises(OptionError, match="this checkpoint is in 4 bits already"):
+        FluxTransformer2DModel.from_single_file(
+            str(saved / "saved" / WEIGHTS), config=str(folder / "whole"), quantization_config=SVDQuantConfig()
+        )
+
+
+def test_kept_values_are_not_there(folder: Path) -> None:
+    with pytest.raises(OptionError, match="option weights='keep' does not go with loading in 4 bits"):
+        load(folder / "whole", quantization_config=SVDQuantConfig(**OPTIONS, weights="keep"))
+    model = load(folder / "whole", quantization_config=SVDQuantConfig(**OPTIONS, weights="offload"))
+    svdq.restore(model, progress=False)
+    expected = load_file(folder / "whole" / WEIGHTS)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
 
 
 def test_places_where_they_cannot_be(folder: Path) -> None:

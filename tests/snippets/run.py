@@ -128,7 +128,7 @@ def _on_the_cpu(pipelines: bool) -> None:
         from diffusers import DiffusionPipeline
 
         _replace(DiffusionPipeline, "to", around)
-    for name in ("quantize", "load"):
+    for name in ("quantize", "load", "from_pretrained"):
         _replace(svdq, name, around)
 
 
