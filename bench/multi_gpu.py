@@ -151,7 +151,7 @@ def killed(name: str, tiny: bool) -> None:
     model.compile_repeated_blocks(fullgraph=True, **step_methods._ours(calibration_steps=2))
     model(**step_models.inputs(name, tiny, model, _device(), seed=dist.get_rank()))
     if dist.get_rank() == dist.get_world_size() - 1:
-        os._exit(9)
+        os._exit(0)  # with another code, what has started the processes would end them all
     begun = time.monotonic()
     try:
         model(**step_models.inputs(name, tiny, model, _device(), seed=dist.get_rank()))
