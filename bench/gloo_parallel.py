@@ -12,8 +12,8 @@ process?
     batch       pictures, or the two halves of guidance: each rank has its own
 
 packs_equal: the checksums of all packs, over all ranks. rel_err: the output against one process that runs the same
-packs eagerly. Models are in float32, so that rounding does not hide what a wrong token would do. diffusers' attention on
-a CPU does not give the log-sum that a ring needs; here torch's does.
+packs eagerly. Models are in float32, so that rounding does not hide what a wrong token would do. diffusers' attention
+on a CPU does not give the log-sum that a ring needs; here torch's does.
 """
 
 import argparse

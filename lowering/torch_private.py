@@ -93,7 +93,9 @@ def eagerly(gm: fx.GraphModule) -> Callable:
 
 def patience_of(group: Any) -> timedelta:
     """How long members of a process group wait for one another: `timeout` of torch.distributed.init_process_group."""
-    return group._get_backend(torch.device(group._device_types[0])).options._timeout
+    backend = group._get_backend(torch.device(group._device_types[0]))
+    options = getattr(backend, "options", None)
+    return options._timeout if options is not None else timedelta(minutes=10)
 
 
 def transforms_in(gm: fx.GraphModule) -> set[str]:

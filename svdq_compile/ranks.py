@@ -11,6 +11,7 @@ one that does not come is waited for as long as the ranks' own group would wait 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -59,6 +60,7 @@ class Ranks:
     members   their numbers there
     own       the place of this process among them
     words     for what they tell each other, and for CPU tensors
+    patience  how long they wait for each other
     nccl      whether their GPUs reach each other by NCCL
     visible   whether it is told that they are waited for
     """
@@ -66,6 +68,7 @@ class Ranks:
     members: tuple[int, ...]
     own: int
     words: dist.ProcessGroup
+    patience: timedelta
     nccl: bool
     visible: bool
     _is_apart: bool = False
@@ -76,11 +79,10 @@ class Ranks:
         """Set up; all of them call this at once."""
         world = dist.group.WORLD
         assert world is not None
+        patience, nccl = patience_of(world), "nccl" in dist.get_backend_config(world)
         with _waiting(members, visible):
-            words = dist.new_group(
-                list(members), timeout=patience_of(world), backend="gloo", use_local_synchronization=True
-            )
-        return cls(members, members.index(dist.get_rank()), words, "nccl" in dist.get_backend_config(world), visible)
+            words = dist.new_group(list(members), patience, "gloo", use_local_synchronization=True)
+        return cls(members, members.index(dist.get_rank()), words, patience, nccl, visible)
 
     @property
     def size(self) -> int:
@@ -164,7 +166,7 @@ class Ranks:
         found: list[Any] = [None] * self.size
 
         def gather() -> None:
-            dist.monitored_barrier(self.words, wait_all_ranks=True)  # names who is missing
+            dist.monitored_barrier(self.words, self.patience, wait_all_ranks=True)  # names who is missing
             dist.all_gather_object(found, (mine, error and _Failure.of(error)), group=self.words)
 
         self._patiently(gather)

@@ -38,12 +38,12 @@ def share_out(
     """Each task, and what `quantize` made of it, on whichever rank; an error if memory was short. What else it raises
     is raised, on all ranks.
     """
-    tasks = [task for task in tasks if task.undecided]
-    ranks = ranks_of(config) if tasks else None
+    ranks = ranks_of(config) if any(task.undecided for task in tasks) else None
     if ranks is None:
         for task in tasks:
             yield task, _tried(quantize, task)
         return
+    tasks = [task for task in tasks if task.undecided]
     ranks.agree([pair for task in tasks for pair in task.undecided], config)
     step = PER_ROUND * ranks.size
     for start in range(0, len(tasks), step):

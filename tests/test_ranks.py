@@ -183,11 +183,33 @@ def no_memory(rank: int) -> Any:
     return before, packs(model)
 
 
+def adapters(rank: int) -> Any:
+    """The same ones on all ranks, switched on and off after quantizing."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = by_blocks(net())
+    model(*seen_by(rank))
+    plain = model(*seen_by(0))
+    before = packs(model)
+    inject_adapter_in_model(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "up"]), model, "style")
+    model.eval().requires_grad_(False)
+    torch.manual_seed(5)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.copy_(torch.randn(weight.shape) / 16)
+    with_style = model(*seen_by(0))
+    for module in model.modules():
+        if hasattr(module, "enable_adapters"):
+            module.enable_adapters(False)
+    same = list(packs(model).values()) == list(before.values())
+    return with_style.tolist(), relative_error(with_style, plain), relative_error(model(*seen_by(0)), plain), same
+
+
 STEPS = {
     step.__name__: step
     for step in (blocks, whole_model, ahead, by_weights, few_tokens_here, alone, own_group, process_group,
                  not_in_the_group, other_options, other_calls, other_weights, one_other_value, other_model,
-                 a_broken_weight, a_fault, a_fault_with_fallback, no_memory)
+                 a_broken_weight, a_fault, a_fault_with_fallback, no_memory, adapters)
 }  # fmt: skip
 
 
@@ -301,22 +323,33 @@ def test_missing_memory_on_one(results: list[dict]) -> None:
     assert len(own) == 10
 
 
+def test_adapters_are_the_same_on_all(results: list[dict]) -> None:
+    output, apart, off, same = results[0]["adapters"]
+    assert results[1]["adapters"] == (output, apart, off, same)
+    assert same
+    assert apart > 0.05
+    assert off < 1e-3
+
+
 def leaving(how: str) -> Any:
-    """The last rank never comes, or dies when layers are quantized."""
+    """The last rank never comes, comes once and no more, or dies when layers are quantized."""
     compiled.compile_with_inductor = run_eagerly
     rank = dist.get_rank()
     if how == "dies" and rank == 1:
         convert.quantize_group = lambda *args: os._exit(1)
-    if how == "stays away" and rank == 1:
-        time.sleep(12)
+    model = by_blocks(net(), calibration_steps=2)
+    if how != "stays away":
+        model(*seen_by(rank))
+    if how != "dies" and rank == 1:
+        time.sleep(14)
         return None
-    model, begun = by_blocks(net()), time.monotonic()
+    begun = time.monotonic()
     first = message(lambda: model(*seen_by(rank)))
     second, seconds = message(lambda: model(*seen_by(rank))), time.monotonic() - begun
     return first, second, seconds, len(packs(model))
 
 
-@pytest.mark.parametrize(("how", "longest"), [("dies", 8), ("stays away", 12)])
+@pytest.mark.parametrize(("how", "longest"), [("dies", 4), ("stays away", 12), ("comes once", 8)])
 def test_nobody_waits_for_ever(how: str, longest: float, tmp_path: Path) -> None:
     (first, second, seconds, quantized), _ = on_ranks(2, leaving, tmp_path, how, patience=4)
     assert first.startswith("RanksApart: ranks 0, 1 did not all come")

@@ -1,0 +1,258 @@
+"""One denoising step on one GPU and over several, by Ulysses: ours, compiled 16-bit and torchao's fp8.
+
+    python bench/multi_gpu.py                                 # on 1 and on all GPUs: results/multi-gpu-h200.json
+    python bench/multi_gpu.py --models flux --methods ours    # a part; rows of the file that it does not measure stay
+    python bench/multi_gpu.py --killed                        # one rank ends: how long until the others do, and how
+
+    ms           a step, the median, of the slowest rank; ms_all of the first
+    gib          the most that was allocated while stepping, of the fullest rank
+    comm_share   the part of a step in which some exchange between GPUs runs, waiting for the other rank included
+    packs_equal  the checksums of all packs, over all ranks; null where nothing is packed
+    rel_err      the output against the same weights on one GPU, run eagerly
+    predicted_ms what the model of the cost below says, from one GPU's ms; rows of kind "predicted" are nothing else
+
+Cost of a step over P ranks: one GPU's time, what does not depend on tokens taken out, by P; and that; and for each
+attention four exchanges (q, k, v, and back) of 2 T C / P bytes, of which (P - 1) / P leave the GPU.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import gloo_parallel
+import step_methods
+import step_models
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from step_times import milliseconds
+from torch import nn
+
+import record
+from svdq_compile.parameter import QuantizedWeight
+from svdq_compile.ranks import checksums
+
+MODELS = {"flux": (57, 4608, 3072), "qwen-image": (60, 4352, 3072), "wan2.1-14b-81": (40, 32760, 5120)}
+METHODS = ("ours", "compile", "torchao-fp8")
+EXTRAPOLATED = (2, 4, 8, 16)
+# Bytes a second that leave a GPU, 3/4 of what NVLink 4 has; beyond 8 GPUs by the network, one 400 Gbit/s card each.
+RATE, NETWORK = 0.75 * 450e9, 0.75 * 50e9
+LATENCY = 25e-6  # seconds an exchange takes whatever its size
+MEMORY = 4.2e12  # bytes a second that a linear with few rows reads its weight at
+FEW_ROWS = 16
+BYTES = {"ours": 0.56, "compile": 2.0, "torchao-fp8": 1.0}  # for each value of such a weight
+
+
+def prepared(model: nn.Module, method: str, other: dict[str, Any]) -> None:
+    """The method's own code at the next call."""
+    if method == "ours":  # once observed: speed does not depend on it
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, **step_methods._ours(calibration_steps=1))
+        model(**other)
+    else:
+        step_methods.METHODS[method](model, [other])
+
+
+def measured(name: str, method: str, tiny: bool) -> dict[str, Any]:
+    """In each rank."""
+    rank, size, device = dist.get_rank(), dist.get_world_size(), _device()
+    model = step_models.build(name, tiny, device)
+    call, other = (step_models.inputs(name, tiny, model, device, seed=seed) for seed in (1, 2))
+    begun = time.perf_counter()
+    if size > 1:
+        from diffusers import ContextParallelConfig
+
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
+        model(**other)  # diffusers' hooks look up arguments then, which Dynamo cannot
+    serial = _serial_seconds(model, method, other)
+    prepared(model, method, other)
+    model(**call)
+    first = time.perf_counter() - begun
+    _reset_peak()
+    dist.barrier()
+    times = milliseconds(lambda: model(**call), 2 if tiny else step_models.MODELS[name].repeats)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    share = _share_of_exchanges(model, call)
+    output = model(**call)[0].float()
+    packs = [w._svdq for w in model.parameters() if isinstance(w, QuantizedWeight)]
+    sums = [checksums([*p.plain_tensors().values(), p.shared.smooth, p.down]) for p in packs]
+    error = float((output - (single := _on_one(model, call))).norm() / single.norm())
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, (statistics.median(times), peak, error, sums))
+    slowest, gib, worst, all_sums = zip(*found, strict=True)
+    return {
+        "model": name,
+        "ranks": size,
+        "kind": "ulysses" if size > 1 else "one GPU",
+        "method": method,
+        "ms": max(slowest),
+        "ms_all": times,
+        "gib": max(gib),
+        "comm_share": share,
+        "packs_equal": all(own == all_sums[rank] for own in all_sums) if packs else None,
+        "rel_err": max(worst),
+        "serial_ms": 1e3 * serial,
+        "first_step_s": first,
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _serial_seconds(model: nn.Module, method: str, call: dict[str, Any]) -> float:
+    """What every rank does alike: linears with few rows read their weights."""
+    rows = step_methods._linear_rows(model, call)
+    sizes = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sum(sizes[name] for name, count in rows.items() if count <= FEW_ROWS) * BYTES[method] / MEMORY
+
+
+def _share_of_exchanges(model: nn.Module, call: dict[str, Any]) -> float | None:
+    """NCCL's kernels in one step, as a part of the time from the first kernel's beginning to the last one's end."""
+    if not torch.cuda.is_available() or dist.get_world_size() == 1:
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        model(**call)
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events]
+    whole = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
+    return sum(end - start for start, end, exchanges in spans if exchanges) / whole
+
+
+def _on_one(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:
+    """The output without compiled code and without the other ranks."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+        if getattr(getattr(module, "processor", None), "_parallel_config", None) is not None:
+            module.processor._parallel_config = None
+    if dist.get_world_size() > 1:
+        from diffusers.hooks.context_parallel import remove_context_parallel
+
+        remove_context_parallel(model, model._cp_plan)
+    return model(**call)[0].float()
+
+
+def killed(name: str, tiny: bool) -> None:
+    """In each rank: the last one ends without a word after its first step."""
+    model = step_models.build(name, tiny, _device())
+    model.compile_repeated_blocks(fullgraph=True, **step_methods._ours(calibration_steps=2))
+    model(**step_models.inputs(name, tiny, model, _device(), seed=dist.get_rank()))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)  # with another code, what has started the processes would end them all
+    begun = time.monotonic()
+    try:
+        model(**step_models.inputs(name, tiny, model, _device(), seed=dist.get_rank()))
+    except Exception as error:
+        print(f"rank {dist.get_rank()} ended after {time.monotonic() - begun:.1f} s: {error}", flush=True)
+    os._exit(0)
+
+
+def _process(rank: int, size: int, folder: Path, make: Any, arguments: tuple) -> None:
+    torch.set_grad_enabled(False)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size, timeout=timedelta(minutes=2))
+    with nullcontext() if torch.cuda.is_available() else gloo_parallel.on_a_cpu():
+        result = make(*arguments)
+    if rank == 0:
+        (folder / "row").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(size: int, make: Any, *arguments: Any, limit: float) -> Any:
+    """What the first of `size` processes gives. Raises what one of them raises, TimeoutError after `limit` seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = torch.multiprocessing.spawn(
+            _process, (size, Path(folder), make, arguments), nprocs=size, join=False
+        )
+        ends = time.monotonic() + limit
+        while not processes.join(timeout=1):
+            if time.monotonic() > ends:
+                for process in processes.processes:
+                    process.kill()
+                raise TimeoutError(f"not done after {limit:.0f} s")
+        row = Path(folder) / "row"
+        return json.loads(row.read_text()) if row.exists() else None
+
+
+def predicted_ms(name: str, ranks: int, one: dict[str, Any]) -> float:
+    """From one GPU's row."""
+    attentions, tokens, channels = MODELS[name]
+    leaving = 2 * tokens * channels / ranks * (ranks - 1) / ranks
+    exchanges = 4 * attentions * (LATENCY + leaving / (RATE if ranks <= 8 else NETWORK)) if ranks > 1 else 0.0
+    return (one["ms"] - one["serial_ms"]) / ranks + one["serial_ms"] + 1e3 * exchanges
+
+
+def with_predictions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measured rows with what was to be expected, and what is to be expected of more ranks than were there."""
+    kept = [row for row in rows if row["kind"] != "predicted"]
+    for one in [row for row in kept if row["ranks"] == 1 and "ms" in row]:
+        same = [row for row in kept if (row["model"], row["method"]) == (one["model"], one["method"])]
+        for row in same:
+            row["predicted_ms"] = predicted_ms(one["model"], row["ranks"], one)
+        for ranks in EXTRAPOLATED:
+            if ranks not in {row["ranks"] for row in same}:
+                ms = predicted_ms(one["model"], ranks, one)
+                common = {"model": one["model"], "ranks": ranks, "kind": "predicted", "method": one["method"]}
+                kept.append(common | {"predicted_ms": ms})
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpus = max(torch.cuda.device_count(), 1)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=sorted({1, gpus}))
+    parser.add_argument("--limit", type=float, default=150, help="seconds for each row")
+    parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
+    parser.add_argument("--killed", action="store_true")
+    parser.add_argument("--out", type=Path, default=record.results("multi-gpu"))
+    options = parser.parse_args()
+    if options.killed:
+        begun = time.monotonic()
+        try:
+            on_ranks(gpus if gpus > 1 else 2, killed, options.models[0], options.tiny, limit=options.limit)
+        except Exception as error:
+            print(f"all ended {time.monotonic() - begun:.0f} s after the beginning: {error}")
+        return
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    for name in options.models:
+        for method in options.methods:
+            for ranks in options.ranks:
+                begun = time.monotonic()
+                common = {
+                    "model": name,
+                    "ranks": ranks,
+                    "kind": "ulysses" if ranks > 1 else "one GPU",
+                    "method": method,
+                }
+                try:
+                    row = on_ranks(ranks, measured, name, method, options.tiny, limit=options.limit)
+                except Exception as error:  # the next row may do: torchao is not everywhere
+                    row = common | {"error": str(error).strip().splitlines()[-1]}
+                same = [r for r in rows if all(r[key] == common[key] for key in common)]
+                rows = with_predictions([*(r for r in rows if r not in same), row])
+                print(f"{time.monotonic() - begun:.0f} s: {row}", flush=True)
+                record.write(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
