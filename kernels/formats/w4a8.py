@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles, planar
-from .format import Codes, Format
+from .format import Codes, Format, Grid
 from .int8_matmul import int8_matmul
 
 GROUP_SIZE = 64
@@ -51,6 +51,20 @@ def row_scales(w: Tensor) -> Tensor:
 
 def _round(v: Tensor, scale: Tensor) -> Tensor:
     return (v / scale).round_().clamp_(-7, 7)
+
+
+def _steps(qweight: Tensor, subscales: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    return (subscales * wscales.unsqueeze(-1),)
+
+
+def _nearest(v: Tensor, scale: Tensor) -> Tensor:
+    return _round(v, scale) * scale
+
+
+def _encode(values: Tensor, qweight: Tensor, subscales: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    (scale,) = _steps(qweight, subscales, wscales)
+    codes = _round(groups.split(values, GROUP_SIZE), scale.unsqueeze(-1)) + 8
+    return nibbles.pack(codes.flatten(1)), subscales, wscales
 
 
 def expand_weight(qweight: Tensor, subscales: Tensor) -> Tensor:
@@ -107,6 +121,7 @@ W4A8 = Format(
     quantize_activation=quantize_activation,
     dequantize_activation=dequantize_activation,
     planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1, 0)),
+    grid=Grid(_steps, _nearest, _encode),
     rounding="subscales",
     siblings=True,
     tiles=True,
