@@ -35,7 +35,8 @@ class Config:
                        The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding
-    refine             rounds of refitting the branch to what rounding the rest has lost
+    refine             rounds of refitting the branch to what rounding the rest has lost; of observed inputs the
+                       last two correct each channel's error by the next ones (GPTQ). 0 rounds once, to nearest
     calibration_steps  calls of the model that run in exact 16-bit while inputs are observed; 0 quantizes at once, from
                        the weights alone
     error_budget       a layer whose own relative output error (or, without calibration, weight error) is larger than

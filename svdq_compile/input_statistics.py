@@ -1,11 +1,17 @@
-"""What is remembered of a linear's input while it is observed: spans, and a few whole rows."""
+"""What is remembered of a linear's input while it is observed: spans, second moments, and a few whole rows."""
 
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .fallback import is_out_of_memory
 
 log = logging.getLogger("svdq_compile")
 
@@ -13,12 +19,41 @@ log = logging.getLogger("svdq_compile")
 # 3 MiB; they stand for the input wherever an output error is measured.
 ROWS_PER_CALL = 64
 MAX_ROWS = 512
+# Second moments are kept of blocks of neighbouring channels: 2 KiB a channel, 3 GB for all inputs of FLUX's blocks.
+MOMENT_BLOCK = 512
+MOMENT_ROWS = 4096  # of each call: enough for as many channels, and a video has more
+MOMENT_STEP = 64  # blocks are whole groups of every format
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of an input [..., K], within blocks of its channels.
+
+    sum   [G, B, B] fp32  the sum of x x^T over all rows, of each block of B channels; G * B >= K, 0 behind the last one
+    rows  how many there were
+    """
+
+    sum: Tensor
+    rows: int
+
+    @staticmethod
+    def of(x: Tensor) -> "Moment":
+        """Of x [M, K]."""
+        blocks = -(-x.shape[1] // MOMENT_BLOCK)
+        size = -(-x.shape[1] // (blocks * MOMENT_STEP)) * MOMENT_STEP
+        parts = F.pad(x.float(), (0, blocks * size - x.shape[1])).view(-1, blocks, size).transpose(0, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return Moment(parts.mT @ parts, x.shape[0])
+
+    def __add__(self, other: "Moment") -> "Moment":
+        return Moment(self.sum + other.sum, self.rows + other.rows)
 
 
 class InputStatistics:
     """Statistics of one tensor that one or more linears read.
 
     span    [K] fp32     the largest magnitude seen in each channel
+    moment  the second moment of the rows, of MOMENT_ROWS of each call where there are more; None if memory was missing
     rows    [S, K]       rows sampled evenly from the calls, in the input's dtype
     calls   how many calls were observed whole, and wanted: how many shall be; the owner counts
     most_rows            the largest number that was read at once (passes/linears.rows_read); None: nothing was read
@@ -26,6 +61,7 @@ class InputStatistics:
 
     def __init__(self) -> None:
         self.span: Tensor | None = None
+        self.moment: Moment | None = None
         self.calls = self.wanted = 0
         self.most_rows: float | None = None
         self._rows: list[Tensor] = []
@@ -46,6 +82,7 @@ class InputStatistics:
             span = x.abs().amax(0).float()
         if self.span is not None:
             span = torch.maximum(self.span, span)
+        self._add_moment(x[_evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
         self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         self.span = span  # last: where there is a span there are rows, however far an observation came
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
@@ -62,13 +99,34 @@ class InputStatistics:
         return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
     @classmethod
-    def of(cls, spans: Sequence[Tensor], rows: Sequence[Tensor], most_rows: float | None) -> "InputStatistics":
+    def of(
+        cls,
+        spans: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        moments: Sequence[Moment | None],
+        most_rows: float | None,
+    ) -> "InputStatistics":
         """Of an input that several have observed, each a part of its rows."""
         whole = cls()
         whole.most_rows = most_rows
         if spans:
             whole._rows, whole.span = list(rows), torch.stack(list(spans)).amax(0)
+            known = [moment for moment in moments if moment is not None]
+            whole.moment = reduce(add, known) if len(known) == len(spans) else None
         return whole
+
+    def _add_moment(self, x: Tensor) -> None:
+        """A layer is quantized without it too, if less well."""
+        if self._rows and self.moment is None:
+            return
+        try:
+            moment = Moment.of(x)
+            self.moment = moment if self.moment is None else self.moment + moment
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.moment = None
+            log.warning("svdquant: no memory for the second moment of an observed input; its layers lose a little more")
 
     def _finite(self, x: Tensor) -> Tensor:
         """The rows that hold numbers. One NaN would go into every statistic, and from there into every weight."""

@@ -4,8 +4,9 @@
                                      U D' takes them out of what is rounded,
     y = Q(R) Q(x / smooth) + U (D x) D = D' / smooth, so the branch reads the raw input
 
-Rounding R loses Q(R) - R; the refinement rounds refit U D' to what is lost and round again. Each fit counts errors by
-the inputs that were observed (whitening.py), and the output error on sampled rows decides which round is kept.
+Rounding R loses Q(R) - R; the refinement rounds refit U D' to what is lost and round again, in the last of them with
+each channel's error corrected by the next ones (feedback.py). Each fit counts errors by the inputs that were observed
+(whitening.py), and the output error on sampled rows decides which round is kept.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .config import Config
 from .errors import NonFiniteWeight
+from .feedback import Feedback
 from .input_statistics import InputStatistics
 from .kernels.formats import FORMATS
 from .lowering import reference
@@ -27,6 +29,8 @@ from .whitening import Whitening
 # How much of an input outlier moves into the weight. 0.3 beats SmoothQuant's 0.5 here, since the branch takes what the
 # weight gets: on the demo model 33.1 against 32.3 dB of velocity error in W4A8, equal in W4A4.
 SMOOTH_ALPHA = 0.3
+# Refinement rounds, the last ones, that round with feedback; they take longer. The first brings most.
+FEEDBACK_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def quantize_group(
     smooth = _smoothing(weights, statistics, precision, config)
     codes = FORMATS[precision].codes
     shift = shift if codes is not None and codes.unsigned else 0.0
-    seen = None if statistics.span is None else _see(statistics.rows.to(smooth), smooth, precision, shift)
+    seen = None if statistics.span is None else _see(statistics, smooth, precision, shift)
     fits = [_fit(weight, smooth, precision, config, seen, shift) for weight in weights]
 
     down = torch.cat([fit.down for fit, _ in fits])
@@ -100,15 +104,18 @@ class _Seen:
     rows        [S, K]  fp32
     rounded     [S, K]  what the quantized product reads of them, smoothed
     importance  [K]     the second moment of each channel, smoothed, about 1; no channel counts for nothing
+    feedback    None where second moments are not known
     """
 
     rows: Tensor
     rounded: Tensor
     importance: Tensor
     whitening: Whitening
+    feedback: Feedback | None
 
 
-def _see(rows: Tensor, smooth: Tensor, precision: str, shift: float) -> _Seen:
+def _see(statistics: InputStatistics, smooth: Tensor, precision: str, shift: float) -> _Seen:
+    rows = statistics.rows.to(smooth)
     smoothed = rows / smooth
     moment = smoothed.square().mean(0)
     importance = moment / moment.mean().clamp_min(1e-30) + 1e-4
@@ -116,7 +123,8 @@ def _see(rows: Tensor, smooth: Tensor, precision: str, shift: float) -> _Seen:
     if dequantize is not None:
         qx, ascales, _ = reference.quantize(rows, smooth, rows[:0], precision, shift)
         rounded = dequantize(qx, ascales)[:, : rows.shape[1]]
-    return _Seen(rows, rounded, importance, Whitening(smoothed))
+    feedback = None if statistics.moment is None else Feedback(statistics.moment, smooth)
+    return _Seen(rows, rounded, importance, Whitening(smoothed), feedback)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,10 @@ def _fit(
     rest, rounded, basis = smoothed, None, None
     up, down = smoothed.new_zeros(weight.shape[0], 0, dtype=dtype), smoothed.new_zeros(0, weight.shape[1], dtype=dtype)
     fits = []
-    for _ in range(config.refine + 1 if rank else 1):
+    feedback = None if seen is None else seen.feedback
+    # Without a branch to refit, rounding to nearest would give the same again.
+    refinements = config.refine if rank else min(config.refine, 1 if feedback else 0)
+    for left in range(refinements, -1, -1):
         if rank:
             missing = smoothed if rounded is None else smoothed - rounded
             if seen is not None:
@@ -154,7 +165,10 @@ def _fit(
                 down32 = seen.whitening.undo(down32)
             up, down = up32.to(dtype), (down32 / smooth).to(dtype)
             rest = torch.addmm(smoothed, up.float(), down.float() * smooth, alpha=-1)
-        tensors, rounded = round_weight(precision, rest, None if seen is None else seen.importance)
+        if feedback is not None and left < min(FEEDBACK_ROUNDS, refinements):
+            tensors, rounded = feedback.round(precision, rest, seen.importance)
+        else:
+            tensors, rounded = round_weight(precision, rest, None if seen is None else seen.importance)
         offset = (rounded @ smooth.reciprocal()) * shift if shift else None  # what the shift adds to the product
         if seen is None:
             wrong = (rounded - rest) / smooth

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import Config
 from .fallback import is_out_of_memory
-from .input_statistics import MAX_ROWS, InputStatistics
+from .input_statistics import MAX_ROWS, InputStatistics, Moment
 from .kernels.formats import FORMATS
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
@@ -81,18 +81,29 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> l
     """With the statistics of all ranks: the same rows in the same order on each."""
 
     def observed() -> tuple[list, list[Tensor]]:
-        own = [task.statistics for task in tasks]
-        tensors = [t for s in own if s.span is not None for t in (s.span.to(at), s.thinned(share).to(at))]
-        return [(s.most_rows, s.span is not None) for s in own], tensors
+        said, tensors = [], []
+        for own in (task.statistics for task in tasks):
+            seen = own.span is not None
+            moment = own.moment if seen else None
+            said.append((own.most_rows, seen, None if moment is None else moment.rows))
+            tensors += [own.span, own.thinned(share)] if seen else []
+            tensors += [] if moment is None else [moment.sum]
+        return said, [tensor.to(at) for tensor in tensors]
+
+    def read(said: tuple, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor, Moment | None] | None:
+        _, seen, rows = said
+        if not seen:
+            return None
+        return next(tensors), next(tensors), None if rows is None else Moment(next(tensors), rows)
 
     share = max(1, MAX_ROWS // ranks.size)
     found = [(said, iter(tensors)) for said, tensors in ranks.exchange(observed, at)]
     together = []
     for place, task in enumerate(tasks):
         most = [said[place][0] for said, _ in found if said[place][0] is not None]
-        seen = [(next(tensors), next(tensors)) for said, tensors in found if said[place][1]]
-        spans, rows = [span for span, _ in seen], [rows for _, rows in seen]
-        statistics = InputStatistics.of(spans, rows, max(most, default=None))
+        seen = [one for said, tensors in found if (one := read(said[place], tensors)) is not None]
+        spans, rows, moments = zip(*seen, strict=True) if seen else ((), (), ())
+        statistics = InputStatistics.of(spans, rows, moments, max(most, default=None))
         together.append(replace(task, statistics=statistics))
     return together
 

@@ -3,7 +3,7 @@
 `FORMATS` is the whole list. A format's reference is the oracle: every faster kernel is tested against it.
 """
 
-from .format import Codes, Format
+from .format import Codes, Format, Grid
 from .int4 import INT4
 from .nvfp4 import NVFP4
 from .w4a8 import W4A8
@@ -24,4 +24,4 @@ def codes_of(precision: str) -> Codes:
     return codes
 
 
-__all__ = ["AUTO", "FEW_ROWS", "FORMATS", "Codes", "Format", "codes_of"]
+__all__ = ["AUTO", "FEW_ROWS", "FORMATS", "Codes", "Format", "Grid", "codes_of"]

@@ -50,6 +50,20 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The values that a packed weight can take while its scales stay as they are.
+
+    steps    (*tensors) -> what the codes of a group are decoded with, [N, G] fp32 each: a scale, or scale and zero
+    nearest  (v, *steps) -> the nearest value to each of v that has a code
+    encode   (values [N, K], all of them such values, *tensors) -> the tensors with these values' codes
+    """
+
+    steps: Callable[..., tuple[Tensor, ...]]
+    nearest: Callable[..., Tensor]
+    encode: Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
 class Format:
     """One precision. The functions are pure, run on CPU and CUDA, and their module states every tensor.
 
@@ -63,6 +77,7 @@ class Format:
     quantize_activation  (x [..., K] fp32, already smoothed) -> (qx, ascales); takes `unsigned=True` if its codes do
     dequantize_activation  (qx, ascales) -> [..., Kp] fp32, its inverse but for rounding
     planar               the order of its tensors that kernels want; None: the plain one
+    grid                 of a weight whose scales are known; None: with so many steps the nearest value is good enough
     rounding             the arithmetic of portable/round_weight.py that packs a weight; None: only quantize_weight does
     siblings             linears of one input can be one product: every tensor has a dimension that counts features
     tiles                its GEMM kernels load what an epilogue reads beside the result in tiles
@@ -79,6 +94,7 @@ class Format:
     quantize_activation: Callable[..., tuple[Tensor, Tensor]] | None = None
     dequantize_activation: Callable[..., Tensor] | None = None
     planar: Planar | None = None
+    grid: Grid | None = None
     rounding: str | None = None
     siblings: bool = False
     tiles: bool = False

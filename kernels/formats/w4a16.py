@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles, planar
-from .format import Format
+from .format import Format, Grid
 
 GROUP_SIZE = 64
 CLIP = (1.0, 0.95, 0.9, 0.85)  # shares of a group's range that the 16 steps may cover, about its middle
@@ -47,6 +47,19 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
 
 def _round(v: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((v - zero) / scale).round_().clamp_(0, 15)
+
+
+def _steps(qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> tuple[Tensor, ...]:
+    return wscales.float(), wzeros.float()
+
+
+def _nearest(v: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return _round(v, scale, zero) * scale + zero
+
+
+def _encode(values: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> tuple[Tensor, ...]:
+    scale, zero = (t.unsqueeze(-1) for t in _steps(qweight, wscales, wzeros))
+    return nibbles.pack(_round(groups.split(values, GROUP_SIZE), scale, zero).flatten(1)), wscales, wzeros
 
 
 def dequantize_weight(qweight: Tensor, wscales: Tensor, wzeros: Tensor) -> Tensor:
@@ -79,5 +92,6 @@ W4A16 = Format(
     matmul=matmul,
     group_size=GROUP_SIZE,
     planar=planar.Planar(_to_planar, _from_planar),
+    grid=Grid(_steps, _nearest, _encode),
     rounding="zeros",
 )

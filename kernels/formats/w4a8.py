@@ -2,10 +2,10 @@
 
     y = (qx @ (q * s)^T) * ascales * wscales
 
-The expanded weight q * s (|q| <= 7, s <= 16, so at most 112) is an int8 matrix: the product accumulates in int32 over
+The expanded weight q * s (-8 <= q <= 7, s <= 16, so -128 at least) is an int8 matrix: the product accumulates in int32 over
 the whole of K and both scales wait until the end, which is what lets int8 tensor cores run at full rate.
 
-    qweight    [N, Kp/2]    uint8   q + 8, two nibbles a byte (nibbles.py); Kp = K rounded up to whole groups of 64
+    qweight    [N, Kp/2]    uint8   q + 8, q in -8..7, two nibbles a byte (nibbles.py); Kp = K rounded up to whole groups of 64
     subscales  [N, Kp/64]   int8    s, 1..16
     wscales    [N]          fp32    one scale an output channel
     qx         [..., Kp]    int8    -127..127
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles, planar
-from .format import Codes, Format
+from .format import Codes, Format, Grid
 from .int8_matmul import int8_matmul
 
 GROUP_SIZE = 64
 MAX_SUBSCALE = 16
 # A sub-scale below the one that just covers a group's span clips its largest values and rounds the others finer.
-# On Gaussian groups of 64 the best scale clips a little; steps beyond two never won in trials.
-CLIP_STEPS = 2
+# On Gaussian groups of 64 the best scale clips a little, and the code -8 reaches further down. The mean squared error is
+# 0.0103 without -8 and with two steps, 0.0096 with it, 0.0093 with three steps too; a fourth one gains 0.3 %.
+CLIP_STEPS = 3
 
 
 def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -50,7 +51,21 @@ def row_scales(w: Tensor) -> Tensor:
 
 
 def _round(v: Tensor, scale: Tensor) -> Tensor:
-    return (v / scale).round_().clamp_(-7, 7)
+    return (v / scale).round_().clamp_(-8, 7)
+
+
+def _steps(qweight: Tensor, subscales: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    return (subscales * wscales.unsqueeze(-1),)
+
+
+def _nearest(v: Tensor, scale: Tensor) -> Tensor:
+    return _round(v, scale) * scale
+
+
+def _encode(values: Tensor, qweight: Tensor, subscales: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
+    (scale,) = _steps(qweight, subscales, wscales)
+    codes = _round(groups.split(values, GROUP_SIZE), scale.unsqueeze(-1)) + 8
+    return nibbles.pack(codes.flatten(1)), subscales, wscales
 
 
 def expand_weight(qweight: Tensor, subscales: Tensor) -> Tensor:
@@ -107,6 +122,7 @@ W4A8 = Format(
     quantize_activation=quantize_activation,
     dequantize_activation=dequantize_activation,
     planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1, 0)),
+    grid=Grid(_steps, _nearest, _encode),
     rounding="subscales",
     siblings=True,
     tiles=True,

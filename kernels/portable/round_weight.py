@@ -45,8 +45,8 @@ def _bf16(v):
 
 
 @triton.jit
-def _symmetric(v, scale):
-    return tl.clamp(_nearest(tl.div_rn(v, scale[:, None])), -7.0, 7.0)
+def _signed(v, scale, LOW: tl.constexpr):
+    return tl.clamp(_nearest(tl.div_rn(v, scale[:, None])), LOW, 7.0)
 
 
 @triton.jit
@@ -73,16 +73,16 @@ def _better(loss, best_loss, scale, best):
 
 @triton.jit
 def _round_to_subscales(v, weights, row_scale):
-    """-> codes 1..15, sub-scales, what they stand for."""
+    """-> codes 0..15, sub-scales, what they stand for."""
     cover = tl.div_rn(tl.div_rn(tl.max(tl.abs(v), 1), 7.0), row_scale) - 1e-4
     cover = tl.clamp(tl.ceil(cover), 1.0, _MAX_SUBSCALE)
     best = cover
     best_loss = tl.full(cover.shape, float("inf"), tl.float32)
     for step in tl.static_range(_W4A8_STEPS + 1):
         s = tl.maximum(cover - step, 1.0)
-        loss = _loss(_symmetric(v, s * row_scale) * (s * row_scale)[:, None], v, weights)
+        loss = _loss(_signed(v, s * row_scale, -8.0) * (s * row_scale)[:, None], v, weights)
         best_loss, best = _better(loss, best_loss, s, best)
-    q = _symmetric(v, best * row_scale)
+    q = _signed(v, best * row_scale, -8.0)
     return q + 8.0, best, q * best[:, None] * row_scale[:, None]
 
 
@@ -95,9 +95,9 @@ def _round_to_scales(v, weights):
     best_loss = tl.full(cover.shape, float("inf"), tl.float32)
     for i in tl.static_range(_INT4_SHARES):
         scale = _bf16(cover * (1.0 - 0.05 * i))
-        loss = _loss(_symmetric(v, scale) * scale[:, None], v, weights)
+        loss = _loss(_signed(v, scale, -7.0) * scale[:, None], v, weights)
         best_loss, best = _better(loss, best_loss, scale, best)
-    q = _symmetric(v, best)
+    q = _signed(v, best, -7.0)
     return q + 8.0, best, q * best[:, None]
 
 
