@@ -529,6 +529,63 @@ def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[
         return ROUND_WEIGHT.run(Rounding(w, precision, importance))
 
 
+# ** round_columns **
+
+
+class Columns(NamedTuple):
+    """Channels of a weight that are rounded one after another: kernels/portable/round_columns.py has the shapes."""
+
+    target: Tensor
+    wanted: Tensor
+    weights: Tensor
+    steps: tuple[Tensor, ...]
+    precision: str
+
+
+def _portable_columns(o: Columns) -> Any:
+    from ..kernels.portable import round_columns
+
+    return round_columns.round_columns(o.precision, o.target, o.wanted, o.weights, *o.steps)
+
+
+def _reference_columns(o: Columns) -> Any:
+    grid = FORMATS[o.precision].grid
+    assert grid is not None
+    wanted = o.wanted.clone()
+    rounded, lost = torch.empty_like(wanted), torch.empty_like(wanted)
+    for k in range(wanted.shape[1]):
+        rounded[:, k] = grid.nearest(wanted[:, k], *(step[:, k] for step in o.steps))
+        lost[:, k] = o.target[:, k] - rounded[:, k]
+        wanted[:, k + 1 :].addcmul_(o.weights[:, k, k + 1 :, None], lost[:, k, None])
+    return rounded, lost
+
+
+ROUND_COLUMNS = Table(
+    "round_columns",
+    [
+        Kernel(
+            "portable_round_columns",
+            PORTABLE,
+            tuple(f.name for f in FORMATS.values() if f.grid is not None),
+            "portable.round_columns",
+            takes_all,
+            _portable_columns,
+        )
+    ],
+    _reference_columns,
+)
+
+
+def round_columns(
+    precision: str, target: Tensor, wanted: Tensor, weights: Tensor, steps: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Channels of a weight on their format's grid, each corrected by the errors of those before it, and what was lost:
+    all [G, C, N] fp32, C at most 64. steps: of Format.grid, for each entry.
+    """
+    with _on(target.device):
+        return ROUND_COLUMNS.run(Columns(target, wanted, weights, steps, precision))
+
+
 def in_device_order(
     precision: str, weight: tuple[Tensor, ...], device: torch.device | None = None
 ) -> tuple[Tensor, ...]:

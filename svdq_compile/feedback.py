@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .input_statistics import Moment
 from .kernels.formats import FORMATS
-from .lowering.launch import round_weight
+from .lowering.launch import round_columns, round_weight
 
 # What is added to the diagonal of C, in units of its mean, for each channel that there is to a row seen. Rows of one
 # picture are much alike, so ten of them count as one: of 0.1, 1, 10, 100 and 1000, the demo model's velocity on prompts
@@ -56,10 +56,9 @@ class Feedback:
         for start in range(0, target.shape[1], COLUMNS):
             piece = slice(start, start + COLUMNS)
             wanted = torch.baddbmm(target[:, piece], self.weights[:, :start, piece].mT, lost[:, :start])
-            for j, k in enumerate(range(start, min(start + COLUMNS, target.shape[1]))):
-                rounded[:, k] = form.grid.nearest(wanted[:, j], *(s[:, k] for s in steps))
-                lost[:, k] = target[:, k] - rounded[:, k]
-                wanted[:, j + 1 :].addcmul_(self.weights[:, k, k + 1 : piece.stop, None], lost[:, k, None])
+            rounded[:, piece], lost[:, piece] = round_columns(
+                precision, target[:, piece], wanted, self.weights[:, piece, piece], tuple(s[:, piece] for s in steps)
+            )
         values = rounded.flatten(0, 1)[: w.shape[1]].t().contiguous()
         return form.grid.encode(values, *tensors), values
 

@@ -401,8 +401,12 @@ def test_statistics_of_parts() -> None:
         for chunk in x.split(60):
             part.observe(chunk, rows=len(chunk))
     spans, rows = [p.span for p in parts], [p.thinned(256) for p in parts]
-    whole = InputStatistics.of(spans, rows, 60)  # type: ignore[arg-type]
+    whole = InputStatistics.of(spans, rows, [p.moment for p in parts], 60)  # type: ignore[arg-type]
     assert whole.span is not None
+    assert whole.moment is not None
+    assert whole.moment.rows == 630
+    torch.testing.assert_close(whole.moment.sum[0, :8, :8], a.t() @ a + b.t() @ b)
+    assert InputStatistics.of(spans, rows, [parts[0].moment, None], 60).moment is None  # type: ignore[arg-type]
     assert torch.equal(whole.span, torch.cat([a, b]).abs().amax(0))
     assert whole.rows.shape == (286, 8)
     assert torch.equal(whole.rows[256:], b)

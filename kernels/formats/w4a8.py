@@ -2,10 +2,10 @@
 
     y = (qx @ (q * s)^T) * ascales * wscales
 
-The expanded weight q * s (-8 <= q <= 7, s <= 16, so -128 at least) is an int8 matrix: the product accumulates in int32 over
-the whole of K and both scales wait until the end, which is what lets int8 tensor cores run at full rate.
+The expanded weight q * s (-8 <= q <= 7, s <= 16, so -128 at least) is an int8 matrix: the product accumulates in int32
+over the whole of K and both scales wait until the end, which is what lets int8 tensor cores run at full rate.
 
-    qweight    [N, Kp/2]    uint8   q + 8, q in -8..7, two nibbles a byte (nibbles.py); Kp = K rounded up to whole groups of 64
+    qweight    [N, Kp/2]    uint8   q + 8, q in -8..7, two nibbles a byte (nibbles.py); Kp = K in whole groups of 64
     subscales  [N, Kp/64]   int8    s, 1..16
     wscales    [N]          fp32    one scale an output channel
     qx         [..., Kp]    int8    -127..127
@@ -26,8 +26,8 @@ from .int8_matmul import int8_matmul
 GROUP_SIZE = 64
 MAX_SUBSCALE = 16
 # A sub-scale below the one that just covers a group's span clips its largest values and rounds the others finer.
-# On Gaussian groups of 64 the best scale clips a little, and the code -8 reaches further down. The mean squared error is
-# 0.0103 without -8 and with two steps, 0.0096 with it, 0.0093 with three steps too; a fourth one gains 0.3 %.
+# On Gaussian groups of 64 the best scale clips a little, and the code -8 reaches further down. The mean squared error
+# is 0.0103 without -8 and with two steps, 0.0096 with it, 0.0093 with three steps too; a fourth one gains 0.3 %.
 CLIP_STEPS = 3
 
 
