@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from safetensors.torch import load_file, save_file
+from test_replacing import child, end_of
 from test_stored import sd3_of_its_authors
 from torch import Tensor, nn
 
@@ -179,6 +184,40 @@ def test_a_folder_is_saved_to_again(saved: Path, folder: Path, reference: nn.Mod
     assert not any(
         isinstance(p, QuantizedWeight) for p in FluxTransformer2DModel.from_pretrained(tmp_path).parameters()
     )
+
+
+def test_a_kill_while_shards_are_saved_over_others(saved: Path, reference: nn.Module, tmp_path: Path) -> None:
+    """What is there then is the old model or the new one, or is refused."""
+    new, _ = make("flux", BF16, seed=1)
+    svdq.quantize(new, **OPTIONS)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    codes = svdq.packed(new.get_parameter(name)).weight[0]
+    target, refusals = tmp_path / "x", []
+
+    def save() -> None:
+        new.save_pretrained(target, max_shard_size="200KB")  # type: ignore[operator]
+
+    begun = time.monotonic()
+    save()
+    lasts = time.monotonic() - begun
+    for moment in range(20):
+        shutil.rmtree(target)
+        shutil.copytree(saved / "saved-shards", target)
+        pid = child(save)
+        time.sleep(lasts * (0.5 + moment / 20))
+        os.kill(pid, signal.SIGKILL)
+        end_of(pid)
+        try:
+            loaded = FluxTransformer2DModel.from_pretrained(target)
+        except FileRefused as error:
+            refusals.append(str(error))
+        else:
+            is_new = torch.equal(svdq.packed(loaded.get_parameter(name)).weight[0], codes)
+            same(loaded, new if is_new else reference)
+    assert all("its shards are not of one model" in refusal for refusal in refusals)
+    save()
+    same(FluxTransformer2DModel.from_pretrained(target), new)
+    assert not [file.name for file in target.iterdir() if file.name.endswith(".partial")], "of those that were killed"
 
 
 def test_equal_models_are_equal_files(saved: Path, reference: nn.Module, tmp_path: Path) -> None:

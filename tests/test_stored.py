@@ -9,8 +9,10 @@ import torch
 from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import svdq_compile as svdq
+from svdq_compile.cli import app
 from svdq_compile.deferred import Deferred
 from svdq_compile.errors import FileRefused
 from svdq_compile.model_files import opened_source
@@ -176,6 +178,16 @@ def test_a_single_file_is_what_diffusers_loads(model: str, sd3: Path, tmp_path: 
     else:  # whose defaults are another size
         with pytest.raises(FileRefused, match="a SD3Transformer2DModel of its config"):
             svdq.from_pretrained(sd3 / "sd3.safetensors", model="SD3Transformer2DModel", **OPTIONS)
+
+
+def test_the_command_line(sd3: Path, tmp_path: Path) -> None:
+    options = ["--rank", "8", "--refine", "0", "--precision", "int4", "--device", "cpu"]
+    file, output = str(sd3 / "sd3.safetensors"), tmp_path / "out.safetensors"
+    result = CliRunner().invoke(app, ["quantize", file, str(output), "--model", str(sd3), *options])
+    assert result.exit_code == 0, result.output
+    model = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(sd3))
+    svdq.load(model, output, progress=False)
+    assert equal(model, svdq.from_pretrained(sd3 / "sd3.safetensors", model=sd3, **OPTIONS))
 
 
 def test_a_checkpoint_of_another_model(sd3: Path, tmp_path: Path) -> None:
