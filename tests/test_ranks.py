@@ -1,6 +1,5 @@
 """Several ranks quantize one model: equal packs, whatever each has seen; what goes wrong on one ends all."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from ranks_testing import message, on_ranks, packs
 from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import CHANNELS, TOKENS, WIDTH, net, quiet, relative_error, run_eagerly
-from svdq_compile import compiled, convert, sharing
+from conftest import CHANNELS, TOKENS, WIDTH, logged, net, quiet, relative_error, run_eagerly
+from svdq_compile import compiled, convert, progress, sharing
 from svdq_compile.errors import OptionError
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.ranks import checksums
@@ -331,36 +330,33 @@ def test_adapters_are_the_same_on_all(results: list[dict]) -> None:
     assert off < 1e-3
 
 
-def leaving(how: str) -> Any:
-    """The last rank never comes, comes once and no more, or dies when layers are quantized."""
-    compiled.compile_with_inductor = run_eagerly
+def never_coming() -> Any:
+    """The last rank does not call the model."""
     rank = dist.get_rank()
-    if how == "dies" and rank == 1:
-        convert.quantize_group = lambda *args: os._exit(1)
-    model = by_blocks(net(), calibration_steps=2)
-    if how != "stays away":
-        model(*seen_by(rank))
-    if how != "dies" and rank == 1:
+    if rank == 1:
         time.sleep(14)
         return None
-    begun = time.monotonic()
-    first = message(lambda: model(*seen_by(rank)))
-    second, seconds = message(lambda: model(*seen_by(rank))), time.monotonic() - begun
-    return first, second, seconds, len(packs(model))
+    model, begun = by_blocks(net()), time.monotonic()
+    first, second = (message(lambda: model(*seen_by(rank))) for _ in range(2))
+    return first, second, time.monotonic() - begun, len(packs(model))
 
 
-@pytest.mark.parametrize(("how", "longest"), [("dies", 4), ("stays away", 12), ("comes once", 8)])
-def test_nobody_waits_for_ever(how: str, longest: float, tmp_path: Path) -> None:
-    (first, second, seconds, quantized), _ = on_ranks(2, leaving, tmp_path, how, patience=4)
+def test_nobody_waits_for_ever(tmp_path: Path) -> None:
+    (first, second, seconds, quantized), _ = on_ranks(2, never_coming, tmp_path, patience=4)
     assert first.startswith("RanksApart: ranks 0, 1 did not all come")
     assert "group" in first
     assert second.startswith("RanksApart: ")
-    assert seconds < longest
+    assert seconds < 12
     assert quantized == 0
 
 
+PATIENCE = 15.0
+
+
 def in_groups() -> Any:
-    """Two models, each on two ranks of four, one after the other in another order."""
+    """Two models, each on two ranks of four; then one on all; and at the end the second of each group leaves it: rank 2
+    ends, rank 3 goes on with something else.
+    """
     compiled.compile_with_inductor = run_eagerly
     rank = dist.get_rank()
     own = [0, 2] if rank % 2 == 0 else [1, 3]
@@ -368,15 +364,30 @@ def in_groups() -> Any:
     model(*seen_by(rank))
     everybody = net()
     svdq.quantize(everybody, **quiet(refine=0))
-    return packs(model), packs(everybody)
+    more = by_blocks(net(), group=own, calibration_steps=2)
+    more(*seen_by(rank))
+    found = packs(model), packs(everybody)
+    if rank == 3:
+        time.sleep(PATIENCE + 5)
+    if rank >= 2:
+        return *found, "", 0.0
+    begun = time.monotonic()
+    told = message(lambda: more(*seen_by(rank)))
+    seconds = time.monotonic() - begun
+    assert message(lambda: more(*seen_by(rank))).startswith("RanksApart: ")
+    assert time.monotonic() - begun - seconds < 1, "nobody is waited for twice"
+    return *found, told, seconds
 
 
 def test_groups_in_a_larger_group(tmp_path: Path) -> None:
-    found = on_ranks(4, in_groups, tmp_path)
-    own, everybody = zip(*found, strict=True)
+    own, everybody, told, seconds = zip(*on_ranks(4, in_groups, tmp_path, patience=PATIENCE), strict=True)
     assert own[0] == own[2] != own[1] == own[3]
     assert everybody[0] == everybody[1] == everybody[2] == everybody[3]
     assert {len(part) for part in own + everybody} == {10}
+    assert told[0].startswith("RanksApart: ranks 0, 2 did not all come")
+    assert told[1].startswith("RanksApart: ranks 1, 3 did not all come")
+    assert seconds[0] < 5  # that a process ends is noticed
+    assert PATIENCE - 1 < seconds[1] < PATIENCE + 4
 
 
 @pytest.mark.parametrize("group", ["all", 3, [], [0.5], [-1], object()])
@@ -422,3 +433,15 @@ def test_work_is_dealt_evenly(size: int) -> None:
     owners = sharing._dealt(tasks, size)
     loads = [sum(t.undecided[0][0].numel() for t, o in zip(tasks, owners, strict=True) if o == r) for r in range(size)]
     assert max(loads) <= 1.1 * sum(loads) / size
+
+
+@pytest.mark.parametrize("rank", BOTH)
+def test_the_first_rank_shows_for_all(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    with logged("svdq_compile") as records:
+        progress.say("svdquant: a line", True)
+    assert [record.getMessage() for record in records] == ["svdquant: a line"]
+    assert ("a line" in capsys.readouterr().err) == (rank == 0)
