@@ -69,8 +69,8 @@ def hold_to(arch: int) -> None:
 
 @cache
 def cache_folder(arch: int) -> Path:
-    """Of one process, or of those that it starts: SVDQ_AS_TARGET."""
-    parent = os.environ.setdefault("SVDQ_AS_TARGET", tempfile.mkdtemp(prefix="svdq-as-target-"))
+    """Of one process, or of those that it starts: AS_TARGET_CACHE."""
+    parent = os.environ.setdefault("AS_TARGET_CACHE", tempfile.mkdtemp(prefix="svdq-as-target-"))
     return Path(parent) / str(arch)
 
 

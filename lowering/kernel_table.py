@@ -104,6 +104,11 @@ class Table:
         able = self._able(operands, function)
         return next(able) if self._shape_class is None else self._fastest(list(able), operands, self._shape_class)
 
+    def preferred(self, device: torch.device, precision: str) -> str:
+        """The row that a format's linears of usual sizes get on a device: the first for it that can be imported."""
+        takes = (k for k in self.rows if k.target.includes(device) and (not k.formats or precision in k.formats))
+        return next(k.name for k in takes if _missing(k.name, k.needs) is None)
+
     def _able(self, operands: Any, function: Any) -> Iterator[Kernel]:
         for kernel in self._asked():
             reason = _left_out.get((kernel.name, None)) or _left_out.get((kernel.name, function))

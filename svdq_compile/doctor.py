@@ -16,9 +16,11 @@ from torch import nn
 from .config import Config
 from .convert import choose_precision, warn_of_skip, why_not_as_asked
 from .given import denoisers, model_in
-from .kernels.formats import FORMATS
+from .kernels.formats import FEW_ROWS, FORMATS
+from .kernels.runtime.target import describe
 from .layers import Layer, blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
+from .lowering.launch import kernels_for
 from .lowering.packed import PackedLinear, SharedInput, as_matrix
 from .parameter import QuantizedWeight
 from .tables import as_text
@@ -57,6 +59,7 @@ class Diagnosis:
     other_bytes   of all parameters and buffers that are no linear's weight, by the class of the module that holds them
     way           how to compile the model, as Python
     breaks        where Dynamo cuts the model, with the reason and the source line; None if it was not run
+    kernels       by device of this machine, and by format: what its linears would run
     """
 
     model_class: str
@@ -66,6 +69,7 @@ class Diagnosis:
     other_bytes: Mapping[str, int]
     way: str
     breaks: tuple[str, ...] | None
+    kernels: Mapping[str, Mapping[str, str]]
 
     @property
     def bytes_before(self) -> int:
@@ -115,6 +119,9 @@ class Diagnosis:
         if self.breaks == ():
             facts.add_row("graph breaks", "none")
         facts.add_row("compile by", self.way)
+        for device, of_formats in self.kernels.items():
+            for precision, words in of_formats.items():
+                facts.add_row(f"{precision} on {device}", words)
         return facts
 
 
@@ -143,7 +150,8 @@ def doctor(
     blocks = tuple(_blocks(model, [plan.name for plan in plans if not plan.reason]))
     others = _others(model, {id(layer.weight) for layer in found})
     breaks = None if example_inputs is None else tuple(graph_breaks(model, example_inputs))
-    return Diagnosis(type(model).__name__, precision, plans, blocks, others, _way(model, blocks, plans), breaks)
+    return Diagnosis(type(model).__name__, precision, plans, blocks, others, _way(model, blocks, plans), breaks,
+                     _kernels((precision, FEW_ROWS)))  # fmt: skip
 
 
 def _denoiser(model: Any) -> nn.Module:
@@ -205,6 +213,16 @@ def _way(model: nn.Module, blocks: tuple[Blocks, ...], plans: tuple[Plan, ...]) 
         lists = ", ".join(f"*model.{path}" if path else "*model" for path in dict.fromkeys(repeated))
         return f'for block in [{lists}]: block.compile(backend="svdquant")'
     return "svdq_compile.compile(model)"
+
+
+def _kernels(precisions: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """For each kind of GPU in this machine, or for the CPU where there is none."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    return {
+        "the CPU" if device.type == "cpu" else describe(device): {p: kernels_for(p, device) for p in precisions}
+        for device in devices
+    }
 
 
 def _sums(plans: tuple[Plan, ...] | list[Plan]) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROCM = os.environ.get("SVDQ_TEST_ROCM") == "1"
+ROCM = os.environ.get("PRETEND_ROCM") == "1"
 if ROCM:
     torch.version.hip = "7.0"
 
@@ -33,7 +33,7 @@ SHARED = {"gfx942": 65536, "gfx950": 163840, "gfx1100": 65536}  # bytes that a p
 def test_in_a_rocm_process():
     """None may fail or be skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "rocm_build", __file__]
-    run = subprocess.run(command, env=os.environ | {"SVDQ_TEST_ROCM": "1"}, capture_output=True, text=True)
+    run = subprocess.run(command, env=os.environ | {"PRETEND_ROCM": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "skipped" not in run.stdout.splitlines()[-1]
 

@@ -14,6 +14,7 @@ from conftest import Net, inputs, net
 from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused, OptionError, SvdqError
 from svdq_compile.kernels.formats import FORMATS
+from svdq_compile.kernels.runtime import target
 from svdq_compile.model_files import empty_model
 from zoo import make
 
@@ -157,3 +158,28 @@ def test_what_is_no_model_is_refused(folder: Path) -> None:
     bad.write_text('{"num_layers": "two"}')
     with pytest.raises(SvdqError, match="makes no FluxTransformer2DModel"):
         empty_model("FluxTransformer2DModel", config=bad)
+
+
+def test_it_says_which_kernels_a_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linears' format and the one of few rows, once for each kind of GPU."""
+    words = {"w4a8": "quantize by reference, gemm by reference", "w4a16": "gemv by reference"}
+    assert svdq.doctor(net(), precision="w4a8").kernels == {"the CPU": words}
+    capabilities = [(8, 9), (9, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {capabilities[device.index][0]}")
+    target.capability.cache_clear()
+    found = svdq.doctor(net(), precision="w4a8")
+    target.capability.cache_clear()
+    assert found.kernels == {
+        "GPU 8 (sm_89)": {
+            "w4a8": "quantize by portable_quantize, gemm by ampere_gemm_w4a8",
+            "w4a16": "gemv by portable_gemv",
+        },
+        "GPU 9 (sm_90)": {
+            "w4a8": "quantize by hopper_quantize, gemm by hopper_gemm_w4a8",
+            "w4a16": "gemv by portable_gemv",
+        },
+    }
+    assert "w4a8 on GPU 8 (sm_89)" in str(found)

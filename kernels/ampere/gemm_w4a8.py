@@ -340,6 +340,7 @@ def why_not(o: Gemm) -> str | None:
 
 def candidates(m: int, room: int) -> tuple[Tile, ...]:
     """Tiles worth trying for m tokens where a program may have `room` bytes of shared memory, best guess first."""
+    tiles: tuple[Tile, ...]
     if m <= 16:
         tiles = Tile(16, 128, 6, 1, 4), Tile(16, 64, 6, 1, 4)
     elif m <= 32:

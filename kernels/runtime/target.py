@@ -73,7 +73,7 @@ def _warn_of(device: torch.device) -> None:
 def is_there(device: torch.device) -> bool:
     """Whether a GPU can be asked what it is: fake tensors know devices that are not there."""
     module = getattr(torch, device.type, None)
-    return hasattr(module, "get_device_properties") and module.is_available()
+    return module is not None and hasattr(module, "get_device_properties") and module.is_available()
 
 
 def describe(device: torch.device) -> str:

@@ -244,3 +244,48 @@ def test_w4a8_tiles(tile):
     for shape in ((333, 1000, 320, 48), (512, 200, 15360, 32)):
         operands, expected = w4a8_operands(*shape, BF16)
         assert error(gluon_gemm.gemm(operands, tile=gluon_gemm.Tile(*tile)), expected) < BOUND[BF16]
+
+
+AMPERE_TILES = [(16, 128, 6, 1, 4), (32, 64, 6, 1, 4), (64, 64, 4, 2, 2), (64, 128, 3, 1, 4), (128, 128, 2, 2, 2),
+                (128, 256, 3, 2, 4), (256, 128, 2, 4, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", [(333, 1000, 320, 48), (512, 200, 15360, 32), (5, 72, 64, 0), (130, 264, 192, 256)])
+def test_ampere_w4a8_tiles(shape, dtype):
+    """On every NVIDIA GPU, ragged and with tiles cut along K: every tile gives the same sums, so the same bits where no
+    low-rank product rounds in between; and the epilogues.
+    """
+    from svdq_compile.kernels.ampere.gemm_w4a8 import Tile, gemm
+    from svdq_compile.kernels.runtime.target import shared_memory
+
+    m, n, _, _ = shape
+    operands, expected = w4a8_operands(*shape, dtype)
+    without_branch = operands._replace(xd=operands.xd[:, :0], up=operands.up[:, :0].contiguous())
+    gate, residual = normal(n, dtype=dtype), normal(m, n + 16, dtype=dtype)[:, 8 : 8 + n]
+    sums = []
+    for tile in [Tile(*t) for t in AMPERE_TILES]:
+        if tile.shared() > shared_memory(operands.qx.device):
+            continue
+        for _ in range(2):  # the counters are zero again
+            assert error(gemm(operands, tile=tile), expected) < BOUND[dtype], tile
+        y = gemm(operands, Generated(gated_residual, (gate, n), residual), tile)
+        assert error(y, expected * gate + residual) < BOUND[dtype], tile
+        assert error(gemm(operands, Generated(gelu), tile), F.gelu(expected, approximate="tanh")) < BOUND[dtype], tile
+        sums.append(gemm(without_branch, tile=tile))
+    assert len(sums) >= 5
+    assert all(torch.equal(y, sums[0]) for y in sums)
+
+
+def test_ampere_w4a8_siblings():
+    """Three linears side by side, each with columns of xd of its own."""
+    from svdq_compile.kernels.ampere.gemm_w4a8 import gemm
+
+    m, n, k, rank = 200, 3 * 384, 448, 32
+    fmt = FORMATS["w4a8"]
+    weight = fmt.quantize_weight(normal(n, k) * k**-0.5)
+    qx, ascales = fmt.quantize_activation(normal(m, k))
+    xd, up = normal(m, 3 * rank, dtype=BF16), normal(n, rank, dtype=BF16)
+    expected = reference.gemm(qx, ascales, xd, list(weight), up, None, None, "w4a8", torch.float32)
+    y = gemm(Gemm(qx, ascales, xd, layout.to_kernel("w4a8", weight), up, None, None, "w4a8", BF16))
+    assert error(y, expected) < BOUND[BF16]
