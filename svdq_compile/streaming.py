@@ -18,6 +18,7 @@ from .given import device_in
 from .header import VERSION, is_quantized
 from .journal import journal_beside
 from .model_files import Source, empty_model, in_dtype, model_folder, opened_source
+from .passes.linears import QUANTIZABLE_DTYPES
 from .summary import tell_again, tell_to_compile
 
 
@@ -48,6 +49,8 @@ def from_pretrained(
     """
     chosen = Config.of(config, options)
     target = torch.device("cpu") if device is None else device_in(device)
+    if dtype not in (None, *QUANTIZABLE_DTYPES):
+        raise OptionError(f"dtype={dtype!r}: a model in 4 bits computes in torch.bfloat16, float16 or float32")
     folder, _ = model_folder(Path(path), component)
     if is_quantized(folder):
         return _loaded(folder, target, config is not None or bool(options), dtype)

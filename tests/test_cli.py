@@ -17,7 +17,8 @@ from svdq_compile.cli import app
 from svdq_compile.errors import FileRefused
 from svdq_compile.header import read_header
 from svdq_compile.layers import layers
-from svdq_compile.model_files import opened_source, skeleton
+from svdq_compile.model_files import opened_source
+from svdq_compile.skeleton import skeleton
 
 FAST = ("--rank", "8", "--refine", "0", "--device", "cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

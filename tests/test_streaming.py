@@ -353,4 +353,5 @@ def test_arguments_of_from_pretrained(folder: Path, tmp_path: Path) -> None:
     assert "unknown option 'ranc': did you mean 'rank'?" in says(folder, ranc=8)
     assert "goes with a single file" in says(folder, model="FluxTransformer2DModel")
     assert "has no model_index.json" in says(folder, component="unet")
+    assert "dtype=torch.int8: a model in 4 bits computes in" in says(folder, dtype=torch.int8)
     assert "device='tpu' is no device" in says(folder, device="tpu")
