@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import flux_step  # noqa: E402
 import lora_step  # noqa: E402
+import multi_gpu  # noqa: E402
 
 from svdq_compile import compiled as compiled_module  # noqa: E402
 
@@ -170,3 +171,17 @@ def test_lora_ratios_are_against_both_steps_without() -> None:
     assert lora_step.summary(rows) == expected  # no GPU
     rows = [row | {"gpu_ms": row["ms"] ** 2} for row in rows]
     assert lora_step.summary(rows) == expected | {"slower_gpu_ms": -0.027, "slower_hotswappable_gpu_ms": 0.1773}
+
+
+def test_multi_gpu_predicts_what_was_not_measured() -> None:
+    common = {"model": "flux", "method": "ours"}
+    one = common | {"ranks": 1, "kind": "one GPU", "ms": 80.0, "serial_ms": 2.0}
+    two = common | {"ranks": 2, "kind": "ulysses", "ms": 45.0, "serial_ms": 2.0}
+    rows = multi_gpu.with_predictions([one, two])
+    predicted = {row["ranks"]: row["predicted_ms"] for row in rows}
+    assert predicted[1] == 80.0
+    # Half of 78 ms, 2 ms, and 228 exchanges of 7 MB, each 25 us and 21 us.
+    assert predicted[2] == pytest.approx(41 + 228 * (0.025 + 0.021), rel=0.01)
+    assert predicted[2] > predicted[4] > predicted[8] > 80 / 8
+    assert [row["ranks"] for row in rows if row["kind"] == "predicted"] == [4, 8, 16]
+    assert multi_gpu.with_predictions(rows) == rows
