@@ -127,7 +127,7 @@ def _share_of_exchanges(model: nn.Module, call: dict[str, Any]) -> float | None:
         model(**call)
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events]
+    spans = [(e.time_range.start, e.time_range.end, e.name.startswith("ncclDevKernel")) for e in events]
     whole = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
     return sum(end - start for start, end, exchanges in spans if exchanges) / whole
 

@@ -586,6 +586,12 @@ def round_columns(
         return ROUND_COLUMNS.run(Columns(target, wanted, weights, steps, precision))
 
 
+def kernels_for(precision: str, device: torch.device) -> str:
+    """What a format's linears run on a device, in words."""
+    tables = (GEMV,) if FORMATS[precision].codes is None else (QUANTIZE, GEMM)
+    return ", ".join(f"{table.operator} by {table.preferred(device, precision)}" for table in tables)
+
+
 def in_device_order(
     precision: str, weight: tuple[Tensor, ...], device: torch.device | None = None
 ) -> tuple[Tensor, ...]:
@@ -593,15 +599,4 @@ def in_device_order(
     any order is right.
     """
     device = device or weight[0].device
-
-
-def kernels_for(precision: str, device: torch.device) -> str:
-    """What a format's linears run on a device, in words."""
-    tables = (GEMV,) if FORMATS[precision].codes is None else (QUANTIZE, GEMM)
-    return ", ".join(f"{table.operator} by {table.preferred(device, precision)}" for table in tables)
-
-
-def in_device_order(precision: str, weight: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A weight as its device's kernels read it; where there are none it stays as it is, since any order is right."""
-    device = weight[0].device
     return layout.to_kernel(precision, weight, words=is_hopper(device)) if has_kernels(device) else weight

@@ -165,7 +165,7 @@ def _fit(
                 down32 = seen.whitening.undo(down32)
             up, down = up32.to(dtype), (down32 / smooth).to(dtype)
             rest = torch.addmm(smoothed, up.float(), down.float() * smooth, alpha=-1)
-        if feedback is not None and left < min(FEEDBACK_ROUNDS, refinements):
+        if seen is not None and feedback is not None and left < min(FEEDBACK_ROUNDS, refinements):
             tensors, rounded = feedback.round(precision, rest, seen.importance)
         else:
             tensors, rounded = round_weight(precision, rest, None if seen is None else seen.importance)

@@ -83,10 +83,9 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> l
     def observed() -> tuple[list, list[Tensor]]:
         said, tensors = [], []
         for own in (task.statistics for task in tasks):
-            seen = own.span is not None
-            moment = own.moment if seen else None
-            said.append((own.most_rows, seen, None if moment is None else moment.rows))
-            tensors += [own.span, own.thinned(share)] if seen else []
+            moment = own.moment
+            said.append((own.most_rows, own.span is not None, None if moment is None else moment.rows))
+            tensors += [] if own.span is None else [own.span, own.thinned(share)]
             tensors += [] if moment is None else [moment.sum]
         return said, [tensor.to(at) for tensor in tensors]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
@@ -66,12 +66,6 @@ def packs(model: nn.Module) -> dict[str, list[int]]:
         if isinstance(weight, QuantizedWeight)
         for own in [weight._svdq]
     }
-
-
-def shapes(model: nn.Module) -> list[list[int]]:
-    """Of all tensors of all packs."""
-    own: list[Tensor] = [t for w in model.parameters() if isinstance(w, QuantizedWeight) for t in w._svdq.weight]
-    return [list(t.shape) for t in own]
 
 
 def message(call: Callable[[], Any]) -> str:

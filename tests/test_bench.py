@@ -17,6 +17,7 @@ import lora_step  # noqa: E402
 import small_memory  # noqa: E402
 import stream_quantize  # noqa: E402
 from memory import TINY  # noqa: E402
+import multi_gpu  # noqa: E402
 
 import svdq_compile as svdq  # noqa: E402
 from svdq_compile import compiled as compiled_module  # noqa: E402
@@ -198,3 +199,17 @@ def test_small_memory(tmp_path: Path) -> None:
     errors = [row["error_vs_16bit"] for row in rows]
     assert errors[:2] == [0, 0]
     assert all(0 < error < 0.05 for error in errors[2:])
+
+
+def test_multi_gpu_predicts_what_was_not_measured() -> None:
+    common = {"model": "flux", "method": "ours"}
+    one = common | {"ranks": 1, "kind": "one GPU", "ms": 80.0, "serial_ms": 2.0}
+    two = common | {"ranks": 2, "kind": "ulysses", "ms": 45.0, "serial_ms": 2.0}
+    rows = multi_gpu.with_predictions([one, two])
+    predicted = {row["ranks"]: row["predicted_ms"] for row in rows}
+    assert predicted[1] == 80.0
+    # Half of 78 ms, 2 ms, and 228 exchanges of 7 MB, each 25 us and 21 us.
+    assert predicted[2] == pytest.approx(41 + 228 * (0.025 + 0.021), rel=0.01)
+    assert predicted[2] > predicted[4] > predicted[8] > 80 / 8
+    assert [row["ranks"] for row in rows if row["kind"] == "predicted"] == [4, 8, 16]
+    assert multi_gpu.with_predictions(rows) == rows
