@@ -35,7 +35,7 @@ class Feedback:
         blocks, size, _ = moment.sum.shape
         inverse = F.pad(smooth.reciprocal(), (0, blocks * size - len(smooth)), value=1.0).view(blocks, size, 1)
         c = (moment.sum.to(smooth) / moment.rows * inverse * inverse.mT).double()
-        ridge = RIDGE * len(smooth) / moment.rows + 1e-6
+        ridge = RIDGE * len(smooth) / moment.rows + 1e-3  # the sums are fp32
         mean = c.diagonal(dim1=1, dim2=2).sum() / len(smooth)
         c.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, mean * ridge, 1.0))
         upper = torch.linalg.cholesky(c.flip(1, 2)).flip(1, 2)

@@ -152,7 +152,7 @@ def _fit(
     rest, rounded, basis = smoothed, None, None
     up, down = smoothed.new_zeros(weight.shape[0], 0, dtype=dtype), smoothed.new_zeros(0, weight.shape[1], dtype=dtype)
     fits = []
-    feedback = None if seen is None else seen.feedback
+    importance, feedback = (None, None) if seen is None else (seen.importance, seen.feedback)
     # Without a branch to refit, rounding to nearest would give the same again.
     refinements = config.refine if rank else min(config.refine, 1 if feedback else 0)
     for left in range(refinements, -1, -1):
@@ -165,10 +165,10 @@ def _fit(
                 down32 = seen.whitening.undo(down32)
             up, down = up32.to(dtype), (down32 / smooth).to(dtype)
             rest = torch.addmm(smoothed, up.float(), down.float() * smooth, alpha=-1)
-        if seen is not None and feedback is not None and left < min(FEEDBACK_ROUNDS, refinements):
-            tensors, rounded = feedback.round(precision, rest, seen.importance)
+        if feedback is not None and importance is not None and left < min(FEEDBACK_ROUNDS, refinements):
+            tensors, rounded = feedback.round(precision, rest, importance)
         else:
-            tensors, rounded = round_weight(precision, rest, None if seen is None else seen.importance)
+            tensors, rounded = round_weight(precision, rest, importance)
         offset = (rounded @ smooth.reciprocal()) * shift if shift else None  # what the shift adds to the product
         if seen is None:
             wrong = (rounded - rest) / smooth

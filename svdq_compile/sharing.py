@@ -83,7 +83,7 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> l
     def observed() -> tuple[list, list[Tensor]]:
         said, tensors = [], []
         for own in (task.statistics for task in tasks):
-            moment = own.moment
+            moment = None if own.span is None else own.moment
             said.append((own.most_rows, own.span is not None, None if moment is None else moment.rows))
             tensors += [] if own.span is None else [own.span, own.thinned(share)]
             tensors += [] if moment is None else [moment.sum]

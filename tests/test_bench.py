@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import flux_step  # noqa: E402
 import lora_step  # noqa: E402
+import multi_gpu  # noqa: E402
 import small_memory  # noqa: E402
 import stream_quantize  # noqa: E402
 from memory import TINY  # noqa: E402
-import multi_gpu  # noqa: E402
 
 import svdq_compile as svdq  # noqa: E402
 from svdq_compile import compiled as compiled_module  # noqa: E402
