@@ -175,8 +175,9 @@ class _Text:
     def allocating(self, count: int) -> list[str]:
         """Scratch memory, the results and so many counters; and which stream is current."""
         lines, allocate = [], self.name(allocator(self._device))
-        if self._scratch:
-            lines.append(f"scratch = {allocate}(({self._scratch},), (1,), {self.name(torch.uint8)})")
+        if self._offsets:  # what is empty has an address too
+            size = max(self._scratch, ALIGNMENT)
+            lines.append(f"scratch = {allocate}(({size},), (1,), {self.name(torch.uint8)})")
             lines.append("s = scratch.data_ptr()")
         for place in sorted(self._returned.keys() & self._memory.allocated):
             t = self._returned[place]

@@ -35,14 +35,14 @@ def normal(*shape):
 class Operator:
     """x [.., M, K], weights [w, scales], bias or None -> y, z: launches one kernel, and counts its own calls."""
 
-    def __init__(self, fake):
-        self.kernel, self.calls, self.driver = Kernel(fake, SIGNATURE), 0, fake
+    def __init__(self, fake, scratch=4):
+        self.kernel, self.calls, self.driver, self.scratch = Kernel(fake, SIGNATURE), 0, fake, scratch
 
     def __call__(self, x, weights, bias, factor=0.5):
         self.calls += 1
         rows = x.view(-1, x.shape[-1])
         y, z = x.new_empty(rows.shape), x.new_empty(rows.shape[0], 2, dtype=torch.int32)
-        scratch = x.new_empty(rows.shape[0], dtype=torch.float32)
+        scratch = x.new_empty(rows.shape[0] * self.scratch, dtype=torch.float32)
         w, scales = weights
         hook = (scales if bias is None else bias, x.shape[-1], factor, z)
         launch(
@@ -87,6 +87,16 @@ def test_replayed_as_called(fake):
         assert all(i == at or got[i] not in want for i in differ)
         kept += given, y2, z2
     assert op.calls == 2, "one to compile, one to record"
+
+
+def test_replayed_where_all_scratch_memory_is_empty(fake):
+    """As the result of a branch of rank 0."""
+    op = Operator(fake, scratch=0)
+    fast = replay.Replayed(op)
+    for _ in range(4):
+        y, z = fast(*operands())
+        assert (y.shape, z.shape) == ((2, 3, 128), (6, 2))
+    assert op.calls == 2
 
 
 @pytest.mark.parametrize("change", [

@@ -348,9 +348,9 @@ def candidates(m: int, room: int) -> tuple[Tile, ...]:
     elif m <= 64:
         tiles = Tile(64, 64, 4, 2, 2), Tile(64, 128, 4, 1, 4)
     elif m <= 1024:
-        tiles = Tile(128, 128, 2, 2, 2), Tile(64, 128, 3, 1, 4), Tile(64, 64, 4, 2, 2)
+        tiles = Tile(128, 128, 2, 1, 4), Tile(64, 256, 3, 1, 4), Tile(64, 64, 4, 1, 4)
     else:
-        tiles = Tile(128, 256, 3, 2, 4), Tile(128, 128, 2, 2, 2), Tile(256, 128, 2, 4, 2)
+        tiles = Tile(128, 128, 2, 1, 4), Tile(128, 128, 3, 2, 2, 1), Tile(128, 128, 2, 2, 2)
     return tuple(t for t in tiles if t.shared() <= room)
 
 
