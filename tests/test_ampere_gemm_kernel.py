@@ -64,7 +64,7 @@ def test_codes_go_from_shared_memory_to_the_tensor_cores(capability):
     assert f"cp.async.wait_group \t{tile.stages - 2}" in walk
     assert "ldmatrix" in walk
     assert not re.search(r"[ls][dt]\.shared|wgmma|mbarrier", walk)
-    assert kernel.spilled <= 64
+    assert kernel.spilled <= 128
 
 
 @builds
