@@ -34,9 +34,9 @@ class Copy:
     non_blocking: bool = field(default=False, compare=False)
 
     @classmethod
-    def of(cls, branch: Tensor) -> "Copy":
-        """Where a pack is whose low-rank branch this is part of."""
-        return cls(branch.device, branch.dtype, branch.is_pinned())
+    def of(cls, branch: Tensor, other: Tensor) -> "Copy":
+        """Where a pack is of which these are the low-rank branch, which may be empty, and another tensor."""
+        return cls(branch.device, branch.dtype, other.is_pinned())
 
     def tensors(self, precision: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of a pack, or of several that lie side by side, by name, in the order that is wanted there."""
@@ -81,16 +81,16 @@ class SharedInput:
     smooth: Tensor
     down: Tensor
     shift: float = 0.0
+    # Of all copies of copies, this one too: a linear that comes the same way later, or comes back, finds them.
     _copies: "WeakValueDictionary[Copy, SharedInput]" = field(default_factory=WeakValueDictionary, repr=False)
 
     def copied(self, copy: "Copy") -> "SharedInput":
         """The same elsewhere; every linear that shares this one gets the same."""
+        self._copies[Copy.of(self.down, self.smooth)] = self
         made = self._copies.get(copy)
         if made is None:
             smooth, down = copy.tensor(self.smooth, False), copy.tensor(self.down, True)
-            made = replace(self, smooth=smooth, down=down, _copies=WeakValueDictionary())
-            # Both ways, or a linear that goes and comes back would no longer share with those that stayed.
-            self._copies[copy], made._copies[Copy.of(self.down)] = made, self
+            made = self._copies[copy] = replace(self, smooth=smooth, down=down)
         return made
 
 
@@ -106,15 +106,16 @@ class Siblings:
     tensors: dict[str, Tensor]
     dims: dict[str, int]
     count: int
-    _copies: "WeakValueDictionary[Copy, Siblings]" = field(default_factory=WeakValueDictionary, repr=False)
+    _copies: "WeakValueDictionary[Copy, Siblings]" = field(default_factory=WeakValueDictionary, repr=False)  # likewise
 
     def copied(self, copy: Copy, precision: str) -> "Siblings":
         """All members elsewhere; every member gets the same."""
+        first = self.tensors[FORMATS[precision].fields[0]]
+        self._copies[Copy.of(self.tensors["up"], first)] = self
         made = self._copies.get(copy)
         if made is None:
             tensors = copy.tensors(precision, self.tensors)
-            made = replace(self, tensors=tensors, dims=_feature_dims(precision, tensors), _copies=WeakValueDictionary())
-            self._copies[copy], made._copies[Copy.of(self.tensors["up"])] = made, self
+            made = self._copies[copy] = replace(self, tensors=tensors, dims=_feature_dims(precision, tensors))
         return made
 
     def window(self, name: str, place: int) -> tuple[slice, ...]:
@@ -209,7 +210,7 @@ class PackedLinear:
 
     def is_pinned(self) -> bool:
         """Whether it lies in pinned memory."""
-        return self.up.is_pinned()
+        return self.weight[0].is_pinned()
 
     def record_stream(self, stream: Any) -> None:
         """Let the memory be used by nobody else before what `stream` has been given by then is done."""

@@ -98,6 +98,12 @@ def patience_of(group: Any) -> timedelta:
     return options._timeout if options is not None else timedelta(minutes=10)
 
 
+def external_object(index: int) -> Any:
+    """What Dynamo's code has put aside for a graph under a number, as a stream; None if it is gone."""
+    known = torch._dynamo.graph_bytecode_inputs.index_to_external_object_weakref.get(index)
+    return None if known is None else known()
+
+
 def transforms_in(gm: fx.GraphModule) -> set[str]:
     """Which transforms of torch.func a graph of Dynamo's works out itself: "grad" (vjp too), "jvp", "vmap"."""
     names = (getattr(node.target, "__name__", "") for node in gm.graph.nodes if node.op == "call_function")

@@ -3,19 +3,23 @@
 Who fetches weights on a stream of his own, as diffusers' group offloading does, waits for it in a hook that Dynamo
 traces with the block. torch 2.11 and 2.12 do that while they trace and not in the code that they make; later ones keep
 an operator, which no operand ties to what must come after it. It can be done sooner: a graph that gives a stream no
-work finds there what was given before it.
+work finds there what was given before it. The current stream has the graph's own work: waiting for that is not lifted.
 """
+
+from typing import Any
 
 import torch
 from torch import fx
 
+from ..lowering.torch_private import external_object
+
 _METHODS = ("synchronize", "wait_stream", "wait_event")
-_WAITS = ("synchronize_stream", "synchronize_event", "synchronize_device", "wait_stream", "wait_event")
-_WAITING = "is waited for"
+_WAITS = ("synchronize_stream", "synchronize_event", "wait_stream", "wait_event")
+_CURRENT = 0  # Dynamo's number for the current stream, where there is a device that has one
 
 
 def gives_streams_work(gm: fx.GraphModule) -> bool:
-    """Whether a Dynamo graph does more with streams and events than to wait for them."""
+    """Whether a Dynamo graph does more with streams and events than to wait for what others gave them."""
     return any(_is_of_streams(node) and not _is_wait(node) for node in gm.graph.nodes)
 
 
@@ -53,7 +57,20 @@ def _is_of_streams(node: fx.Node) -> bool:
 def _is_wait(node: fx.Node) -> bool:
     if not _is_of_streams(node):
         return False
-    return node.target in _METHODS if node.op == "call_method" else _operator(node) in _WAITS
+    name = node.target if node.op == "call_method" else _operator(node)
+    awaited = node.args[1 if name == "wait_stream" else 0] if node.args else None
+    if node.op == "call_method":
+        return name in _METHODS and isinstance(awaited, fx.Node) and not _is_current(awaited.meta.get("example_value"))
+    if name not in _WAITS:
+        return False
+    found = external_object(awaited)
+    return not (_is_current(found) or (awaited == _CURRENT and found is None))
+
+
+def _is_current(stream: Any) -> bool:
+    if not isinstance(stream, torch.Stream) or not torch.accelerator.is_available():
+        return False
+    return stream == torch.accelerator.current_stream(stream.device.index)
 
 
 def _operator(node: fx.Node) -> str:

@@ -23,7 +23,7 @@ from .reproduce import reproduce
 from .streaming import from_pretrained
 
 if TYPE_CHECKING:
-    from .diffusers_quantizer import SVDQuantConfig
+    from .diffusers_quantizer import SVDQuantConfig as SVDQuantConfig
 
 serve_diffusers()
 
@@ -42,7 +42,6 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Config",
     "Diagnosis",
-    "SVDQuantConfig",
     "SvdqError",
     "compile",
     "doctor",

@@ -10,7 +10,6 @@
 Nothing is pickled. A file is checked whole before the model is touched.
 """
 
-import glob
 import json
 import os
 import zlib
@@ -39,6 +38,7 @@ from .header import (
     check_layout,
     files_of,
     read_header,
+    saved_in,
     seal,
 )
 from .kernels.formats import FORMATS
@@ -103,7 +103,7 @@ def save_in_shards(model: nn.Module, path: Path, size: int | str) -> None:
         }
         write(shards, metadata)
     new = {path.with_name(name) for name in plan.filename_to_tensors} | ({index} if plan.is_sharded else set())
-    for old in {index, *path.parent.glob(f"{glob.escape(path.stem)}*{path.suffix}")} - new:
+    for old in {index, *saved_in(path.parent)} - new:
         old.unlink(missing_ok=True)
 
 

@@ -140,6 +140,8 @@ def quantize(
         smooth=not no_smooth,
     )
     at = _device(device)
+    if prompt and model is not None:
+        raise OptionError("--model is for a single file of weights, which draws nothing: leave out --prompt")
     if prompt:
         with _console(stderr=True).status(f"loading {source}"):
             pipeline = open_pipeline(source, at, component=component, trust_code=trust_code)

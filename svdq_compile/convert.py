@@ -41,8 +41,8 @@ def convert(
     tasks: Iterable[Task],
     config: Config,
     device: torch.device | None = None,
-    fetch: Callable[[Task], None] = lambda task: None,
-    keep: Callable[[Task], None] = lambda task: None,
+    fetch: Callable[[Task], None] | None = None,
+    keep: Callable[[Task], None] | None = None,
 ) -> None:
     """Quantize every weight that is still undecided, or decide that it stays 16-bit.
 
@@ -51,7 +51,7 @@ def convert(
     keep    called when a task is done
 
     Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
-    takes up what this one has left.
+    takes up what this one has left. Where weights are fetched it is raised at once: they would stay in memory.
     """
     serve_libraries()
     # On one line: an interruption before the next would leave it locked.
@@ -64,11 +64,12 @@ def _convert(
     tasks: list[Task],
     config: Config,
     device: torch.device | None,
-    fetch: Callable[[Task], None],
-    keep: Callable[[Task], None],
+    fetch: Callable[[Task], None] | None,
+    keep: Callable[[Task], None] | None,
 ) -> None:
     def quantize(task: Task) -> Outcomes:
-        fetch(task)
+        if fetch is not None:
+            fetch(task)
         return _quantize(task, config, device)
 
     missing: Exception | None = None
@@ -84,9 +85,10 @@ def _convert(
                 if isinstance(outcomes, Exception):
                     raise outcomes
                 _take(task, outcomes, config)
-                keep(task)
+                if keep is not None:
+                    keep(task)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or fetch is not None:
                     raise
                 missing = error.with_traceback(None)  # whose frames hold tensors
             if not task.undecided:

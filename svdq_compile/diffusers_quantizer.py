@@ -22,14 +22,14 @@ from .errors import FileRefused, OptionError
 from .filling import fill
 from .given import device_in
 from .header import VERSION, is_ours
-from .model_files import in_dtype
+from .model_files import check_dtype, in_dtype
 from .pretrained import QUANT_METHOD
 from .quantize_model import restore
-from .stored import here, stored
+from .stored import has_scales, here, stored, with_scales
 from .summary import tell_again, tell_to_compile
 
 # Options that say how a model is compiled or observed: those go to torch.compile and svdq_compile.quantize.
-ELSEWHERE = frozenset(("calibration_steps", "fuse", "attention", "mode"))
+ELSEWHERE = frozenset(("calibration_steps", "fuse", "attention", "mode", "group"))
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate makes
 _CPU = torch.device("cpu")
 
@@ -99,7 +99,10 @@ class SVDQuantizer(DiffusersQuantizer):
             raise OptionError("device_map: 4-bit weights are not offloaded to the disk; give 'cpu', or a GPU")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
-        """Without one diffusers takes float32, in which nobody runs 4-bit weights."""
+        """Without one diffusers takes float32, in which nobody runs 4-bit weights. Raises OptionError for one that no
+        model computes in.
+        """
+        check_dtype(torch_dtype)
         self._dtype = torch_dtype
         return torch_dtype or torch.bfloat16
 
@@ -125,7 +128,9 @@ class SVDQuantizer(DiffusersQuantizer):
             return {}
         if any(name.endswith(".qweight") for name in state_dict):  # of `from_single_file`, before it is converted
             raise OptionError("this checkpoint is in 4 bits already: svdq_compile.load(model, path) loads it")
-        return state_dict
+        if not has_scales(state_dict):
+            return state_dict
+        return with_scales(Path("the checkpoint"), {name: here(tensor) for name, tensor in state_dict.items()})
 
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -23,7 +23,7 @@ from .lowering.torch_private import shell
 from .parameter import has_quantized
 from .placing import assign, put_plain
 from .progress import say
-from .quantize_model import planned
+from .quantize_model import check_given, planned
 from .report import why_nothing
 from .summary import title
 
@@ -56,6 +56,7 @@ def fill(
             "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
             "svdq_compile.quantize"
         )
+    check_given(model, None, example_inputs)
     tensors = _fitting(model, tensors, path)
     _without_memory(model)
     done = journal.take_up() if journal else set()

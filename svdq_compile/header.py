@@ -225,12 +225,23 @@ def is_quantized(path: Path) -> bool:
 
 
 def _quantized_in(folder: Path) -> list[Path]:
-    for name in (FILE_NAME, DIFFUSERS_NAME):
+    for name in (DIFFUSERS_NAME, FILE_NAME):  # which was diffusers' models' too, once
         index = folder / f"{name}{INDEX}"
         files = shards_of(index) if index.is_file() else [folder / name]
         if is_ours(files[0]):
             return files
     return []
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """All files that earlier `save_pretrained` of quantized models have left in a folder, and nothing else."""
+    found: list[Path] = []
+    for path in (folder / DIFFUSERS_NAME, folder / FILE_NAME):
+        index = path.with_name(f"{path.name}{INDEX}")
+        shards = [file for file in folder.glob(f"{path.stem}-?????-of-?????{path.suffix}") if is_ours(file)]
+        found += [file for file in (path, *shards) if is_ours(file)]
+        found += [index] if shards and index.is_file() else []
+    return found
 
 
 def is_ours(file: Path) -> bool:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 
 import torch
@@ -22,6 +22,7 @@ MAX_ROWS = 512
 # Second moments are kept of blocks of neighbouring channels: 2 KiB a channel, 3 GB for all inputs of FLUX's blocks.
 MOMENT_BLOCK = 512
 MOMENT_ROWS = 4096  # of each call: enough for as many channels, and a video has more
+MOMENT_SHARE = 1 / 256  # of the memory that is free, for one more: there are some hundred inputs
 MOMENT_STEP = 64  # blocks are whole groups of every format
 
 
@@ -37,16 +38,27 @@ class Moment:
     rows: int
 
     @staticmethod
+    def nbytes(channels: int) -> int:
+        """How much one of so many channels takes."""
+        blocks, size = _blocks(channels)
+        return blocks * size * size * 4
+
+    @staticmethod
     def of(x: Tensor) -> "Moment":
         """Of x [M, K]."""
-        blocks = -(-x.shape[1] // MOMENT_BLOCK)
-        size = -(-x.shape[1] // (blocks * MOMENT_STEP)) * MOMENT_STEP
+        blocks, size = _blocks(x.shape[1])
         parts = F.pad(x.float(), (0, blocks * size - x.shape[1])).view(-1, blocks, size).transpose(0, 1)
         with torch.autocast(x.device.type, enabled=False):
             return Moment(parts.mT @ parts, x.shape[0])
 
     def __add__(self, other: "Moment") -> "Moment":
         return Moment(self.sum + other.sum, self.rows + other.rows)
+
+
+def _blocks(channels: int) -> tuple[int, int]:
+    """How many there are, and of how many channels."""
+    blocks = -(-channels // MOMENT_BLOCK)
+    return blocks, -(-channels // (blocks * MOMENT_STEP)) * MOMENT_STEP
 
 
 class InputStatistics:
@@ -82,7 +94,7 @@ class InputStatistics:
             span = x.abs().amax(0).float()
         if self.span is not None:
             span = torch.maximum(self.span, span)
-        self._add_moment(x[_evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
+        self._add_moment(x)
         self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         self.span = span  # last: where there is a span there are rows, however far an observation came
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
@@ -116,17 +128,19 @@ class InputStatistics:
         return whole
 
     def _add_moment(self, x: Tensor) -> None:
-        """A layer is quantized without it too, if less well."""
+        """A layer is quantized without it too, if less well; so it must not take what the model's own calls need."""
         if self._rows and self.moment is None:
             return
         try:
-            moment = Moment.of(x)
+            if self.moment is None and Moment.nbytes(x.shape[1]) > MOMENT_SHARE * _free_memory(x.device):
+                raise torch.OutOfMemoryError
+            moment = Moment.of(x[_evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
             self.moment = moment if self.moment is None else self.moment + moment
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self.moment = None
-            log.warning("svdquant: no memory for the second moment of an observed input; its layers lose a little more")
+            _tell_of_memory()
 
     def _finite(self, x: Tensor) -> Tensor:
         """The rows that hold numbers. One NaN would go into every statistic, and from there into every weight."""
@@ -138,6 +152,19 @@ class InputStatistics:
             x.shape[0],
         )
         return kept
+
+
+@cache
+def _tell_of_memory() -> None:
+    log.warning("svdquant: no memory for second moments of observed inputs; the layers that read them lose a bit more")
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes on a GPU that nobody holds; of other devices that is not known."""
+    if device.type != "cuda":
+        return math.inf
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _evenly(rows: int, most: int, device: torch.device) -> Tensor:

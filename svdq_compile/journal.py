@@ -119,8 +119,8 @@ def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> 
 def _make_and_lock(folder: Path, target: Path, held: ExitStack) -> None:
     while True:
         folder.mkdir(exist_ok=True)
-        made = folder.stat().st_ino
         try:
+            made = folder.stat().st_ino
             held.enter_context(lock(folder))
             if folder.stat().st_ino == made:
                 return

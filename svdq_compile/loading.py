@@ -7,6 +7,7 @@ from torch import nn
 
 from . import checkpoint, nunchaku
 from .errors import OptionError
+from .foreign import groups_of
 from .given import device_in, model_in
 from .nunchaku_file import is_nunchaku
 
@@ -33,6 +34,8 @@ def load(
     """
     checkpoint.check_order(model, path, "load")
     inner = model_in(model, "load")
+    if any(getattr(group, "cpu_param_dict", None) for group in groups_of(inner)):
+        raise OptionError("group offloading on a stream keeps copies of what this model was: load before it is enabled")
     target = None if device is None else device_in(device)
     if is_nunchaku(path):
         nunchaku.load(inner, path, target, precision=precision, progress=progress)

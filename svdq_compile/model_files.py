@@ -19,6 +19,7 @@ from .errors import FileRefused, OptionError, SvdqError
 from .given import DENOISERS
 from .header import is_quantized
 from .nunchaku_file import is_nunchaku
+from .passes.linears import QUANTIZABLE_DTYPES
 from .reading import json_object
 from .skeleton import most_common, state_dict_model
 from .stored import Tensors, converted, stored, weight_files
@@ -151,6 +152,12 @@ def _on_meta(source: str, kind: Any, config: dict[str, Any], dtype: torch.dtype)
         raise SvdqError(f"{source}: this configuration makes no {kind.__name__} ({error})") from error
     in_dtype(model, dtype)
     return model
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises OptionError for a dtype that no model in 4 bits computes in."""
+    if dtype not in (None, *QUANTIZABLE_DTYPES):
+        raise OptionError(f"dtype={dtype!r}: a model in 4 bits computes in torch.bfloat16, float16 or float32")
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> None:

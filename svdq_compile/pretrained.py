@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .errors import OptionError
-from .header import DIFFUSERS_NAME, FILE_NAME, INDEX, VERSION, is_ours
+from .header import DIFFUSERS_NAME, FILE_NAME, VERSION, is_ours, saved_in
 from .parameter import has_quantized
 from .progress import say
 from .reading import state_of
@@ -41,22 +41,23 @@ def serve_save_pretrained(write: Write) -> None:
 def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: nn.Module, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+        given = bound | bound.get("kwargs", {})
+        writes = given.get("is_main_process", True)
         if not has_quantized(self):
             _say_quantized(self, False)
-            earlier = {file: state_of(file) for file in _quantized_in(Path(save_directory))}
+            earlier = {file: state_of(file) for file in saved_in(Path(save_directory)) if writes}
             result = original(self, save_directory, *args, **kwargs)
             for file, state in earlier.items():
                 if state_of(file) == state:
                     file.unlink()  # it is this model no more
             return result
-        bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
-        given = bound | bound.get("kwargs", {})
         for option, usual in _REFUSED.items():
             if given.get(option, usual) != usual:
                 raise OptionError(
                     f"save_pretrained of a model in 4 bits cannot take {option}={given[option]!r}: leave it out"
                 )
-        if given.get("is_main_process", True):
+        if writes:
             _save(self, Path(save_directory), given.get("max_shard_size", "10GB"), write)
         return None
 
@@ -79,12 +80,6 @@ def _save(model: nn.Module, folder: Path, size: int | str, write: Write) -> None
     kind = type(model).__name__
     way = f"{kind}.from_pretrained({str(folder)!r})" if is_diffusers else f"svdq_compile.load(model, {str(folder)!r})"
     say(f"svdquant: 4-bit weights in {folder}; {way} loads them", True)
-
-
-def _quantized_in(folder: Path) -> list[Path]:
-    """The quantized files in a folder, and the indices beside them."""
-    files = [file for file in folder.glob("*.safetensors") if is_ours(file)]
-    return [*files, *folder.glob(f"*.safetensors{INDEX}")] if files else []
 
 
 def _say_quantized(model: Any, is_quantized: bool) -> None:

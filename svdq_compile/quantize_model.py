@@ -55,7 +55,7 @@ def quantize(
 
     Returns the report. Raises NotAModel, OptionError, NothingToQuantize, NonFiniteWeight, UnsupportedDevice.
     """
-    _check(model, calibrate, example_inputs)
+    check_given(model, calibrate, example_inputs)
     chosen = Config.of(config, options)
     target = None if device is None else device_in(device)
     warn_of_skip([model], chosen)
@@ -86,7 +86,7 @@ def quantize(
     return report(model)
 
 
-def _check(model: Any, calibrate: Any, example_inputs: Any) -> None:
+def check_given(model: Any, calibrate: Any, example_inputs: Any) -> None:
     """What was given beside the options. Raises NotAModel, OptionError."""
     inner = model_in(model, "quantize")
     if calibrate is not None and example_inputs is not None:

@@ -9,6 +9,7 @@ each channel's error corrected by the next ones (feedback.py). Each fit counts e
 (whitening.py), and the output error on sampled rows decides which round is kept.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from .lowering.launch import in_device_order, round_weight
 from .lowering.packed import PackedLinear, SharedInput
 from .lowrank import factorize
 from .whitening import Whitening
+
+log = logging.getLogger("svdq_compile")
 
 # How much of an input outlier moves into the weight. 0.3 beats SmoothQuant's 0.5 here, since the branch takes what the
 # weight gets: on the demo model 33.1 against 32.3 dB of velocity error in W4A8, equal in W4A4.
@@ -104,7 +107,7 @@ class _Seen:
     rows        [S, K]  fp32
     rounded     [S, K]  what the quantized product reads of them, smoothed
     importance  [K]     the second moment of each channel, smoothed, about 1; no channel counts for nothing
-    feedback    None where second moments are not known
+    feedback    None where second moments are not known, or the format has no grid
     """
 
     rows: Tensor
@@ -123,8 +126,17 @@ def _see(statistics: InputStatistics, smooth: Tensor, precision: str, shift: flo
     if dequantize is not None:
         qx, ascales, _ = reference.quantize(rows, smooth, rows[:0], precision, shift)
         rounded = dequantize(qx, ascales)[:, : rows.shape[1]]
-    feedback = None if statistics.moment is None else Feedback(statistics.moment, smooth)
-    return _Seen(rows, rounded, importance, Whitening(smoothed), feedback)
+    return _Seen(rows, rounded, importance, Whitening(smoothed), _feedback(statistics, smooth, precision))
+
+
+def _feedback(statistics: InputStatistics, smooth: Tensor, precision: str) -> Feedback | None:
+    if statistics.moment is None or FORMATS[precision].grid is None:
+        return None
+    try:
+        return Feedback(statistics.moment, smooth)
+    except torch.linalg.LinAlgError as error:
+        log.info("rounded without feedback, the second moment of the input is not finite: %s", error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 def _register() -> None:
     try:
         from . import diffusers_quantizer  # noqa: F401  (which registers itself)
-    except ImportError as error:
+    except Exception as error:  # whatever it is, `import diffusers` goes on
         log.warning("svdquant: this diffusers does not know SVDQuantConfig, which needs another version: %s", error)
 
 

@@ -3,7 +3,7 @@ GGUF, 8-bit checkpoints with scales; and those of a model's authors under diffus
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,7 @@ def stored(path: Path, files: Sequence[Path]) -> Iterator[Tensors]:
                 if name in tensors:
                     raise FileRefused(path, f"tensor {name} is in two of its files")
                 tensors[name] = tensor
-        yield _with_scales(path, tensors)
+        yield with_scales(path, tensors)
 
 
 def _reader(file: Path) -> Callable[[Path, ExitStack], Tensors]:
@@ -90,13 +90,16 @@ def _pickle(path: Path, held: ExitStack) -> Tensors:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged ones give rise to any
         raise FileRefused(path, f"torch.load(weights_only=True, mmap=True) does not read it ({error})") from error
-    state = state.get("state_dict", state)
-    return {name: here(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping):
+        raise FileRefused(path, f"it holds a {type(state).__name__}, not tensors by name")
+    named = {name: value for name, value in state.items() if isinstance(name, str)}
+    return {name: here(tensor) for name, tensor in named.items() if isinstance(tensor, Tensor)}
 
 
 def here(tensor: Tensor) -> Deferred:
     """A tensor that is in memory, or mapped, as those that are not."""
-    return Deferred.of(tuple(tensor.shape), tensor.dtype, tensor.clone)
+    return tensor if isinstance(tensor, Deferred) else Deferred.of(tuple(tensor.shape), tensor.dtype, tensor.clone)
 
 
 def _gguf(path: Path, held: ExitStack) -> Tensors:
@@ -105,7 +108,7 @@ def _gguf(path: Path, held: ExitStack) -> Tensors:
         from gguf import GGUFReader
     except ModuleNotFoundError:
         raise SvdqError(f"{path}: reading GGUF files needs gguf: pip install gguf") from None
-    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter, dequantize_gguf_tensor
 
     def expanded(tensor: Any) -> Tensor:
         values = torch.from_numpy(tensor.data.copy())
@@ -115,15 +118,22 @@ def _gguf(path: Path, held: ExitStack) -> Tensors:
 
     try:
         found = GGUFReader(path).tensors
+        shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in found}
+        tensors = {t.name: Deferred.of(shapes[t.name], torch.float32, partial(expanded, t)) for t in found}
     except Exception as error:  # damaged ones give rise to any
         raise FileRefused(path, f"not a whole GGUF file ({error})") from error
-    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in found}
-    return {t.name: Deferred.of(shapes[t.name], torch.float32, partial(expanded, t)) for t in found}
+    for tensor in found:
+        if tensor.data.dtype.kind != "f" and tensor.tensor_type not in SUPPORTED_GGUF_QUANT_TYPES:
+            kind = tensor.tensor_type.name
+            raise FileRefused(path, f"tensor {tensor.name} is of GGUF's type {kind}, which diffusers does not expand")
+    return tensors
 
 
-def _with_scales(path: Path, tensors: Tensors) -> Tensors:
-    """Weights that have scales beside them, multiplied by diffusers' arithmetic when they are read."""
-    named = [name for name in tensors if name.endswith(_SCALES) or name == "scaled_fp8"]
+def with_scales(path: Path, tensors: Tensors) -> Tensors:
+    """Weights that have scales beside them, multiplied when they are read. Raises FileRefused for scales of another
+    kind.
+    """
+    named = [name for name in tensors if _is_of_scales(name)]
     for name in named:
         module, _, kind = name.rpartition(".")
         weight = tensors.get(f"{module}.weight")
@@ -134,14 +144,24 @@ def _with_scales(path: Path, tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if name not in named}
 
 
+def has_scales(tensors: Mapping[str, Any]) -> bool:
+    """Whether there is something beside the weights without which their numbers are wrong."""
+    return any(map(_is_of_scales, tensors))
+
+
+def _is_of_scales(name: str) -> bool:
+    return name.endswith(_SCALES) or name == "scaled_fp8"
+
+
 def _is_a_scale_a_row(weight: Deferred, scale: Deferred) -> bool:
     return weight.dtype == torch.float8_e4m3fn and scale.shape == weight.shape[:1]
 
 
 def _scaled(weight: Deferred, scale: Deferred) -> Deferred:
-    from diffusers.quantizers.bfl.utils import dequantize_fp8r
-
-    return Deferred.of(tuple(weight.shape), torch.float32, lambda: dequantize_fp8r(weight.now(), scale.now()).float())
+    """fp8, with a scale for each row."""
+    return Deferred.of(
+        tuple(weight.shape), torch.float32, lambda: weight.now().float() * scale.now().float().unsqueeze(1)
+    )
 
 
 def converted(path: Path, kind: Any, config: dict[str, Any], tensors: Tensors) -> Tensors:

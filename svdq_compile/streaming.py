@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from .filling import fill
 from .given import device_in
 from .header import VERSION, is_quantized
 from .journal import journal_beside
-from .model_files import Source, empty_model, in_dtype, model_folder, opened_source
-from .passes.linears import QUANTIZABLE_DTYPES
+from .model_files import Source, check_dtype, empty_model, in_dtype, model_folder, opened_source
+from .reading import state_of
 from .summary import tell_again, tell_to_compile
 
 
@@ -49,12 +50,11 @@ def from_pretrained(
     """
     chosen = Config.of(config, options)
     target = torch.device("cpu") if device is None else device_in(device)
-    if dtype not in (None, *QUANTIZABLE_DTYPES):
-        raise OptionError(f"dtype={dtype!r}: a model in 4 bits computes in torch.bfloat16, float16 or float32")
+    check_dtype(dtype)
     folder, _ = model_folder(Path(path), component)
-    if is_quantized(folder):
-        return _loaded(folder, target, config is not None or bool(options), dtype)
     name = None if model is None else os.fspath(model)
+    if is_quantized(folder):
+        return _loaded(folder, name, target, chosen, dtype)
     with opened_source(folder, model=name, dtype=dtype) as source:
         fill(source.model, source.tensors, folder, chosen, example_inputs=example_inputs, at=target, place=target)
     tell_again(source.model, chosen.progress)
@@ -62,12 +62,12 @@ def from_pretrained(
     return source.model
 
 
-def _loaded(folder: Path, target: torch.device, has_options: bool, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a folder that is in 4 bits already."""
-    if has_options:
-        raise OptionError(f"{folder} is in 4 bits already, in whatever way it was quantized: leave the options out")
-    model = empty_model(str(folder))
-    checkpoint.load(model, folder, target)
+def _loaded(path: Path, name: str | None, target: torch.device, config: Config, dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder, or of a file and the model that is named, that is in 4 bits already."""
+    if replace(config, progress=True) != Config():
+        raise OptionError(f"{path} is in 4 bits already, in whatever way it was quantized: leave the options out")
+    model = empty_model(name or str(path))
+    checkpoint.load(model, path, target, progress=config.progress)
     if dtype is not None:
         in_dtype(model, dtype)
     return model
@@ -100,19 +100,13 @@ def quantize_file(
 
 def _facts(source: Source, config: Config, device: torch.device) -> dict[str, Any]:
     """All that the file depends on."""
-    options = {k: v for k, v in config.to_dict().items() if k not in ("progress", "fallback")}
+    options = {k: v for k, v in config.to_dict().items() if k not in ("progress", "fallback", "group")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     state = source.model.state_dict(keep_vars=True)
     return {
-        "versions": [version("svdq-compile"), torch.__version__, VERSION],
+        "versions": [version("svdq-compile"), version("diffusers"), torch.__version__, VERSION],
         "options": options,
         "device": name,
-        "files": [[file.name, *_state(file)] for file in source.files],
+        "files": [[os.path.realpath(file), *state_of(file)] for file in source.files],
         "model": [[key, list(tensor.shape), str(tensor.dtype)] for key, tensor in state.items()],
     }
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    state = file.stat()
-    return state.st_size, state.st_mtime_ns

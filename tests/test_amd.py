@@ -132,6 +132,17 @@ def test_rocm_build_of_round_weight(family, rounding):
     assert spilled(assembly(_round_kernel, family, {"ROUNDING": rounding, "TG": GROUPS}, types, 4)) == 0
 
 
+@rocm
+@pytest.mark.parametrize("grid", ["subscales", "zeros"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rocm_build_of_round_columns(family, grid):
+    from svdq_compile.kernels.portable.round_columns import CHANNELS, ROWS, _round_columns_kernel
+
+    names = ("target", "wanted", "weights", "scale", "zero", "rounded", "lost")
+    constants = {"GRID": grid, "C": CHANNELS, "TN": ROWS}
+    assert spilled(assembly(_round_columns_kernel, family, constants, dict.fromkeys(names, "*fp32"), 4)) == 0
+
+
 if ROCM:
     import triton
 

@@ -78,6 +78,37 @@ def test_a_few_rows_are_not_believed(rows: int) -> None:
     assert output_error(w, rounded, x[200:]) < 1.02 * output_error(w, nearest, x[200:])
 
 
+def test_a_gpu_that_is_nearly_full_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, x = InputStatistics(), correlated(100, 128, 1)
+    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 255 * Moment.nbytes(128))
+    known.observe(x)
+    assert known.moment is None
+    assert known.span is not None
+    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 256 * Moment.nbytes(128))
+    known = InputStatistics()
+    known.observe(x)
+    assert known.moment is not None
+    assert known.moment.sum.nbytes == Moment.nbytes(128)
+
+
+@pytest.mark.parametrize("precision", ["int4", "w8a8"])
+def test_formats_without_a_grid_need_no_moment(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, w = InputStatistics(), matrix(64, 128)
+    known.observe(correlated(100, 128, 1))
+    with_it = quantize_group([w], ["layer"], precision, Config(), known)[0].packed
+    known.moment = None
+    without = quantize_group([w], ["layer"], precision, Config(), known)[0].packed
+    assert all(torch.equal(a, b) for a, b in zip(with_it.weight, without.weight, strict=True))
+
+
+def test_a_moment_of_huge_values_is_left_out() -> None:
+    known, w = InputStatistics(), matrix(64, 128)
+    known.observe(correlated(100, 128, 1))
+    assert known.moment is not None
+    known.moment.sum.fill_(float("inf"))
+    assert quantize_group([w], ["layer"], "w4a8", Config(), known)[0].error < 0.1
+
+
 @pytest.mark.parametrize("precision", GRIDS)
 def test_moments_that_say_nothing(precision: str) -> None:
     """No input but zeros, a constant channel, a dead one, and all channels the same."""
@@ -127,11 +158,12 @@ def test_a_moment_that_finds_no_memory_is_left_out(monkeypatch: pytest.MonkeyPat
     def full(_: Tensor) -> Moment:
         raise torch.OutOfMemoryError("none left")
 
+    input_statistics._tell_of_memory.cache_clear()
     monkeypatch.setattr(Moment, "of", full)
     with logged("svdq_compile") as records:
         known.observe(x)
     monkeypatch.undo()
     known.observe(x)
     assert known.moment is None
-    assert ["no memory for the second moment" in record.getMessage() for record in records] == [True]
+    assert ["no memory for second moments" in record.getMessage() for record in records] == [True]
     assert quantize_group([w], ["layer"], "w4a8", Config(rank=16), known)[0].error < 0.1

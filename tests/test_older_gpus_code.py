@@ -185,7 +185,7 @@ def test_every_portable_kernel_compiles(capability, monkeypatch):
     from ptx import compiled as compile_one
     from ptx import signature_of
 
-    from svdq_compile.kernels.portable import gemm, gemv, heads, quantize, round_weight, row_moments
+    from svdq_compile.kernels.portable import gemm, gemv, heads, quantize, round_columns, round_weight, row_moments
 
     names = set()
 
@@ -196,7 +196,7 @@ def test_every_portable_kernel_compiles(capability, monkeypatch):
         assert built.metadata.shared <= SHARED_MEMORY[capability]
         names.add(kernel.fn.__name__)
 
-    for module in (gemm, gemv, heads, quantize, round_weight, row_moments):
+    for module in (gemm, gemv, heads, quantize, round_columns, round_weight, row_moments):
         monkeypatch.setattr(module, "launch", compile_only)
     for precision in ("w4a8", "int4"):
         gemm.gemm(linear(200, 128, 128, 32, BF16, precision)[0])
@@ -210,7 +210,10 @@ def test_every_portable_kernel_compiles(capability, monkeypatch):
     heads.run(tokens, tokens.clone(), heads.GeneratedHeads(nothing, turned, ()))
     for precision in ("w4a8", "int4", "w4a16"):
         round_weight.round_weight(precision, torch.randn(64, 128), None)
-    assert len(names) == 7
+    columns = torch.randn(2, 64, 40)
+    for precision, zero in (("w4a8", None), ("w4a16", columns)):
+        round_columns.round_columns(precision, columns, columns, torch.randn(2, 64, 64), columns.abs() + 0.1, zero)
+    assert len(names) == 8
 
 
 # ** the machine itself **

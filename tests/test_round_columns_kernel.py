@@ -65,7 +65,7 @@ def test_values_stay_in_registers(capability: int, precision: str) -> None:
     from svdq_compile.kernels.portable.round_columns import CHANNELS, ROWS, _round_columns_kernel
 
     names = ("target", "wanted", "weights", "scale", "zero", "rounded", "lost")
-    grid = FORMATS[precision].rounding or "fp4"
+    grid = FORMATS[precision].rounding
     built = compile_for(
         _round_columns_kernel, capability, {"GRID": grid, "C": CHANNELS, "TN": ROWS}, 4, dict.fromkeys(names, "*fp32")
     )

@@ -348,7 +348,7 @@ def candidates(m: int, room: int) -> tuple[Tile, ...]:
     elif m <= 64:
         tiles = Tile(64, 64, 4, 2, 2), Tile(64, 128, 4, 1, 4)
     elif m <= 1024:
-        tiles = Tile(128, 128, 2, 1, 4), Tile(64, 256, 3, 1, 4), Tile(64, 64, 4, 1, 4)
+        tiles = Tile(128, 128, 2, 1, 4), Tile(128, 128, 3, 2, 2), Tile(64, 64, 4, 1, 4)
     else:
         tiles = Tile(128, 128, 2, 1, 4), Tile(128, 128, 3, 2, 2, 1), Tile(128, 128, 2, 2, 2)
     return tuple(t for t in tiles if t.shared() <= room)
@@ -381,6 +381,8 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
 
 def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile, programs: int) -> None:
     (m, n), r = y.shape, o.up.shape[1]
+    if sibling < n and sibling % t.tn:
+        raise ValueError(f"a tile of {t.tn} features would belong to two of the siblings of {sibling} features")
     qx, (qweight, subscales, wscales) = o.qx, o.weight
     function, extra, auxiliary = epilogue or (None, (), None)
     tiles = -(-m // t.tm) * -(-n // t.tn)

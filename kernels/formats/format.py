@@ -77,7 +77,8 @@ class Format:
     quantize_activation  (x [..., K] fp32, already smoothed) -> (qx, ascales); takes `unsigned=True` if its codes do
     dequantize_activation  (qx, ascales) -> [..., Kp] fp32, its inverse but for rounding
     planar               the order of its tensors that kernels want; None: the plain one
-    grid                 of a weight whose scales are known; None: with so many steps the nearest value is good enough
+    grid                 of a weight whose scales are known, for rounding with feedback; None: it gains nothing by that
+                         (w8a8 has many steps, int4 and nvfp4 lose more by their 4-bit activations)
     rounding             the arithmetic of portable/round_weight.py that packs a weight; None: only quantize_weight does
     siblings             linears of one input can be one product: every tensor has a dimension that counts features
     tiles                its GEMM kernels load what an epilogue reads beside the result in tiles

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles, planar
-from .format import Codes, Format, Grid
+from .format import Codes, Format
 
 GROUP_SIZE = 64
 CLIP = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of the span a scale may cover; Gaussian groups of 64 do best near 0.9
@@ -36,19 +36,6 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
 
 def _round(v: Tensor, scale: Tensor) -> Tensor:
     return (v / scale).round_().clamp_(-7, 7)
-
-
-def _steps(qweight: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
-    return (wscales.float(),)
-
-
-def _nearest(v: Tensor, scale: Tensor) -> Tensor:
-    return _round(v, scale) * scale
-
-
-def _encode(values: Tensor, qweight: Tensor, wscales: Tensor) -> tuple[Tensor, ...]:
-    codes = _round(groups.split(values, GROUP_SIZE), wscales.float().unsqueeze(-1)) + 8
-    return nibbles.pack(codes.flatten(1)), wscales
 
 
 def dequantize_weight(qweight: Tensor, wscales: Tensor) -> Tensor:
@@ -96,7 +83,6 @@ INT4 = Format(
     quantize_activation=quantize_activation,
     dequantize_activation=dequantize_activation,
     planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1), words=True),
-    grid=Grid(_steps, _nearest, _encode),
     rounding="scales",
     siblings=True,
 )

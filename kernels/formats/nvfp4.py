@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import groups, nibbles
-from .format import Codes, Format, Grid
+from .format import Codes, Format
 
 GROUP_SIZE = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -67,20 +67,6 @@ def quantize_weight(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor
     return nibbles.pack(codes.flatten(1)), scale.squeeze(-1).to(torch.float8_e4m3fn), wtscale
 
 
-def _steps(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> tuple[Tensor, ...]:
-    return (wscales.float() * wtscale,)
-
-
-def _nearest(v: Tensor, scale: Tensor) -> Tensor:
-    return decode_e2m1(encode_e2m1(v / scale)) * scale
-
-
-def _encode(values: Tensor, qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> tuple[Tensor, ...]:
-    (scale,) = _steps(qweight, wscales, wtscale)
-    codes = encode_e2m1(groups.split(values, GROUP_SIZE) / scale.unsqueeze(-1))
-    return nibbles.pack(codes.flatten(1)), wscales, wtscale
-
-
 def dequantize_weight(qweight: Tensor, wscales: Tensor, wtscale: Tensor) -> Tensor:
     """[N, Kp] fp32."""
     if wtscale.dim():
@@ -117,5 +103,4 @@ NVFP4 = Format(
     codes=Codes("fp4", torch.uint8, torch.float8_e4m3fn, GROUP_SIZE, by_block=True, two_a_byte=True),
     quantize_activation=quantize_activation,
     dequantize_activation=dequantize_activation,
-    grid=Grid(_steps, _nearest, _encode),
 )

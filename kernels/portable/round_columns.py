@@ -32,21 +32,10 @@ def _nearest(v):
 
 
 @triton.jit
-def _e2m1(v):
-    """The nearest magnitude of fp4, ties to the even code, with the sign of v."""
-    size = tl.minimum(tl.abs(v), 6.0)
-    step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-    size = _nearest(tl.div_rn(size, step)) * step
-    return tl.where(v < 0, -size, size)
-
-
-@triton.jit
 def _on_grid(v, scale, zero, GRID: tl.constexpr):
     if GRID == "zeros":
         return tl.clamp(_nearest(tl.div_rn(v - zero, scale)), 0.0, 15.0) * scale + zero
-    if GRID == "fp4":
-        return _e2m1(tl.div_rn(v, scale)) * scale
-    return tl.clamp(_nearest(tl.div_rn(v, scale)), -8.0 if GRID == "subscales" else -7.0, 7.0) * scale
+    return tl.clamp(_nearest(tl.div_rn(v, scale)), -8.0, 7.0) * scale
 
 
 @triton.jit
@@ -90,7 +79,7 @@ def round_columns(
             _round_columns_kernel,
             (triton.cdiv(rows, ROWS), blocks, 1),
             (target, wanted, weights, scale, zero, rounded, lost, channels, rows),
-            (FORMATS[precision].rounding or "fp4", max(triton.next_power_of_2(channels), 2), ROWS),
+            (FORMATS[precision].rounding, max(triton.next_power_of_2(channels), 2), ROWS),
             num_warps=4,
         )
     return rounded, lost
