@@ -23,7 +23,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from test_replacing import child, end_of
-from test_stored import sd3_of_its_authors
+from test_stored import in_8_bits, sd3_of_its_authors
 from torch import Tensor, nn
 
 import svdq_compile as svdq
@@ -186,6 +186,31 @@ def test_a_folder_is_saved_to_again(saved: Path, folder: Path, reference: nn.Mod
     )
 
 
+def test_a_folder_of_an_older_version_is_saved_to(saved: Path, reference: nn.Module, tmp_path: Path) -> None:
+    """It held its weights under a name that diffusers does not look for."""
+    other, _ = make("flux", BF16, seed=1)
+    svdq.quantize(other, **OPTIONS)
+    svdq.save(other, tmp_path / "model.svdq.safetensors", progress=False)
+    for size in ("200KB", "10GB"):
+        reference.save_pretrained(tmp_path, max_shard_size=size)  # type: ignore[operator]
+        same(svdq.from_pretrained(tmp_path), reference)
+        same(FluxTransformer2DModel.from_pretrained(tmp_path), reference)
+    assert not (tmp_path / "model.svdq.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["my-flux.safetensors", "diffusion_pytorch_model-rank4.safetensors"])
+def test_somebodys_own_file_stays(name: str, saved: Path, reference: nn.Module, folder: Path, tmp_path: Path) -> None:
+    svdq.save(reference, tmp_path / name, progress=False)
+    before = (tmp_path / name).read_bytes()
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")  # type: ignore[operator]
+    plain = FluxTransformer2DModel.from_pretrained(folder / "whole")
+    plain.save_pretrained(tmp_path, is_main_process=False)  # type: ignore[operator]
+    assert len(list(tmp_path.glob("diffusion_pytorch_model-0*"))) > 1, "the main process sees to these"
+    plain.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert not list(tmp_path.glob("diffusion_pytorch_model-0*"))
+    assert (tmp_path / name).read_bytes() == before
+
+
 def test_a_kill_while_shards_are_saved_over_others(saved: Path, reference: nn.Module, tmp_path: Path) -> None:
     """What is there then is the old model or the new one, or is refused."""
     new, _ = make("flux", BF16, seed=1)
@@ -271,6 +296,22 @@ def test_a_single_file(tmp_path: Path) -> None:
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in plain.named_parameters())
     svdq.quantize(plain, **OPTIONS)
     same(loaded, plain)
+
+
+def test_a_single_file_in_fp8_with_scales(tmp_path: Path) -> None:
+    """diffusers' converters know of no scales."""
+    model, _ = make("sd3", BF16)
+    model.save_config(tmp_path)  # type: ignore[operator]
+    given, _ = in_8_bits(sd3_of_its_authors(model), True)
+    save_file(given, file := tmp_path / "sd3.safetensors")
+    svdq.quantize(model, **OPTIONS)
+    loaded = SD3Transformer2DModel.from_single_file(
+        str(file), config=str(tmp_path), dtype=BF16, quantization_config=SVDQuantConfig(**OPTIONS)
+    )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QuantizedWeight):
+            here, there = (svdq.packed(m.get_parameter(name)).dequantize(torch.float32) for m in (loaded, model))
+            assert (here - there).norm() < 0.2 * there.norm(), name
 
 
 # ** in a new process **

@@ -263,6 +263,16 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("content", [[torch.ones(3)], {"state_dict": 3}], ids=["a list", "a number"])
+def test_pickles_of_something_else(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.bin")
+    with pytest.raises(FileRefused, match="not tensors by name"), stored(tmp_path, [tmp_path / "x.bin"]):
+        pass
+    torch.save({1: torch.ones(3), "a": torch.ones(2)}, tmp_path / "x.bin")
+    with stored(tmp_path, [tmp_path / "x.bin"]) as tensors:
+        assert list(tensors) == ["a"]
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"weight": torch.ones(3)}, tmp_path / f"{name}.safetensors")

@@ -241,6 +241,36 @@ def test_other_weights_are_not_taken_up(folder: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
+def test_another_folder_of_equal_looks_is_not_taken_up(
+    folder: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fine-tune: the same names, sizes and times."""
+    other = tmp_path / "other"
+    make("flux", BF16, seed=1)[0].save_pretrained(other, max_shard_size="400KB")  # type: ignore[operator]
+    for file in other.iterdir():
+        state = (folder / file.name).stat()
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert file.stat().st_size == state.st_size
+    interrupted(other, tmp_path / "out", monkeypatch)
+    stream(folder, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_want_of_memory_ends_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched for the layers that are left would stay in memory."""
+    calls = []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("svdq_compile.convert.quantize_group", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        stream(folder, tmp_path / "out")
+    assert len(calls) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     left = interrupted(folder, tmp_path / "out", monkeypatch)
     assert f"what is done is kept in {left}: the same again goes on from there" in capsys.readouterr().err
@@ -341,6 +371,10 @@ def test_a_folder_that_is_in_4_bits(folder: Path, tmp_path: Path) -> None:
     assert svdq.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
     with pytest.raises(OptionError, match="is in 4 bits already"):
         svdq.from_pretrained(tmp_path, rank=16)
+    svdq.save(model, tmp_path / "one.safetensors", progress=False)
+    one = svdq.from_pretrained(tmp_path / "one.safetensors", model=folder, progress=False)
+    svdq.save(one, tmp_path / "c", progress=False)
+    assert (tmp_path / "c").read_bytes() == (tmp_path / "a").read_bytes()
 
 
 def test_arguments_of_from_pretrained(folder: Path, tmp_path: Path) -> None:
