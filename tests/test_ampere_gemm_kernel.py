@@ -145,3 +145,11 @@ def test_tables_prefer_it_to_plain_triton():
 
     names = [row.name for row in launch.GEMM.rows if "w4a8" in row.formats]
     assert names.index("hopper_gemm_w4a8") < names.index("ampere_gemm_w4a8") < names.index("portable_gemm")
+
+
+@builds
+@pytest.mark.parametrize("rows", [1, 16, 32, 64, 65, 512, 1024, 1025, 100_000])
+def test_a_tile_belongs_to_one_sibling(rows):
+    from svdq_compile.kernels.ampere.gemm_w4a8 import candidates
+
+    assert all(tile.tn <= layout.SIBLING_STEP for tile in candidates(rows, SHARED_MEMORY[80]))
