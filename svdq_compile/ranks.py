@@ -8,12 +8,13 @@ Nothing is sent before all ranks have said that they are well. So an error on on
 one that does not come is waited for as long as the ranks' own group would wait (`timeout` of init_process_group).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
 from .fallback import is_out_of_memory
 from .lowering.torch_private import patience_of
 from .progress import Activity
+
+# What ranks compare, in its order; names may come twice.
+_Facts = list[tuple[str, Any]]
 
 _KNOWN: "dict[tuple[Any, tuple[int, ...]], Ranks]" = {}  # by torch.distributed's world, which may be set up anew
 _ALIGNED = 256  # bytes: where tensors begin that are sent together
@@ -88,20 +92,24 @@ class Ranks:
     def size(self) -> int:
         return len(self.members)
 
-    def agree(self, weights: Iterable[tuple[Tensor, str]], config: Config) -> None:
+    def agree(self, groups: Iterable[Sequence[tuple[Tensor, str]]], config: Config) -> None:
         """Check that all ranks are about to do the same, with weights of the same values and the same options.
+
+        groups  weights that share an input, with the names of their layers: in the order in which they are quantized
 
         Raises RanksDiffer, which names the first difference; the same on all ranks.
         """
-        named = list(weights)
+        groups = list(groups)
+        named = [pair for group in groups for pair in group]
 
-        def facts() -> dict[str, dict[str, Any]]:
+        def facts() -> dict[str, _Facts]:
             sums = checksums(weight for weight, _ in named)
             return {
-                "version": {"torch": torch.__version__, "svdq-compile": version("svdq-compile")},
-                "option": {k: v for k, v in config.to_dict().items() if k not in ("progress", "group")},
-                "layer": {n: f"{w.dtype}{list(w.shape)}" for w, n in named},
-                "weight": {n: total for (_, n), total in zip(named, sums, strict=True)},
+                "version": [("torch", torch.__version__), ("svdq-compile", version("svdq-compile"))],
+                "option": [(k, v) for k, v in config.to_dict().items() if k not in ("progress", "group")],
+                "layer": [(n, f"{w.dtype}{list(w.shape)}") for w, n in named],
+                "input": [(n, [other for _, other in group]) for group in groups for _, n in group],
+                "weight": [(n, total) for (_, n), total in zip(named, sums, strict=True)],
             }
 
         first, *others = self.told(facts)
@@ -278,14 +286,19 @@ def _checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _difference(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """The first name that two ranks have different values for, and the two; None: it has no such name."""
-    names = dict.fromkeys((*facts, *others))
-    name = next((n for n in names if facts.get(n) != others.get(n)), None)
-    if name is not None:
-        return name, facts.get(name), others.get(name)
-    place = next(i for i, pair in enumerate(zip(facts, others, strict=True)) if pair[0] != pair[1])
-    return "in another order", list(facts)[place], list(others)[place]
+def _difference(facts: _Facts, others: _Facts) -> tuple[str, Any, Any]:
+    """Of two ranks the first name that one has and the other has not, or with another value, and the two values (None:
+    it has none); where only their order differs, the place, and the names there.
+    """
+    pairs = zip_longest(facts, others, fillvalue=("", None))
+    place, ((name, value), (other_name, other)) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    if name == other_name:
+        return name, value, other
+    mine, theirs = dict(facts), dict(others)
+    lone = next((n for n in (*mine, *theirs) if (n in mine) != (n in theirs)), None)
+    if lone is not None:
+        return lone, mine.get(lone), theirs.get(lone)
+    return f"number {place + 1}", name, other_name
 
 
 def _listed(members: Sequence[int]) -> str:

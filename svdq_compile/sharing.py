@@ -44,7 +44,7 @@ def share_out(
             yield task, _tried(quantize, task)
         return
     tasks = [task for task in tasks if task.undecided]
-    ranks.agree([pair for task in tasks for pair in task.undecided], config)
+    ranks.agree([task.undecided for task in tasks], config)
     step = PER_ROUND * ranks.size
     for start in range(0, len(tasks), step):
         yield from _round(ranks, tasks[start : start + step], quantize, device)

@@ -11,7 +11,7 @@ from ranks_testing import message, on_ranks, packs
 from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import CHANNELS, TOKENS, WIDTH, logged, net, quiet, relative_error, run_eagerly
+from conftest import CHANNELS, TOKENS, WIDTH, Net, logged, net, quiet, relative_error, run_eagerly
 from svdq_compile import compiled, convert, progress, sharing
 from svdq_compile.errors import OptionError
 from svdq_compile.input_statistics import InputStatistics
@@ -136,6 +136,34 @@ def other_model(rank: int) -> str:
     return message(lambda: svdq.quantize(net(blocks=1 + rank), **quiet()))
 
 
+class Partly(Net):
+    """Its first blocks can be left out."""
+
+    first = 0
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks[self.first :]:
+            x = block(x, condition)
+        return self.project(x)
+
+
+def other_order(rank: int) -> str:
+    """Equal blocks, of which one rank's calibration leaves out the first: its layers come last there."""
+    torch.manual_seed(0)
+    model = Partly().requires_grad_(False)
+    model.first = rank
+    return message(lambda: svdq.quantize(model, calibrate=lambda m: m(*seen_by(rank)), **quiet()))
+
+
+def other_inputs(rank: int) -> str:
+    """On one rank k reads an input of its own."""
+    model = net()
+    if rank:
+        model.blocks[0].to_k.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return message(lambda: svdq.quantize(model, calibrate=lambda m: m(*seen_by(rank)), **quiet()))
+
+
 def a_broken_weight(rank: int) -> str:
     model = net()
     model.blocks[0].to_q.weight[0, 0] = torch.nan
@@ -208,6 +236,7 @@ STEPS = {
     step.__name__: step
     for step in (blocks, whole_model, ahead, by_weights, few_tokens_here, alone, own_group, process_group,
                  not_in_the_group, other_options, other_calls, other_weights, one_other_value, other_model,
+                 other_order, other_inputs,
                  a_broken_weight, a_fault, a_fault_with_fallback, no_memory, adapters)
 }  # fmt: skip
 
@@ -283,6 +312,8 @@ def test_groups_are_kept_as_ranks(results: list[dict]) -> None:
         "other_weights": ("weight of blocks.0.", "group"),
         "one_other_value": ("weight of blocks.1.down", "group"),
         "other_model": ("blocks.1.modulate", "none", "group"),
+        "other_order": ("is at layer ", "blocks.0.", "group"),
+        "other_inputs": ("share the input of blocks.0.to_", "group"),
     }.items(),
 )
 def test_differences_are_named_on_all(step: str, named: tuple[str, ...], results: list[dict]) -> None:
