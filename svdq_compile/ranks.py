@@ -25,7 +25,7 @@ from .config import ALONE, WORLD, Config
 from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
 from .fallback import is_out_of_memory
 from .lowering.torch_private import patience_of
-from .progress import Activity
+from .progress import Activity, show_by
 
 # What ranks compare, in its order; names may come twice.
 _Facts = list[tuple[str, Any]]
@@ -52,6 +52,7 @@ def ranks_of(config: Config) -> "Ranks | None":
     if len(members) == 1:
         return None
     known = dist.group.WORLD, members
+    show_by(members[0])
     if known not in _KNOWN:
         _KNOWN[known] = Ranks.meet(members, config.progress)
     return _KNOWN[known]
@@ -65,7 +66,7 @@ class Ranks:
     own       the place of this process among them
     words     for what they tell each other, and for CPU tensors
     patience  how long they wait for each other
-    nccl      whether their GPUs reach each other by NCCL
+    nccl      whether what lies on their GPUs goes by NCCL
     visible   whether it is told that they are waited for
     """
 
@@ -83,7 +84,10 @@ class Ranks:
         """Set up; all of them call this at once."""
         world = dist.group.WORLD
         assert world is not None
-        patience, nccl = patience_of(world), "nccl" in dist.get_backend_config(world)
+        patience = patience_of(world)
+        # Of a world that is bound to a GPU NCCL splits groups off, for which all ranks of the world would have to come.
+        splits = world.bound_device_id is not None and len(members) < dist.get_world_size()
+        nccl = "nccl" in dist.get_backend_config(world) and not splits
         with _waiting(members, visible):
             words = dist.new_group(list(members), patience, "gloo", use_local_synchronization=True)
         return cls(members, members.index(dist.get_rank()), words, patience, nccl, visible)
@@ -167,23 +171,35 @@ class Ranks:
         Raises RanksApart if one of them does not come.
         """
         mine, error = None, None
-        try:
-            mine = make()
-        except Exception as raised:
-            error = raised
         found: list[Any] = [None] * self.size
 
         def gather() -> None:
             dist.monitored_barrier(self.words, self.patience, wait_all_ranks=True)  # names who is missing
             dist.all_gather_object(found, (mine, error and _Failure.of(error)), group=self.words)
 
-        self._patiently(gather)
+        with self.in_step():
+            try:
+                mine = make()
+            except Exception as raised:
+                error = raised
+            self._patiently(gather)
         if error is not None:
             raise error
         for member, (_, failure) in zip(self.members, found, strict=True):
             if failure is not None:
                 raise failure.error(member)
         return [said for said, _ in found]
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Within the context this rank does what the others do: one that is interrupted has lost them."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._is_apart = True
+            raise
 
     def _patiently(self, wait: Callable[[], Any]) -> None:
         if self._is_apart:
@@ -199,7 +215,7 @@ class Ranks:
         if self.size == dist.get_world_size():
             return dist.group.WORLD
         if self._gpus is None:
-            self._gpus = dist.new_group(list(self.members), backend="nccl", use_local_synchronization=True)
+            self._gpus = dist.new_group(list(self.members), self.patience, "nccl", use_local_synchronization=True)
         return self._gpus
 
 
@@ -254,7 +270,8 @@ class _Failure:
 @contextmanager
 def _waiting(members: Sequence[int], visible: bool) -> Iterator[None]:
     """Within the context others are waited for: torch's words for their absence become ours."""
-    with Activity(lambda: f"waiting for ranks {_listed(members)} (option group)", visible):
+    text = f"rank {dist.get_rank()} waits for ranks {_listed(members)} (option group)"
+    with Activity(lambda: text, visible, everywhere=True):
         try:
             yield
         except RuntimeError as error:
