@@ -4,7 +4,7 @@ They meet when a layer is first observed and whenever layers are quantized, each
 goes through a group of gloo's beside their own (`words`), which moves CPU tensors, notices at once when a process ends,
 and cannot mix with what the model sends; tensors on GPUs go through NCCL where the ranks' own group has it.
 
-Nothing is sent before all ranks have said that they are well. So an error on one of them ends all with its message, and
+Nothing is sent before all ranks have said they are well. So an error while they meet ends all with its message, and
 one that does not come is waited for as long as the ranks' own group would wait (`timeout` of init_process_group).
 """
 
