@@ -34,6 +34,7 @@ def sort_topologically(graph: fx.Graph) -> None:
         else:
             ready[node] = None
             pending.extend(reversed(waiting.pop(node, [])))
+    assert not waiting, f"nodes that read each other in a circle: {[n.name for n in waiting]}"
     for earlier, later in pairwise(ready):
         if earlier.next is not later:
             earlier.append(later)

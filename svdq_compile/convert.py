@@ -22,10 +22,10 @@ from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .layers import matrices
 from .lowering.packed import as_matrix
 from .lowering.torch_private import while_nothing_is_traced
-from .parameter import freeze
+from .parameter import freezing
 from .passes import linears
 from .quantizer import Quantized, quantize_group
-from .sharing import Outcomes, share_out
+from .sharing import Outcomes, Switches, share_out
 from .stages import quantizing
 from .summary import decided
 from .task import Task
@@ -72,6 +72,9 @@ def _convert(
             fetch(task)
         return _quantize(task, config, device)
 
+    def switches_of(task: Task, outcomes: Outcomes) -> Switches:
+        return _switches(task, outcomes, config)
+
     missing: Exception | None = None
     weights = [weight for task in tasks for weight, _ in task.undecided]
     model = decisions.model_of(weights)
@@ -79,22 +82,24 @@ def _convert(
     if config.weights == "keep":
         _check_offloading(groups)
     await_copies(groups)
-    with quantizing(weights, config.calibration_steps == 0, config.progress):
-        for task, outcomes in share_out(tasks, quantize, config, device):
-            try:
-                if isinstance(outcomes, Exception):
-                    raise outcomes
-                _take(task, outcomes, config)
-                if keep is not None:
-                    keep(task)
-            except Exception as error:
-                if not is_out_of_memory(error) or fetch is not None:
-                    raise
-                missing = error.with_traceback(None)  # whose frames hold tensors
-            if not task.undecided:
-                decisions.forget_statistics(task.weights)
-    renew_copies(groups)
-    decided(model)
+    try:
+        with quantizing(weights, config.calibration_steps == 0, config.progress):
+            for task, switches in share_out(tasks, quantize, switches_of, config, device):
+                try:
+                    if isinstance(switches, Exception):
+                        raise switches
+                    _take(task, switches)
+                    if keep is not None:
+                        keep(task)
+                except Exception as error:
+                    if not is_out_of_memory(error) or fetch is not None:
+                        raise
+                    missing = error.with_traceback(None)  # whose frames hold tensors
+                if not task.undecided:
+                    decisions.forget_statistics(task.weights)
+    finally:  # what is quantized by now stays so
+        renew_copies(groups)
+        decided(model)
     if missing is not None:
         raise missing
 
@@ -164,25 +169,38 @@ def _in_arithmetic(weight: Tensor) -> Tensor:
     return weight.bfloat16() if linears.is_storage(weight.dtype) else weight
 
 
-def _take(task: Task, outcomes: Outcomes, config: Config) -> None:
-    """Let the weights have their 4-bit form, unless it is too far from the weight, or stay 16-bit."""
+def _switches(task: Task, outcomes: Outcomes, config: Config) -> Switches:
+    """How the weights get their 4-bit form; or why not: also if that is too far from the weight. Changes nothing."""
     calibrated = task.statistics.span is not None
+    switches: Switches = {}
     for i, outcome in outcomes.items():
         weight, name = task.weights[i], task.names[i]
         if not decisions.is_undecided(weight):  # another task had it too
             continue
         if isinstance(outcome, str):
-            decisions.leave_alone(weight, outcome)
+            switches[i] = outcome
         elif outcome.error <= config.error_budget:
             try:
-                freeze(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
+                switches[i] = freezing(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
             except Exception as error:
                 go_on(error, f"quantizing {name}", IN_16_BIT, config)
-                decisions.leave_alone(weight, FAILED.format(type(error).__name__))
+                switches[i] = FAILED.format(type(error).__name__)
         elif math.isfinite(outcome.error):
-            decisions.leave_alone(weight, f"its error would be {outcome.error:.2f}, above error_budget")
+            switches[i] = f"its error would be {outcome.error:.2f}, above error_budget"
         else:
-            decisions.leave_alone(weight, TOO_EXTREME)
+            switches[i] = TOO_EXTREME
+    return switches
+
+
+def _take(task: Task, switches: Switches) -> None:
+    """Let the weights have their 4-bit form, or stay 16-bit."""
+    for i, switch in switches.items():
+        if not decisions.is_undecided(task.weights[i]):  # another task of the same round had it too
+            continue
+        if isinstance(switch, str):
+            decisions.leave_alone(task.weights[i], switch)
+        else:
+            switch()
 
 
 def choose_precision(config: Config, weight_only: bool) -> str:

@@ -110,6 +110,10 @@ class RanksDiffer(SvdqError):
                 f"is at layer {name}: {value or 'none'}, rank {other_rank} at {other or 'none'}",
                 "Ranks that hold one model call it alike, as often.",
             ),
+            "input": (
+                f"finds other layers that share the input of {name} ({value}) than rank {other_rank} ({other})",
+                "Ranks that hold one model call it alike.",
+            ),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]
         super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")

@@ -65,7 +65,7 @@ class ObservingGraph:
             return self._run(*args)
         call = max((task.statistics.calls for task in tasks), default=0) + 1
         if call == 1 and tasks and (ranks := ranks_of(self._config)) is not None:
-            ranks.agree([pair for task in tasks for pair in task.undecided], self._config)
+            ranks.agree([task.undecided for task in tasks], self._config)
         with stages.observing(decisions.model_of(args), call, steps, self._config.progress and bool(tasks)):
             outputs = self._run(*args)
         for task in tasks:

@@ -99,7 +99,7 @@ _STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version
 
 
 class QuantizedWeight(nn.Parameter):
-    """A Parameter that was quantized. Made by `freeze`; calling the class, as those do who make another weight of the
+    """A Parameter that was quantized. Made by `freezing`; calling the class, as those do who make another weight of the
     same class (accelerate), gives a quantized weight back, and makes a plain Parameter of other values.
     """
 
@@ -189,10 +189,10 @@ def is_stale(weight: QuantizedWeight) -> bool:
     return weight._version != weight._svdq_version
 
 
-def freeze(
+def freezing(
     parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, weights: str, calibrated: bool
-) -> None:
-    """Turn a plain Parameter into a QuantizedWeight, in place.
+) -> Callable[[], None]:
+    """What turns a plain Parameter into a QuantizedWeight, in place. What needs memory is done at once, ahead of that.
 
     error, calibrated  how far it is from the original, and whether that was seen on observed inputs
     weights  "release": give the memory back. "offload": the same, after a copy to the CPU. "keep": leave the values.
@@ -201,9 +201,13 @@ def freeze(
     """
     original = parameter.detach().cpu().clone() if weights == "offload" else None
     empty = None if weights == "keep" else _made_like(parameter, lambda: _shell_of(parameter, packed.device))
-    become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep")
-    if empty is not None:
-        _set_data(parameter, empty)
+
+    def freeze() -> None:
+        become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep")
+        if empty is not None:
+            _set_data(parameter, empty)
+
+    return freeze
 
 
 def become_quantized(

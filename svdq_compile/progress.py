@@ -23,23 +23,33 @@ EVERY = 15.0  # seconds without a line after which a log gets one: nobody should
 REFRESH = 0.5  # seconds between two looks at what is under way
 _CLEAR = "\r\x1b[K"
 
+_shown_by = 0  # the rank of torch.distributed that shows what this one does
+
 T = TypeVar("T")
 
 
 class Activity:
     """Something that takes long, as a context.
 
-    doing    what is being done now, short, as in "Net: quantizing 3 of 57 blocks"
-    opening  what a log is told at the beginning; "": nothing, only that it goes on if it takes long
-    hint     what a terminal shows after `doing`
-    since    when it began (time.monotonic), if that was before the context
-    visible  whether to tell anything at all
+    doing       what is being done now, short, as in "Net: quantizing 3 of 57 blocks"
+    opening     what a log is told at the beginning; "": nothing, only that it goes on if it takes long
+    hint        what a terminal shows after `doing`
+    since       when it began (time.monotonic), if that was before the context
+    visible     whether to tell anything at all
+    everywhere  whether each rank tells of it if it takes long, and not the first for all
     """
 
     def __init__(
-        self, doing: Callable[[], str], visible: bool, *, opening: str = "", hint: str = "", since: float | None = None
+        self,
+        doing: Callable[[], str],
+        visible: bool,
+        *,
+        opening: str = "",
+        hint: str = "",
+        since: float | None = None,
+        everywhere: bool = False,
     ) -> None:
-        self.opening = opening
+        self.opening, self.everywhere = opening, everywhere
         self.since = time.monotonic() if since is None else since
         self._doing, self._hint, self._visible = doing, hint, visible
 
@@ -111,11 +121,11 @@ class _Display:
             self.clear()
             self._show()
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, everywhere: bool = False) -> None:
         """Write a whole line, unless the log has just written it to the same place."""
         with self._lock:
             self._last = time.monotonic()
-            if _may_show() and not _is_logged_there():
+            if _may_show(everywhere) and not _is_logged_there():
                 self.clear()
                 with suppress(OSError):  # its reader has gone
                     print(text, file=sys.stderr, flush=True)
@@ -132,13 +142,17 @@ class _Display:
         activity = next((a for other in reversed(self._activities) if (a := other()) is not None), None)
         if activity is None:
             self._busy.clear()
-        elif _on_terminal():
+        elif _on_terminal() and _may_show():
             width = shutil.get_terminal_size().columns
             self._write(f"{_CLEAR}{activity.shown()[: width - 1]}")
             self._drawn = True
-        elif time.monotonic() - max(self._last, min(activity.since, self._busy_since)) >= EVERY:
+        elif time.monotonic() - max(self._last, self._began(activity)) >= EVERY:
             log.info(activity.told())
-            self.line(activity.told())
+            self.line(activity.told(), activity.everywhere)
+
+    def _began(self, activity: Activity) -> float:
+        """A wait counts by itself: between others' work there are many short ones."""
+        return activity.since if activity.everywhere else min(activity.since, self._busy_since)
 
     def _write(self, text: str) -> None:
         if _may_show():
@@ -176,9 +190,16 @@ def can_show() -> bool:
     return True
 
 
-def _may_show() -> bool:
-    """Of several ranks of torch.distributed the first does, for all: they do the same. All of them log."""
-    return can_show() and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
+def show_by(rank: int) -> None:
+    """Let this rank of torch.distributed show what is done, for all of its group."""
+    global _shown_by
+    _shown_by = rank
+
+
+def _may_show(everywhere: bool = False) -> bool:
+    """Of several ranks of torch.distributed the first of a group does, for all: they do the same. All of them log."""
+    is_one_of_many = dist.is_available() and dist.is_initialized()
+    return can_show() and (everywhere or not is_one_of_many or dist.get_rank() == _shown_by)
 
 
 def _on_terminal() -> bool:

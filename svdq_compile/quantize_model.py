@@ -64,7 +64,7 @@ def quantize(
     decisions.place(model)
     stages.begin_anew(model)
     if (ranks := ranks_of(chosen)) is not None:
-        ranks.agree(_named(model), chosen)
+        ranks.agree([[pair] for pair in _named(model)], chosen)
     if calibrate is None:
         tasks = planned(model, example_inputs)
     else:

@@ -4,16 +4,17 @@ They meet when a layer is first observed and whenever layers are quantized, each
 goes through a group of gloo's beside their own (`words`), which moves CPU tensors, notices at once when a process ends,
 and cannot mix with what the model sends; tensors on GPUs go through NCCL where the ranks' own group has it.
 
-Nothing is sent before all ranks have said that they are well. So an error on one of them ends all with its message, and
+Nothing is sent before all ranks have said they are well. So an error while they meet ends all with its message, and
 one that does not come is waited for as long as the ranks' own group would wait (`timeout` of init_process_group).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ from .config import ALONE, WORLD, Config
 from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
 from .fallback import is_out_of_memory
 from .lowering.torch_private import patience_of
-from .progress import Activity
+from .progress import Activity, show_by
+
+# What ranks compare, in its order; names may come twice.
+_Facts = list[tuple[str, Any]]
 
 _KNOWN: "dict[tuple[Any, tuple[int, ...]], Ranks]" = {}  # by torch.distributed's world, which may be set up anew
 _ALIGNED = 256  # bytes: where tensors begin that are sent together
@@ -48,6 +52,7 @@ def ranks_of(config: Config) -> "Ranks | None":
     if len(members) == 1:
         return None
     known = dist.group.WORLD, members
+    show_by(members[0])
     if known not in _KNOWN:
         _KNOWN[known] = Ranks.meet(members, config.progress)
     return _KNOWN[known]
@@ -61,7 +66,7 @@ class Ranks:
     own       the place of this process among them
     words     for what they tell each other, and for CPU tensors
     patience  how long they wait for each other
-    nccl      whether their GPUs reach each other by NCCL
+    nccl      whether what lies on their GPUs goes by NCCL
     visible   whether it is told that they are waited for
     """
 
@@ -79,7 +84,10 @@ class Ranks:
         """Set up; all of them call this at once."""
         world = dist.group.WORLD
         assert world is not None
-        patience, nccl = patience_of(world), "nccl" in dist.get_backend_config(world)
+        patience = patience_of(world)
+        # Of a world that is bound to a GPU NCCL splits groups off, for which all ranks of the world would have to come.
+        splits = world.bound_device_id is not None and len(members) < dist.get_world_size()
+        nccl = "nccl" in dist.get_backend_config(world) and not splits
         with _waiting(members, visible):
             words = dist.new_group(list(members), patience, "gloo", use_local_synchronization=True)
         return cls(members, members.index(dist.get_rank()), words, patience, nccl, visible)
@@ -88,20 +96,24 @@ class Ranks:
     def size(self) -> int:
         return len(self.members)
 
-    def agree(self, weights: Iterable[tuple[Tensor, str]], config: Config) -> None:
+    def agree(self, groups: Iterable[Sequence[tuple[Tensor, str]]], config: Config) -> None:
         """Check that all ranks are about to do the same, with weights of the same values and the same options.
+
+        groups  weights that share an input, with the names of their layers: in the order in which they are quantized
 
         Raises RanksDiffer, which names the first difference; the same on all ranks.
         """
-        named = list(weights)
+        groups = list(groups)
+        named = [pair for group in groups for pair in group]
 
-        def facts() -> dict[str, dict[str, Any]]:
+        def facts() -> dict[str, _Facts]:
             sums = checksums(weight for weight, _ in named)
             return {
-                "version": {"torch": torch.__version__, "svdq-compile": version("svdq-compile")},
-                "option": {k: v for k, v in config.to_dict().items() if k not in ("progress", "group")},
-                "layer": {n: f"{w.dtype}{list(w.shape)}" for w, n in named},
-                "weight": {n: total for (_, n), total in zip(named, sums, strict=True)},
+                "version": [("torch", torch.__version__), ("svdq-compile", version("svdq-compile"))],
+                "option": [(k, v) for k, v in config.to_dict().items() if k not in ("progress", "group")],
+                "layer": [(n, f"{w.dtype}{list(w.shape)}") for w, n in named],
+                "input": [(n, [other for _, other in group]) for group in groups for _, n in group],
+                "weight": [(n, total) for (_, n), total in zip(named, sums, strict=True)],
             }
 
         first, *others = self.told(facts)
@@ -159,23 +171,35 @@ class Ranks:
         Raises RanksApart if one of them does not come.
         """
         mine, error = None, None
-        try:
-            mine = make()
-        except Exception as raised:
-            error = raised
         found: list[Any] = [None] * self.size
 
         def gather() -> None:
             dist.monitored_barrier(self.words, self.patience, wait_all_ranks=True)  # names who is missing
             dist.all_gather_object(found, (mine, error and _Failure.of(error)), group=self.words)
 
-        self._patiently(gather)
+        with self.in_step():
+            try:
+                mine = make()
+            except Exception as raised:
+                error = raised
+            self._patiently(gather)
         if error is not None:
             raise error
         for member, (_, failure) in zip(self.members, found, strict=True):
             if failure is not None:
                 raise failure.error(member)
         return [said for said, _ in found]
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Within the context this rank does what the others do: one that is interrupted has lost them."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._is_apart = True
+            raise
 
     def _patiently(self, wait: Callable[[], Any]) -> None:
         if self._is_apart:
@@ -191,7 +215,7 @@ class Ranks:
         if self.size == dist.get_world_size():
             return dist.group.WORLD
         if self._gpus is None:
-            self._gpus = dist.new_group(list(self.members), backend="nccl", use_local_synchronization=True)
+            self._gpus = dist.new_group(list(self.members), self.patience, "nccl", use_local_synchronization=True)
         return self._gpus
 
 
@@ -246,7 +270,8 @@ class _Failure:
 @contextmanager
 def _waiting(members: Sequence[int], visible: bool) -> Iterator[None]:
     """Within the context others are waited for: torch's words for their absence become ours."""
-    with Activity(lambda: f"waiting for ranks {_listed(members)} (option group)", visible):
+    text = f"rank {dist.get_rank()} waits for ranks {_listed(members)} (option group)"
+    with Activity(lambda: text, visible, everywhere=True):
         try:
             yield
         except RuntimeError as error:
@@ -278,14 +303,19 @@ def _checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def _difference(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """The first name that two ranks have different values for, and the two; None: it has no such name."""
-    names = dict.fromkeys((*facts, *others))
-    name = next((n for n in names if facts.get(n) != others.get(n)), None)
-    if name is not None:
-        return name, facts.get(name), others.get(name)
-    place = next(i for i, pair in enumerate(zip(facts, others, strict=True)) if pair[0] != pair[1])
-    return "in another order", list(facts)[place], list(others)[place]
+def _difference(facts: _Facts, others: _Facts) -> tuple[str, Any, Any]:
+    """Of two ranks the first name that one has and the other has not, or with another value, and the two values (None:
+    it has none); where only their order differs, the place, and the names there.
+    """
+    pairs = zip_longest(facts, others, fillvalue=("", None))
+    place, ((name, value), (other_name, other)) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    if name == other_name:
+        return name, value, other
+    mine, theirs = dict(facts), dict(others)
+    lone = next((n for n in (*mine, *theirs) if (n in mine) != (n in theirs)), None)
+    if lone is not None:
+        return lone, mine.get(lone), theirs.get(lone)
+    return f"number {place + 1}", name, other_name
 
 
 def _listed(members: Sequence[int]) -> str:

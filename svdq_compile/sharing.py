@@ -9,7 +9,10 @@ Alone it is a loop over the tasks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial, reduce
+from itertools import islice
+from operator import or_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +27,12 @@ from .quantizer import Quantized
 from .ranks import Ranks, ranks_of
 from .task import Task
 
+T = TypeVar("T")
+
 # What becomes of a task's weights, by their place: their 4-bit form, or why they stay 16-bit.
 Outcomes = dict[int, Quantized | str]
+# What gives it to them, which cannot fail any more; or why they stay 16-bit.
+Switches = dict[int, Callable[[], None] | str]
 
 # Groups of linears that a rank quantizes before the packs are exchanged. More even the ranks' work out better, and
 # take more memory: the 16-bit weights go when the packs are there.
@@ -33,26 +40,37 @@ PER_ROUND = 4
 
 
 def share_out(
-    tasks: Sequence[Task], quantize: Callable[[Task], Outcomes], config: Config, device: torch.device | None
-) -> Iterator[tuple[Task, Outcomes | Exception]]:
-    """Each task, and what `quantize` made of it, on whichever rank; an error if memory was short. What else it raises
-    is raised, on all ranks.
+    tasks: Sequence[Task],
+    quantize: Callable[[Task], Outcomes],
+    switches_of: Callable[[Task, Outcomes], Switches],
+    config: Config,
+    device: torch.device | None,
+) -> Iterator[tuple[Task, Switches | Exception]]:
+    """Each task, and the switches for what `quantize` made of it, on whichever rank; an error if memory was short. What
+    else it raises is raised, on all ranks.
     """
     ranks = ranks_of(config) if any(task.undecided for task in tasks) else None
     if ranks is None:
         for task in tasks:
-            yield task, _tried(quantize, task)
+            yield task, _tried(partial(_by_itself, task, quantize, switches_of))
         return
     tasks = [task for task in tasks if task.undecided]
-    ranks.agree([pair for task in tasks for pair in task.undecided], config)
+    ranks.agree([task.undecided for task in tasks], config)
     step = PER_ROUND * ranks.size
-    for start in range(0, len(tasks), step):
-        yield from _round(ranks, tasks[start : start + step], quantize, device)
+    with ranks.in_step():
+        for start in range(0, len(tasks), step):
+            yield from _round(ranks, tasks[start : start + step], quantize, switches_of, device)
 
 
-def _tried(quantize: Callable[[Task], Outcomes], task: Task) -> Outcomes | Exception:
+def _by_itself(
+    task: Task, quantize: Callable[[Task], Outcomes], switches_of: Callable[[Task, Outcomes], Switches]
+) -> Switches:
+    return switches_of(task, quantize(task))
+
+
+def _tried(make: Callable[[], T]) -> T | Exception:
     try:
-        return quantize(task)
+        return make()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -60,21 +78,46 @@ def _tried(quantize: Callable[[Task], Outcomes], task: Task) -> Outcomes | Excep
 
 
 def _round(
-    ranks: Ranks, tasks: Sequence[Task], quantize: Callable[[Task], Outcomes], device: torch.device | None
-) -> Iterator[tuple[Task, Outcomes | Exception]]:
+    ranks: Ranks,
+    tasks: Sequence[Task],
+    quantize: Callable[[Task], Outcomes],
+    switches_of: Callable[[Task, Outcomes], Switches],
+    device: torch.device | None,
+) -> Iterator[tuple[Task, Switches | Exception]]:
     at = device or tasks[0].weights[0].device
     tasks = _observed_by_all(ranks, tasks, at)
     owners = _dealt(tasks, ranks.size)
 
     def work() -> tuple[list, list[Tensor]]:
-        made = [_tried(quantize, task) for task, owner in zip(tasks, owners, strict=True) if owner == ranks.own]
-        said, tensors = zip(*map(_written, made), strict=True) if made else ((), ())
-        return list(said), [tensor for own in tensors for tensor in own]
+        own = [task for task, owner in zip(tasks, owners, strict=True) if owner == ranks.own]
+        made = [_written(_tried(partial(quantize, task))) for task in own]
+        return [(said, len(tensors)) for said, tensors in made], [t for _, tensors in made for t in tensors]
 
     found = [(iter(said), iter(tensors)) for said, tensors in ranks.exchange(work, at)]
-    for task, owner in zip(tasks, owners, strict=True):
-        said, tensors = found[owner]
-        yield task, _read(next(said), tensors)
+    switches: list[Switches | Exception] = []
+
+    def take(task: Task, said: Any, tensors: list[Tensor]) -> Switches:
+        place = device or task.weights[0].device
+        outcomes = _read(said, iter([tensor.to(place) for tensor in tensors]))
+        if isinstance(outcomes, Exception):
+            raise outcomes
+        return switches_of(task, outcomes)
+
+    def taken() -> list[dict[int, str] | str]:
+        """What this rank leaves 16-bit of each task, and why; or for what there was no memory."""
+        for task, owner in zip(tasks, owners, strict=True):
+            said, count = next(found[owner][0])
+            switches.append(_tried(partial(take, task, said, list(islice(found[owner][1], count)))))
+        return [
+            str(s) if isinstance(s, Exception) else {i: r for i, r in s.items() if isinstance(r, str)} for s in switches
+        ]
+
+    for task, own, left in zip(tasks, switches, zip(*ranks.told(taken), strict=True), strict=True):
+        missing = next((text for text in left if isinstance(text, str)), None)
+        if missing is not None or isinstance(own, Exception):
+            yield task, torch.OutOfMemoryError(missing)
+        else:
+            yield task, reduce(or_, left, own)
 
 
 def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> list[Task]:

@@ -127,3 +127,14 @@ def test_a_stage_does_not_depend_on_what_is_sent_after_it() -> None:
     stages = {node.name: stage for node, stage in PASS._stages(graph).items()}
     assert collective_before(graph) == {by_name["second"]: by_name["first"]}
     assert stages["a"] < stages["b"] < stages["c"]
+
+
+def test_a_circle_has_no_order() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.neg, (x,))
+    second = graph.call_function(torch.neg, (first,))
+    first.args = (second,)
+    graph.output(second)
+    with pytest.raises(AssertionError, match="in a circle"):
+        sort_topologically(graph)

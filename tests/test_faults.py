@@ -61,7 +61,7 @@ PHASES: dict[str, tuple[Any, str, type[Once], int]] = {
     "the observing pass": (passes, "observe_linears", Once, 1),
     "quantizing the first layers": (convert, "quantize_group", Once, 1),
     "quantizing later layers": (convert, "quantize_group", Once, 5),
-    "switching a weight": (convert, "freeze", Once, 3),
+    "switching a weight": (convert, "freezing", Once, 3),
     "laying siblings together": (compiled, "side_by_side", Once, 1),
     "pass quantize_linears": (passes, "quantize_linears", Once, 1),
     "pass share_quantized_inputs": (passes, "share_quantized_inputs", Once, 1),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
+from svdq_compile import convert
 from svdq_compile.errors import OptionError, WeightsReleased
 from svdq_compile.foreign import groups_of
 from svdq_compile.lowering.packed import PackedLinear
@@ -206,6 +207,27 @@ def test_hooks_before_quantizing(machine: Machine, way: str, level: str) -> None
         assert relative_error(result, reference) < 0.06
     assert relative_error(result, reference) > 1e-3
     assert len(packs(model)) == 10
+
+
+def test_interrupted_while_quantizing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quantized by then stays so in the copies of the hooks."""
+    model = net()
+    offload(model, "block_level")
+    model(*inputs())
+    whole, calls = convert.quantize_group, iter(range(10))
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(convert, "quantize_group", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        svdq.quantize(model, svdq.Config(**quiet()))
+    assert len(packs(model)) == 3
+    for _ in range(2):
+        assert relative_error(model(*inputs()), net()(*inputs())) < 0.06
+    assert len(packs(model)) == 3
 
 
 def test_nothing_is_compiled_again(machine: Machine) -> None:

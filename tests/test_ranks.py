@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from ranks_testing import message, on_ranks, packs
 from torch import Tensor, nn
 
 import svdq_compile as svdq
-from conftest import CHANNELS, TOKENS, WIDTH, logged, net, quiet, relative_error, run_eagerly
-from svdq_compile import compiled, convert, progress, sharing
+from conftest import CHANNELS, TOKENS, WIDTH, Net, logged, net, quiet, relative_error, run_eagerly
+from svdq_compile import compiled, convert, progress, ranks, sharing, task
 from svdq_compile.errors import OptionError
 from svdq_compile.input_statistics import InputStatistics
+from svdq_compile.quantizer import quantize_group
 from svdq_compile.ranks import checksums
 
 BOTH = range(2)
@@ -136,6 +138,34 @@ def other_model(rank: int) -> str:
     return message(lambda: svdq.quantize(net(blocks=1 + rank), **quiet()))
 
 
+class Partly(Net):
+    """Its first blocks can be left out."""
+
+    first = 0
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks[self.first :]:
+            x = block(x, condition)
+        return self.project(x)
+
+
+def other_order(rank: int) -> str:
+    """Equal blocks, of which one rank's calibration leaves out the first: its layers come last there."""
+    torch.manual_seed(0)
+    model = Partly().requires_grad_(False)
+    model.first = rank
+    return message(lambda: svdq.quantize(model, calibrate=lambda m: m(*seen_by(rank)), **quiet()))
+
+
+def other_inputs(rank: int) -> str:
+    """On one rank k reads an input of its own."""
+    model = net()
+    if rank:
+        model.blocks[0].to_k.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return message(lambda: svdq.quantize(model, calibrate=lambda m: m(*seen_by(rank)), **quiet()))
+
+
 def a_broken_weight(rank: int) -> str:
     model = net()
     model.blocks[0].to_q.weight[0, 0] = torch.nan
@@ -182,6 +212,37 @@ def no_memory(rank: int) -> Any:
     return before, packs(model)
 
 
+def taking_fails(error: Exception) -> Any:
+    """On one rank a weight cannot be switched to its packed tensors."""
+    whole, left = convert.freezing, [2]
+
+    def freezing(*args: Any) -> Any:
+        left[0] -= 1
+        if dist.get_rank() == 1 and left[0] == 0:
+            raise error
+        return whole(*args)
+
+    convert.freezing = freezing
+    return whole
+
+
+def no_memory_for_a_copy(rank: int) -> Any:
+    """What one rank cannot take, no rank does; the next call takes it up."""
+    whole, model = taking_fails(torch.OutOfMemoryError("no copy")), net()
+    first = message(lambda: svdq.quantize(model, **quiet(weights="offload")))
+    convert.freezing = whole
+    before = list(packs(model))
+    svdq.quantize(model, **quiet(weights="offload"))
+    return first, before, packs(model)
+
+
+def a_fault_while_taking(rank: int) -> Any:
+    whole, model = taking_fails(ZeroDivisionError("a bug")), net()
+    svdq.quantize(model, **quiet(fallback=True))
+    convert.freezing = whole
+    return packs(model), {row.reason for row in svdq.report(model) if "ZeroDivision" in row.reason}
+
+
 def adapters(rank: int) -> Any:
     """The same ones on all ranks, switched on and off after quantizing."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -208,7 +269,8 @@ STEPS = {
     step.__name__: step
     for step in (blocks, whole_model, ahead, by_weights, few_tokens_here, alone, own_group, process_group,
                  not_in_the_group, other_options, other_calls, other_weights, one_other_value, other_model,
-                 a_broken_weight, a_fault, a_fault_with_fallback, no_memory, adapters)
+                 other_order, other_inputs, a_broken_weight, a_fault, a_fault_with_fallback, no_memory,
+                 no_memory_for_a_copy, a_fault_while_taking, adapters)
 }  # fmt: skip
 
 
@@ -283,6 +345,8 @@ def test_groups_are_kept_as_ranks(results: list[dict]) -> None:
         "other_weights": ("weight of blocks.0.", "group"),
         "one_other_value": ("weight of blocks.1.down", "group"),
         "other_model": ("blocks.1.modulate", "none", "group"),
+        "other_order": ("is at layer ", "blocks.0.", "group"),
+        "other_inputs": ("share the input of blocks.0.to_", "group"),
     }.items(),
 )
 def test_differences_are_named_on_all(step: str, named: tuple[str, ...], results: list[dict]) -> None:
@@ -322,6 +386,18 @@ def test_missing_memory_on_one(results: list[dict]) -> None:
     assert len(own) == 10
 
 
+def test_what_one_cannot_take_no_rank_does(results: list[dict]) -> None:
+    (error, *own), (_, *others) = (results[rank]["no_memory_for_a_copy"] for rank in BOTH)
+    assert own == others
+    assert "OutOfMemoryError" in error
+    assert len(own[0]) == 9
+    assert len(own[1]) == 10
+    packed, reasons = results[0]["a_fault_while_taking"]
+    assert results[1]["a_fault_while_taking"] == (packed, reasons)
+    assert reasons == {"quantizing it failed: ZeroDivisionError"}
+    assert len(packed) == 9
+
+
 def test_adapters_are_the_same_on_all(results: list[dict]) -> None:
     output, apart, off, same = results[0]["adapters"]
     assert results[1]["adapters"] == (output, apart, off, same)
@@ -348,6 +424,51 @@ def test_nobody_waits_for_ever(tmp_path: Path) -> None:
     assert second.startswith("RanksApart: ")
     assert seconds < 12
     assert quantized == 0
+
+
+def interrupted_between_rounds() -> Any:
+    """One rank is interrupted while it takes what was quantized."""
+    rank, model = dist.get_rank(), net()
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if rank == 1:
+        convert._take = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            svdq.quantize(model, **quiet())
+    else:
+        svdq.quantize(model, **quiet())
+    begun = time.monotonic()
+    return message(lambda: svdq.quantize(net(), **quiet())), time.monotonic() - begun
+
+
+def test_who_is_interrupted_has_lost_the_others(tmp_path: Path) -> None:
+    told, seconds = on_ranks(2, interrupted_between_rounds, tmp_path, patience=6)[1]
+    assert told.startswith("RanksApart: ")
+    assert "lost each other before" in told
+    assert seconds < 3
+
+
+@pytest.mark.parametrize("at", ["cpu", "meta"])
+def test_packs_lie_where_their_weights_do(at: str) -> None:
+    """Not where those of the first task do."""
+
+    class Alone:
+        size, own = 1, 0
+
+        def exchange(self, make: Any, device: Any) -> Any:
+            return [make()]
+
+        def told(self, make: Any) -> Any:
+            return [make()]
+
+    weight = net().embed.weight
+    tasks = [task.Task((w,), ("layer",), False, 0.0, InputStatistics()) for w in (weight, nn.Parameter(weight.to(at)))]
+    quantized = quantize_group([weight], ["layer"], "w4a8", svdq.Config(rank=8, refine=0), InputStatistics())[0]
+    alone: Any = Alone()
+    taken = sharing._round(alone, tasks, lambda task: {0: quantized}, lambda task, outcomes: outcomes, None)  # type: ignore[arg-type,return-value]
+    assert [switches[0].packed.device.type for _, switches in taken] == ["cpu", at]  # type: ignore[index,union-attr]
 
 
 PATIENCE = 15.0
@@ -406,7 +527,8 @@ def test_checksums_tell_tensors_apart(dtype: torch.dtype) -> None:
 
 
 def test_statistics_of_parts() -> None:
-    a, b = torch.randn(600, 8), torch.randn(30, 8) * 3
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(600, 8, generator=generator), torch.randn(30, 8, generator=generator) * 3
     parts = [InputStatistics(), InputStatistics()]
     for part, x in zip(parts, (a, b), strict=True):
         for chunk in x.split(60):
@@ -416,7 +538,7 @@ def test_statistics_of_parts() -> None:
     assert whole.span is not None
     assert whole.moment is not None
     assert whole.moment.rows == 630
-    torch.testing.assert_close(whole.moment.sum[0, :8, :8], a.t() @ a + b.t() @ b)
+    torch.testing.assert_close(whole.moment.sum[0, :8, :8], a.t() @ a + b.t() @ b, rtol=1e-4, atol=1e-3)  # fp32
     assert InputStatistics.of(spans, rows, [parts[0].moment, None], 60).moment is None  # type: ignore[arg-type]
     assert torch.equal(whole.span, torch.cat([a, b]).abs().amax(0))
     assert whole.rows.shape == (286, 8)
@@ -435,13 +557,49 @@ def test_work_is_dealt_evenly(size: int) -> None:
     assert max(loads) <= 1.1 * sum(loads) / size
 
 
+@pytest.mark.parametrize("first", BOTH)
 @pytest.mark.parametrize("rank", BOTH)
 def test_the_first_rank_shows_for_all(
-    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: int, first: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(progress, "_shown_by", 0)
+    progress.show_by(first)
     with logged("svdq_compile") as records:
         progress.say("svdquant: a line", True)
     assert [record.getMessage() for record in records] == ["svdquant: a line"]
-    assert ("a line" in capsys.readouterr().err) == (rank == 0)
+    assert ("a line" in capsys.readouterr().err) == (rank == first)
+
+
+def test_all_ranks_tell_that_they_wait(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with ranks._waiting([0, 1], True):
+        pass
+    assert "rank 1 waits for ranks 0, 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bound", "size", "nccl"), [(None, 4, True), ("cuda:0", 4, False), ("cuda:0", 2, True)])
+def test_nccl_splits_no_group_off(bound: str | None, size: int, nccl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For that all ranks of the world would have to come, of which some hold another model."""
+    timeouts: list[Any] = []
+
+    def new_group(members: Any, timeout: Any = None, backend: Any = None, **_: Any) -> Any:
+        timeouts.append(timeout)
+
+    world = SimpleNamespace(bound_device_id=bound)
+    fake = SimpleNamespace(
+        group=SimpleNamespace(WORLD=world),
+        get_backend_config=lambda world: "cpu:gloo,cuda:nccl",
+        get_world_size=lambda: size,
+        get_rank=lambda: 0,
+        new_group=new_group,
+    )
+    monkeypatch.setattr(ranks, "dist", fake)
+    monkeypatch.setattr(ranks, "patience_of", lambda world: "patience")
+    met = ranks.Ranks.meet((0, 1), False)
+    assert met.nccl == nccl
+    met._group_of_gpus()
+    assert set(timeouts) == {"patience"}
