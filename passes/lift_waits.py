@@ -61,7 +61,7 @@ def _is_wait(node: fx.Node) -> bool:
     awaited = node.args[1 if name == "wait_stream" else 0] if node.args else None
     if node.op == "call_method":
         return name in _METHODS and isinstance(awaited, fx.Node) and not _is_current(awaited.meta.get("example_value"))
-    if name not in _WAITS:
+    if name not in _WAITS or not isinstance(awaited, int):
         return False
     found = external_object(awaited)
     return not (_is_current(found) or (awaited == _CURRENT and found is None))

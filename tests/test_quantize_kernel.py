@@ -8,7 +8,6 @@ import triton.language as tl
 from kernel_testing import (
     HALF,
     ROUNDING,
-    SHARED,
     builds,
     compile_for,
     compiled,
@@ -22,6 +21,7 @@ from svdq_compile.kernels.formats import codes_of
 from svdq_compile.kernels.operands import Quantize
 from svdq_compile.kernels.portable import quantize as tq
 from svdq_compile.kernels.runtime.generated import Generated
+from svdq_compile.kernels.runtime.target import SHARED_MEMORY
 from svdq_compile.lowering import reference
 
 CASES = [("w4a8", 0.0), ("int4", 0.0), ("int4", 0.171875), ("nvfp4", 0.0)]
@@ -216,7 +216,7 @@ TYPES = {"x": "*i16", "right": "*i16", "smooth": "*fp32", "down": "*bf16", "qx":
 
 
 @builds
-@pytest.mark.parametrize("capability", list(SHARED))
+@pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 @pytest.mark.parametrize("precision", ["w4a8", "int4", "nvfp4"])
 @pytest.mark.parametrize(("rank", "warps", "stages"), [(32, 4, 4), (256, 8, 2)])
 def test_compiles_without_spills(capability, precision, rank, warps, stages):
