@@ -20,7 +20,7 @@ from . import tables
 from .config import PRECISIONS, Config
 from .doctor import Plan
 from .errors import OptionError, SvdqError
-from .header import Header, LayerEntry, read_header
+from .header import Header, LayerEntry, is_ours, read_header
 from .kernels.formats import FORMATS
 from .model_files import Pipeline, empty_model, model_of_config, open_pipeline
 from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened
@@ -163,6 +163,9 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         raise FileNotFoundError(f"{output.parent}: there is no such folder to write {output.name} to")
     if output.exists() and source.exists() and output.samefile(source):
         raise OptionError(f"{output} is SOURCE itself: write to another file")
+    is_inside = output.exists() and source.is_dir() and output.resolve().is_relative_to(source.resolve())
+    if is_inside and not is_ours(output):
+        raise OptionError(f"{output} is a part of SOURCE: write to another file")
     if output.exists() and not force:
         raise OptionError(f"{output} exists already; --force overwrites it")
 

@@ -201,6 +201,7 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(128, 128)}, source)
     before = source.read_bytes()
     assert "is SOURCE itself" in refused("quantize", source, tmp_path / "." / source.name, "--force", *FAST)
+    assert "is a part of SOURCE" in refused("quantize", tmp_path, source, "--force", *FAST)
     assert source.read_bytes() == before
 
 
