@@ -19,7 +19,7 @@ log = logging.getLogger("svdq_compile")
 # 3 MiB; they stand for the input wherever an output error is measured.
 ROWS_PER_CALL = 64
 MAX_ROWS = 512
-# Second moments are kept of blocks of neighbouring channels: 2 KiB a channel, 3 GB for all inputs of FLUX's blocks.
+# Second moments are kept of blocks of neighbouring channels: 2 KiB a channel, 3.6 GB for all inputs of FLUX's blocks.
 MOMENT_BLOCK = 512
 MOMENT_ROWS = 4096  # of each call: enough for as many channels, and a video has more
 MOMENT_SHARE = 1 / 256  # of the memory that is free, for one more: there are some hundred inputs

@@ -178,4 +178,4 @@ def converted(path: Path, kind: Any, config: dict[str, Any], tensors: Tensors) -
         raise FileRefused(
             path, f"diffusers makes no {kind.__name__} of it ({type(error).__name__}: {error})"
         ) from error
-    return {name: tensor if isinstance(tensor, Deferred) else here(tensor) for name, tensor in found.items()}
+    return {name: here(tensor) for name, tensor in found.items()}

@@ -9,6 +9,12 @@ LARGEST = tl.constexpr(3.0e38)  # for reciprocals of scales so small that they w
 
 
 @triton.jit
+def nearest(v):
+    """The nearest integer, ties to even, of values that are far below 2^22."""
+    return (v + ROUND) - ROUND
+
+
+@triton.jit
 def prologue(v, rows, columns, live, extra, PROLOGUE: tl.constexpr):
     """A block of the input -> what the linear reads, in the same dtype; zero where nothing lives."""
     if PROLOGUE is not None:

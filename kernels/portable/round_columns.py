@@ -19,23 +19,17 @@ from torch import Tensor
 
 from ..formats import FORMATS
 from ..runtime.launcher import launch
-from .codes import ROUND
+from .codes import nearest
 
 CHANNELS = 64  # at most
 ROWS = 128  # a program's
 
 
 @triton.jit
-def _nearest(v):
-    """The nearest integer, ties to even, of values that are far below 2^22."""
-    return (v + ROUND) - ROUND
-
-
-@triton.jit
 def _on_grid(v, scale, zero, GRID: tl.constexpr):
     if GRID == "zeros":
-        return tl.clamp(_nearest(tl.div_rn(v - zero, scale)), 0.0, 15.0) * scale + zero
-    return tl.clamp(_nearest(tl.div_rn(v, scale)), -8.0, 7.0) * scale
+        return tl.clamp(nearest(tl.div_rn(v - zero, scale)), 0.0, 15.0) * scale + zero
+    return tl.clamp(nearest(tl.div_rn(v, scale)), -8.0, 7.0) * scale
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..formats import FORMATS, groups, int4, w4a8, w4a16
 from ..runtime.launcher import launch
-from .codes import ROUND
+from .codes import nearest
 
 GROUPS = 32  # of 64 entries, a program's
 _W4A8_STEPS = tl.constexpr(w4a8.CLIP_STEPS)
@@ -29,12 +29,6 @@ _MAX_SUBSCALE = tl.constexpr(float(w4a8.MAX_SUBSCALE))
 # How many shares of a span are tried: 1, 0.95, 0.9, ... as in the two modules' CLIP.
 _INT4_SHARES = tl.constexpr(len(int4.CLIP))
 _W4A16_SHARES = tl.constexpr(len(w4a16.CLIP))
-
-
-@triton.jit
-def _nearest(v):
-    """The nearest integer, ties to even, of values that are far below 2^22."""
-    return (v + ROUND) - ROUND
 
 
 @triton.jit
@@ -46,12 +40,12 @@ def _bf16(v):
 
 @triton.jit
 def _signed(v, scale, LOW: tl.constexpr):
-    return tl.clamp(_nearest(tl.div_rn(v, scale[:, None])), LOW, 7.0)
+    return tl.clamp(nearest(tl.div_rn(v, scale[:, None])), LOW, 7.0)
 
 
 @triton.jit
 def _from_zero(v, scale, zero):
-    return tl.clamp(_nearest(tl.div_rn(v - zero[:, None], scale[:, None])), 0.0, 15.0)
+    return tl.clamp(nearest(tl.div_rn(v - zero[:, None], scale[:, None])), 0.0, 15.0)
 
 
 @triton.jit
