@@ -52,7 +52,8 @@ def tiles(capability, rows):
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_codes_go_from_shared_memory_to_the_tensor_cores(capability):
     """int8 products; operands copied 16 bytes at a time while others are multiplied, and loaded by ldmatrix; nothing
-    stored to shared memory before the result. All 255 registers are taken, and some of the stack outside the loop.
+    stored to shared memory before the result. All 255 registers are taken, and some of the stack outside the loop: most
+    for sm_120, where Triton 3.7 and 3.8 keep 42 registers there.
     """
     tile = tiles(capability, 4608)[0]
     kernel = built(capability, tile)
@@ -64,7 +65,7 @@ def test_codes_go_from_shared_memory_to_the_tensor_cores(capability):
     assert f"cp.async.wait_group \t{tile.stages - 2}" in walk
     assert "ldmatrix" in walk
     assert not re.search(r"[ls][dt]\.shared|wgmma|mbarrier", walk)
-    assert kernel.spilled <= 128
+    assert kernel.spilled <= 168
 
 
 @builds
