@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import svdq_compile as svdq
 from conftest import compiled
 from svdq_compile import SVDQuantConfig
+from svdq_compile.diffusers_quantizer import SVDQuantizer
 from svdq_compile.errors import FileRefused, OptionError
 from svdq_compile.header import VERSION
 from svdq_compile.parameter import QuantizedWeight
@@ -268,6 +269,23 @@ def test_pipelines(reference: nn.Module, tmp_path: Path) -> None:
     assert type(again.transformer.proj_out.weight) is nn.Parameter
     again = DiffusionPipeline.from_pretrained(tmp_path / "4-bit", device_map="balanced", **arguments)
     same(again.transformer, reference)
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
+def test_accelerate_spreads_a_model_by_what_it_takes(precision: str) -> None:
+    """Never more than a device has, and not so much less that it stays empty."""
+    from accelerate.utils.modeling import compute_module_sizes
+
+    heads: dict[str, Any] = {"attention_head_dim": 128, "num_attention_heads": 12, "axes_dims_rope": (32, 48, 48)}
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, joint_attention_dim=64, pooled_projection_dim=64, **heads
+    ).to(BF16)
+    svdq.quantize(model, precision=precision, refine=0)
+    quantizer = SVDQuantizer(SVDQuantConfig())
+    counted = compute_module_sizes(model, BF16, special_dtypes=quantizer.get_special_dtypes_update(model, BF16))[""]
+    share = quantizer.adjust_max_memory({0: 1000, "cpu": "1GB"})[0] / 1000
+    taken = sum(p._svdq.nbytes() if isinstance(p, QuantizedWeight) else p.nbytes for p in model.parameters())
+    assert taken <= counted / share <= 1.4 * taken
 
 
 @pytest.mark.parametrize("name", ["whole", "saved"])
