@@ -551,12 +551,11 @@ def _portable_columns(o: Columns) -> Any:
 def _reference_columns(o: Columns) -> Any:
     grid = FORMATS[o.precision].grid
     assert grid is not None
-    wanted = o.wanted.clone()
-    rounded, lost = torch.empty_like(wanted), torch.empty_like(wanted)
-    for k in range(wanted.shape[1]):
-        rounded[:, k] = grid.nearest(wanted[:, k], *(step[:, k] for step in o.steps))
+    rounded, lost = torch.empty_like(o.wanted), torch.empty_like(o.wanted)
+    for k in range(o.wanted.shape[1]):
+        wanted = torch.baddbmm(o.wanted[:, k : k + 1], o.weights[:, None, :k, k], lost[:, :k]).squeeze(1)
+        rounded[:, k] = grid.nearest(wanted, *(step[:, k] for step in o.steps))
         lost[:, k] = o.target[:, k] - rounded[:, k]
-        wanted[:, k + 1 :].addcmul_(o.weights[:, k, k + 1 :, None], lost[:, k, None])
     return rounded, lost
 
 
