@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .config import Config
@@ -21,6 +22,7 @@ from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
 from .lowering.torch_private import are_differentiated, clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
+from .pace import Pace
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
 from .passes.quantize_linears import PackedInput
@@ -48,6 +50,7 @@ class CompiledGraph:
             i for group in inputs.groups for i in group.indices if isinstance(example_inputs[i], QuantizedWeight)
         ]
         self._observing: ObservingGraph | None = None
+        self._pace = Pace(config)
         self._variants: dict[tuple, Variant | None] = {}  # None: its first call failed
         packs = [example_inputs[i]._svdq for i in self._weights]
         self._lay_out(packs)
@@ -72,7 +75,15 @@ class CompiledGraph:
         resolved = packs[0].resolved.get(self) if packs else None
         if resolved is None or not resolved.is_for(packs):
             return self._first_call(args, packs)
-        return resolved(args)
+        return resolved(args) if self._pace.is_known else self._paced(resolved, args, packs[0].device)
+
+    def _paced(self, resolved: "Resolved", args: tuple, device: torch.device) -> Any:
+        self._pace.begins(resolved)
+        result = resolved(args)
+        self._pace.ends(resolved, device)
+        if self._pace.is_known:
+            self._pace.tell(model_of(args, models_under_way()))
+        return result
 
     def _first_call(self, args: tuple, packs: list[PackedLinear]) -> Any:
         """Of these packs: there may be a variant for them, or it has to be compiled."""
