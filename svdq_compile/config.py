@@ -210,7 +210,7 @@ def _whole(name: str, value: Any, most: int) -> int:
     return number
 
 
-def _share(name: str, value: Any) -> float:
+def _share(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
         raise OptionError(
             f"option {name}={value!r:.60}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"

@@ -89,7 +89,7 @@ class Recorder:
             self._see(args, kwargs)
             return run(*args, **kwargs)
 
-        model._compiled_call_impl = call  # type: ignore[assignment]
+        model._compiled_call_impl = call
         try:
             yield
         finally:
