@@ -22,7 +22,16 @@ MAX_RANK = 256
 PAPER = {"w4a4": "int4"}  # what the paper calls a precision
 ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
 TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
-UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}  # in small letters
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}  # in small letters
 WORLD, ALONE = "world", "alone"
 OF_QUANTIZE = ("calibrate", "example_inputs", "device")
 
@@ -219,24 +228,21 @@ def _share(name: str, value: float) -> float:
 
 
 def _bytes(name: str, value: Any) -> int:
-    """A number of bytes, or text with a unit."""
-    text = (
-        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-z]+)\s*", value, re.ASCII | re.I)
-        if isinstance(value, str)
-        else None
-    )
-    number: Any = -1
-    if text is not None:
-        number = int(float(text[1]) * UNITS.get(text[2].lower(), -1))
+    """A number of bytes, or text: the same, or with a unit."""
+    number = -1
+    if isinstance(value, str):
+        text = re.fullmatch(r"\s*(\d+|\d+\.\d*(?=\s*[a-z]))\s*([a-z]*)\s*", value, re.ASCII | re.IGNORECASE)
+        if text is not None:
+            number = int(float(text[1]) * UNITS.get(text[2].lower(), -1))
     elif not isinstance(value, bool):
         with suppress(TypeError):
             number = operator.index(value)
     if number <= 0:
         raise OptionError(
             f"option {name}={value!r:.60}: must be a whole number of bytes above 0, or text with a unit of "
-            "B, kB, MB, GB, KiB, MiB, GiB, as '6.8 GiB'"
+            "kB, MB, GB, KiB, MiB, GiB, as '6.8 GiB'"
         )
-    return int(number)
+    return number
 
 
 def _ranks(group: Any) -> str | tuple[int, ...]:
