@@ -587,8 +587,17 @@ def round_columns(
 
 def kernels_for(precision: str, device: torch.device) -> str:
     """What a format's linears run on a device, in words."""
-    tables = (GEMV,) if FORMATS[precision].codes is None else (QUANTIZE, GEMM)
-    return ", ".join(f"{table.operator} by {table.preferred(device, precision)}" for table in tables)
+    return ", ".join(f"{table.operator} by {table.preferred(device, precision)}" for table in _tables(precision))
+
+
+def has_kernels_for(precision: str, device: torch.device) -> bool:
+    """Whether a format's products run as fast as a device can; on a CPU, where all are the reference's, they do."""
+    table = _tables(precision)[-1]
+    return device.type == "cpu" or table.preferred(device, precision) != REFERENCE
+
+
+def _tables(precision: str) -> tuple[Table, ...]:
+    return (GEMV,) if FORMATS[precision].codes is None else (QUANTIZE, GEMM)
 
 
 def in_device_order(

@@ -71,6 +71,7 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     is_decided = not any(decisions.is_undecided(w) for w in weights)
     if not is_decided:
+        config.refuse_target("needs the whole model at once, which torch.compile's backend never sees")
         return UndecidedGraph(gm, example_inputs, inputs, config)
     model = model_of(example_inputs, models_of(gm))
     tell_if_done(model, config.progress)

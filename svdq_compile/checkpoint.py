@@ -210,6 +210,7 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
         expanded=packed.expanded,
         has_offset=packed.offset is not None,
         error=weight._svdq_error,
+        effect=weight._svdq_effect,
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=packed.nbytes(),
     )
@@ -255,6 +256,7 @@ def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
             getattr(torch, entry.dtype),
             error=entry.error,
             calibrated=header.calibrated.get(entry.weight),
+            effect=entry.effect,
         )
     for name, tensor in tensors.items():
         put_plain(model, name, tensor)

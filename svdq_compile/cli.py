@@ -104,6 +104,17 @@ def quantize(
     error_budget: Annotated[
         float, typer.Option(help="A layer with a larger relative error stays 16-bit.")
     ] = DEFAULT.error_budget,
+    target_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="What all linears may take, as 6.8GiB: each gets its format and rank by measuring. With --prompt.",
+        ),
+    ] = None,
+    target_error: Annotated[
+        float | None,
+        typer.Option(help="Instead: how far the model's output may be off, as 0.02; the least bytes for it."),
+    ] = None,
     no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Do not move outliers into the weights.")] = False,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
@@ -137,8 +148,12 @@ def quantize(
         refine=refine,
         skip=tuple(skip or ()),
         error_budget=error_budget,
+        target_bytes=target_bytes,
+        target_error=target_error,
         smooth=not no_smooth,
     )
+    if not prompt and config.has_target:
+        raise OptionError("--target-bytes and --target-error are met by measuring what is drawn: give --prompt")
     at = _device(device)
     if prompt and model is not None:
         raise OptionError("--model is for a single file of weights, which draws nothing: leave out --prompt")

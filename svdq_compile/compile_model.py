@@ -42,6 +42,8 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
     found = denoisers(model, "compile")
     for name, part in found.items():
         _check(name, part)
+    if not all(has_quantized(part) for part in found.values()):
+        chosen.refuse_target("needs the whole model at once, so it is quantized before it is compiled")
     warn_of_skip(list(found.values()), chosen)
     told = [_compile(name, part, chosen) for name, part in found.items()]
     say(f"svdquant: {', '.join(told)}; {_what_comes(list(found.values()), chosen)}", chosen.progress)

@@ -3,6 +3,7 @@
 import difflib
 import numbers
 import operator
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,6 +22,16 @@ MAX_RANK = 256
 PAPER = {"w4a4": "int4"}  # what the paper calls a precision
 ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
 TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}  # in small letters
 WORLD, ALONE = "world", "alone"
 OF_QUANTIZE = ("calibrate", "example_inputs", "device")
 
@@ -41,6 +52,11 @@ class Config:
                        the weights alone
     error_budget       a layer whose own relative output error (or, without calibration, weight error) is larger than
                        this stays 16-bit
+    target_bytes       what all linears may take together (`report`'s sum, with those that stay 16-bit): a number, or
+                       text as "6.8 GiB". Each layer gets the format and the rank that keep the model's output nearest;
+                       `rank` counts for nothing then, and `precision` is the 4-bit format of linears with many rows.
+                       Only in `quantize` with calibrate
+    target_error       instead: how far the model's output may be off, relative, as 0.02; the least bytes for it
     skip               layers to leave in 16-bit: their full names in the model, as `report` has them, or those of
                        modules that hold them, with * and ?: ("*.proj_out", "transformer_blocks.0")
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
@@ -69,6 +85,8 @@ class Config:
     refine: int = 10
     calibration_steps: int = 8
     error_budget: float = 0.3
+    target_bytes: int | str | None = None
+    target_error: float | None = None
     skip: tuple[str, ...] = ()
     weights: str = "release"
     fuse: bool | tuple[str, ...] = True
@@ -97,12 +115,13 @@ class Config:
         for name in ("smooth", "progress", "fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
-        budget = self.error_budget
-        if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget <= 1:
-            raise OptionError(
-                f"option error_budget={budget!r}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"
-            )
-        object.__setattr__(self, "error_budget", float(budget))
+        object.__setattr__(self, "error_budget", _share("error_budget", self.error_budget))
+        if self.target_error is not None:
+            object.__setattr__(self, "target_error", _share("target_error", self.target_error))
+        if self.target_bytes is not None:
+            object.__setattr__(self, "target_bytes", _bytes("target_bytes", self.target_bytes))
+        if self.has_target and None not in (self.target_bytes, self.target_error):
+            raise OptionError("options target_bytes and target_error: give one of them, the other one follows from it")
         if isinstance(self.skip, str):
             raise OptionError(f"option skip={self.skip!r}: must be a list, as in skip=[{self.skip!r}]")
         patterns = _iterable(self.skip)
@@ -121,6 +140,20 @@ class Config:
         object.__setattr__(self, "group", _ranks(self.group))
         if self.attention != "exact" and "attention" not in self.fusions:
             raise OptionError(f"option attention={self.attention!r} needs 'attention' among fuse={self.fuse!r}")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether formats and ranks are chosen for each layer."""
+        return self.target_bytes is not None or self.target_error is not None
+
+    def refuse_target(self, why: str) -> None:
+        """Raises OptionError for a target where none can be met, which `why` tells."""
+        if self.has_target:
+            name = "target_bytes" if self.target_error is None else "target_error"
+            raise OptionError(
+                f"option {name}={getattr(self, name)!r} {why}; the place for it is "
+                f"svdq_compile.quantize(model, calibrate=lambda model: pipe('a dog'), {name}=...)"
+            )
 
     @property
     def fusions(self) -> tuple[str, ...]:
@@ -183,6 +216,32 @@ def _whole(name: str, value: Any, most: int) -> int:
             number = operator.index(value)
     if not 0 <= number <= most:
         raise OptionError(f"option {name}={value!r}: must be a whole number from 0 to {most}")
+    return number
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
+        raise OptionError(
+            f"option {name}={value!r:.60}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"
+        )
+    return float(value)
+
+
+def _bytes(name: str, value: Any) -> int:
+    """A number of bytes, or text: the same, or with a unit."""
+    number = -1
+    if isinstance(value, str):
+        text = re.fullmatch(r"\s*(\d+|\d+\.\d*(?=\s*[a-z]))\s*([a-z]*)\s*", value, re.ASCII | re.IGNORECASE)
+        if text is not None:
+            number = int(float(text[1]) * UNITS.get(text[2].lower(), -1))
+    elif not isinstance(value, bool):
+        with suppress(TypeError):
+            number = operator.index(value)
+    if number <= 0:
+        raise OptionError(
+            f"option {name}={value!r:.60}: must be a whole number of bytes above 0, or text with a unit of "
+            "kB, MB, GB, KiB, MiB, GiB, as '6.8 GiB'"
+        )
     return number
 
 

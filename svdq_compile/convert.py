@@ -34,6 +34,7 @@ log = logging.getLogger("svdq_compile")
 
 TOO_EXTREME = "its weight or what it reads is too large for fp32 arithmetic"
 FAILED = "quantizing it failed: {}"
+BY_TARGET = "the target leaves it 16-bit"
 IN_16_BIT = "what is left of it stays 16-bit"
 
 
@@ -130,6 +131,10 @@ def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcom
     if config.weights == "keep":
         _check_versions(weight for weight, _ in task.undecided)
     precision = choose_precision(config, task.has_few_rows or task.expanded)
+    if task.form is not None:
+        if task.form.precision is None:
+            return {i: BY_TARGET for i, w in enumerate(task.weights) if decisions.is_undecided(w)}
+        precision, config = task.form.precision, replace(config, rank=task.form.rank)
     outcomes: Outcomes = {}
     chosen: list[int] = []
     for i, (weight, name) in enumerate(zip(task.weights, task.names, strict=True)):
@@ -140,13 +145,14 @@ def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcom
             else:
                 outcomes[i] = reason
     if chosen:
-        outcomes |= zip(chosen, _quantized(task, chosen, precision, config, device), strict=True)
+        outcomes |= zip(chosen, quantized(task, chosen, precision, config, device), strict=True)
     return outcomes
 
 
-def _quantized(
+def quantized(
     task: Task, chosen: list[int], precision: str, config: Config, device: torch.device | None
 ) -> Sequence[Quantized | str]:
+    """The chosen weights of a task in 4-bit form, or why they stay 16-bit. Changes nothing."""
     weights, names = [task.weights[i] for i in chosen], [task.names[i] for i in chosen]
     at = device or weights[0].device
     if at.type not in ("cpu", "cuda"):
@@ -180,8 +186,9 @@ def _switches(task: Task, outcomes: Outcomes, config: Config) -> Switches:
         if isinstance(outcome, str):
             switches[i] = outcome
         elif outcome.error <= config.error_budget:
+            effect = task.form.effects[i] if task.form is not None and task.form.effects else None
             try:
-                switches[i] = freezing(weight, outcome.packed, name, outcome.error, config.weights, calibrated)
+                switches[i] = freezing(weight, outcome.packed, name, outcome.error, config.weights, calibrated, effect)
             except Exception as error:
                 go_on(error, f"quantizing {name}", IN_16_BIT, config)
                 switches[i] = FAILED.format(type(error).__name__)

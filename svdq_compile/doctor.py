@@ -142,6 +142,7 @@ def doctor(
     precision. Raises NotAModel, OptionError.
     """
     config = Config.of(config, options)
+    config.refuse_target("is met by measuring, which doctor does not do")
     model = _denoiser(model)
     warn_of_skip([model], config)
     precision = choose_precision(config, weight_only=False)

@@ -56,6 +56,7 @@ def fill(
             "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
             "svdq_compile.quantize"
         )
+    config.refuse_target("needs the whole model in 16 bits, of which loading in 4 bits has a layer at a time")
     check_given(model, None, example_inputs)
     tensors = _fitting(model, tensors, path)
     _without_memory(model)

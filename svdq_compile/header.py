@@ -59,6 +59,7 @@ class LayerEntry:
     bytes_before: int
     bytes_after: int
     expanded: bool = False  # as in PackedLinear
+    effect: float | None = None  # the error that it makes in the model's output, where a target had it measured
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 

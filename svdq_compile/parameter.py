@@ -95,7 +95,7 @@ _DESCRIBE = frozenset(
 _VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 _MOVES = frozenset(("to", "cuda", "cpu", "type", "bfloat16", "double", "float", "half"))
 # Attributes of a QuantizedWeight that a plain Parameter has not.
-_STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version", "_svdq_calibrated")
+_STATE = ("_svdq", "_svdq_name", "_svdq_error", "_svdq_original", "_svdq_version", "_svdq_calibrated", "_svdq_effect")
 
 
 class QuantizedWeight(nn.Parameter):
@@ -109,6 +109,7 @@ class QuantizedWeight(nn.Parameter):
     _svdq_version: int | None  # of the kept values when they were packed, weights="keep"
     _svdq_error: float
     _svdq_calibrated: bool | None  # whether its inputs were observed; None: an older file does not say
+    _svdq_effect: float | None  # the error it makes in the model's output; None: not measured
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
         return data if isinstance(data, QuantizedWeight) else nn.Parameter(data, requires_grad)
@@ -155,6 +156,7 @@ class QuantizedWeight(nn.Parameter):
                 self._svdq_calibrated,
                 self._svdq_original,
                 is_kept(self),
+                self._svdq_effect,
             )
         return memo[id(self)]
 
@@ -190,11 +192,18 @@ def is_stale(weight: QuantizedWeight) -> bool:
 
 
 def freezing(
-    parameter: nn.Parameter, packed: PackedLinear, name: str, error: float, weights: str, calibrated: bool
+    parameter: nn.Parameter,
+    packed: PackedLinear,
+    name: str,
+    error: float,
+    weights: str,
+    calibrated: bool,
+    effect: float | None = None,
 ) -> Callable[[], None]:
     """What turns a plain Parameter into a QuantizedWeight, in place. What needs memory is done at once, ahead of that.
 
     error, calibrated  how far it is from the original, and whether that was seen on observed inputs
+    effect   the error that it makes in the model's output, if that was measured
     weights  "release": give the memory back. "offload": the same, after a copy to the CPU. "keep": leave the values.
     The memory goes back when nothing else refers to it: a state dict taken earlier, or another Parameter with the same
     storage, keeps its values.
@@ -203,7 +212,7 @@ def freezing(
     empty = None if weights == "keep" else _made_like(parameter, lambda: _shell_of(parameter, packed.device))
 
     def freeze() -> None:
-        become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep")
+        become_quantized(parameter, packed, name, error, calibrated, original, weights == "keep", effect)
         if empty is not None:
             _set_data(parameter, empty)
 
@@ -218,11 +227,12 @@ def become_quantized(
     calibrated: bool | None,
     original: Tensor | None = None,
     keep: bool = False,
+    effect: float | None = None,
 ) -> QuantizedWeight:
     """Change the class of a Parameter. Its memory, if it has any, is read by nobody from now on unless `keep`."""
     refuse_export(_check_export)
     version = parameter._version if keep else None
-    parameter.__dict__.update(zip(_STATE, (packed, name, error, original, version, calibrated), strict=True))
+    parameter.__dict__.update(zip(_STATE, (packed, name, error, original, version, calibrated, effect), strict=True))
     parameter.__class__ = QuantizedWeight
     assert isinstance(parameter, QuantizedWeight)
     return parameter
@@ -415,7 +425,7 @@ def _twin(weight: QuantizedWeight, packed: PackedLinear, like: Tensor) -> Quanti
     """A weight of the same values in another 4-bit form, of the dtype and strides of `like`."""
     twin = nn.Parameter(_shell_of(like, packed.device), weight.requires_grad)
     state = weight._svdq_name, weight._svdq_error, weight._svdq_calibrated, weight._svdq_original
-    return become_quantized(twin, packed, *state)
+    return become_quantized(twin, packed, *state, effect=weight._svdq_effect)
 
 
 def _pinned(weight: QuantizedWeight) -> QuantizedWeight:

@@ -28,13 +28,20 @@ def own_buffers(model: nn.Module) -> set[str]:
 
 
 def put_quantized(
-    model: nn.Module, weight: str, packed: PackedLinear, dtype: torch.dtype, *, error: float, calibrated: bool | None
+    model: nn.Module,
+    weight: str,
+    packed: PackedLinear,
+    dtype: torch.dtype,
+    *,
+    error: float,
+    calibrated: bool | None,
+    effect: float | None = None,
 ) -> None:
-    """Let a Parameter be a quantized one. dtype, error, calibrated: what it tells of itself."""
+    """Let a Parameter be a quantized one. dtype, error, calibrated, effect: what it tells of itself."""
     module, _, leaf = weight.rpartition(".")
     old = owner_of(model, module).get_parameter(leaf)
     parameter = nn.Parameter(shell(old.shape, old.stride(), dtype, packed.device), old.requires_grad)
-    assign(model, weight, become_quantized(parameter, packed, module, error, calibrated))
+    assign(model, weight, become_quantized(parameter, packed, module, error, calibrated, effect=effect))
 
 
 def put_elsewhere(model: nn.Module, weight: str, packed: PackedLinear) -> None:
@@ -43,7 +50,7 @@ def put_elsewhere(model: nn.Module, weight: str, packed: PackedLinear) -> None:
     old = owner_of(model, module).get_parameter(leaf)
     assert isinstance(old, QuantizedWeight)
     twin = nn.Parameter(shell(old.shape, old.stride(), old.dtype, packed.device), old.requires_grad)
-    old.data = become_quantized(twin, packed, module, old._svdq_error, old._svdq_calibrated)
+    old.data = become_quantized(twin, packed, module, old._svdq_error, old._svdq_calibrated, effect=old._svdq_effect)
 
 
 def put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from . import decisions, stages
+from .budget import check_outcome, choose_forms
 from .config import ALONE, Config
 from .convert import convert, warn_of_skip
 from .errors import NothingToQuantize, OptionError
@@ -25,6 +27,7 @@ from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
 from .ranks import ranks_of
+from .replays import Recorder
 from .report import Report, report, why_nothing
 from .roots import find_weights
 from .summary import forget, tell_again, tell_to_compile
@@ -64,14 +67,19 @@ def quantize(
     decisions.place(model)
     stages.begin_anew(model)
     if (ranks := ranks_of(chosen)) is not None:
+        chosen.refuse_target("is met by one process, and several ranks would choose differently: give it group='alone'")
         ranks.agree([[pair] for pair in _named(model)], chosen)
+    recorder = Recorder() if chosen.has_target else None
     if calibrate is None:
+        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
         tasks = planned(model, example_inputs)
     else:
-        tasks = _observed(model, calibrate, chosen.progress)
+        tasks = _observed(model, calibrate, chosen.progress, recorder)
         tasks += _by_weights_alone(model, tasks)
     if not has_quantized(model) and not _eligible(tasks):
         raise NothingToQuantize(why_nothing(model))
+    if recorder is not None and _eligible(tasks):
+        tasks = choose_forms(model, tasks, recorder, chosen, target)
     convert(tasks, chosen, target)
     if was_quantized and not tasks and (options or config is not None or calibrate is not None):
         log.warning(
@@ -83,7 +91,9 @@ def quantize(
         model.to(target)
     tell_again(model, chosen.progress)
     tell_to_compile(model, chosen.progress)
-    return report(model)
+    outcome = report(model)
+    check_outcome(outcome, chosen)
+    return outcome
 
 
 def check_given(model: Any, calibrate: Any, example_inputs: Any) -> None:
@@ -176,12 +186,18 @@ def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
     return run
 
 
-def _observed(model: nn.Module, calibrate: Callable[[nn.Module], Any], visible: bool) -> list[Task]:
-    """Run `calibrate` with every graph of the model observing."""
+def _observed(
+    model: nn.Module, calibrate: Callable[[nn.Module], Any], visible: bool, recorder: Recorder | None = None
+) -> list[Task]:
+    """Run `calibrate` with every graph of the model observing, and its calls recorded."""
     watch = _Watch({id(parameter) for parameter in model.parameters()}, visible)
     _WATCHES.append(watch)
     try:
-        with compiled_in_place(model, convert_by_our_settings(_watching)), torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(compiled_in_place(model, convert_by_our_settings(_watching)))
+            stack.enter_context(torch.no_grad())
+            if recorder is not None:
+                stack.enter_context(recorder.watching(model))
             calibrate(model)
     finally:
         _WATCHES.remove(watch)

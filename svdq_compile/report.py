@@ -1,5 +1,6 @@
 """What became of each linear of a model, as a table."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class LayerReport:
     bytes_before  of the 16-bit weight; bytes_after: of what takes its place
     error         relative, of the layer's output on observed rows (of the weight if nothing was observed); None: exact
     reason        why it was left alone
+    effect        relative, the error that it was predicted to make in the model's output; None: not measured
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerReport:
     bytes_after: int
     error: float | None
     reason: str
+    effect: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,14 @@ class Report:
         return sum(row.bytes_after for row in self.rows)
 
     @property
+    def effect(self) -> float | None:
+        """The predicted relative error of the model's output: the layers' effects, which add up as squares. None where
+        none was measured.
+        """
+        effects = [row.effect for row in self.rows if row.effect is not None]
+        return math.hypot(*effects) if effects else None
+
+    @property
     def names(self) -> list[str]:
         return [row.name for row in self.rows]
 
@@ -59,7 +70,9 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         layer = names("layer", self.names, options.max_width)
-        table = Table(layer, "precision", "rank", "MiB before", "MiB after", "error", "why 16-bit")
+        measured = any(row.effect is not None for row in self.rows)
+        effect = ("effect",) if measured else ()
+        table = Table(layer, "precision", "rank", "MiB before", "MiB after", "error", *effect, "why 16-bit")
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -67,15 +80,21 @@ class Report:
                 str(row.rank) if row.rank else "",
                 _mib(row.bytes_before),
                 _mib(row.bytes_after),
-                "" if row.error is None else f"{100 * row.error:.2f} %",
+                _percent(row.error),
+                *([_percent(row.effect)] if measured else []),
                 row.reason,
             )
         table.add_section()
-        table.add_row("all linears", "", "", _mib(self.bytes_before), _mib(self.bytes_after), "", "")
+        sums = _mib(self.bytes_before), _mib(self.bytes_after)
+        table.add_row("all linears", "", "", *sums, "", *([_percent(self.effect)] if measured else []))
         yield table
 
     def __str__(self) -> str:
         return as_text(self, self.names)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def _mib(count: int) -> str:
@@ -111,7 +130,8 @@ def _row(layer: Layer, compiled: set[int]) -> LayerReport:
     before = weight.numel() * weight.element_size()
     if isinstance(weight, QuantizedWeight):
         packed = weight._svdq
-        return LayerReport(layer.name, packed.precision, packed.rank, before, packed.nbytes(), weight._svdq_error, "")
+        told = before, packed.nbytes(), weight._svdq_error, "", weight._svdq_effect
+        return LayerReport(layer.name, packed.precision, packed.rank, *told)
     dtype = str(weight.dtype).removeprefix("torch.")
     reason = decisions.reason_of(weight) or layer.reason or _why_not_yet(weight, compiled)
     return LayerReport(layer.name, dtype, 0, before, before, None, reason)

@@ -10,11 +10,25 @@ from .passes import linears
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a target has chosen for the linears of a task (budget.py).
+
+    precision  None: they stay 16-bit
+    effects    of each weight: the relative error that it makes in the model's output; () where that was not measured
+    """
+
+    precision: str | None
+    rank: int = 0
+    effects: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
 class Task:
     """Weights that share an input, and what is known of it.
 
     few_rows, shift   as in LinearSite, of a graph that reads it
     expanded          as in WeightGroup
+    form              None: what the options say
     """
 
     weights: tuple[nn.Parameter, ...]
@@ -23,6 +37,7 @@ class Task:
     shift: float
     statistics: InputStatistics
     expanded: bool = False
+    form: Form | None = None
 
     @property
     def has_few_rows(self) -> bool:

@@ -171,6 +171,18 @@ def test_a_folders_code_runs_only_if_trusted(pipeline: Path, tmp_path: Path, cod
     assert entries["transformer_blocks.0.attn.to_k"].shared == "transformer_blocks.0.attn.to_q.weight"
 
 
+def test_a_target_is_met_by_what_is_drawn(pipeline: Path, tmp_path: Path, code_cache: Path) -> None:
+    output = tmp_path / "flux.safetensors"
+    command = ("quantize", pipeline, output, "--prompt", "a dog", "--steps", "1", "--refine", "0", "--trust-code")
+    said = run(*command, "--target-bytes", "1 kB").stderr.splitlines()[-1]
+    assert said.startswith("svdq: option target_bytes=1000: the linears of this FluxTransformer2DModel take")
+    ok(*command, "--target-error", "0.05")
+    header = read_header(output)
+    effects = [entry.effect for entry in header.layers]
+    assert header.config["target_error"] == 0.05
+    assert 0 < sum(effect**2 for effect in effects if effect is not None) ** 0.5 <= 0.05
+
+
 def test_the_code_of_a_component_must_be_trusted_too(pipeline: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
     (folder / "transformer").mkdir(parents=True)
@@ -211,6 +223,8 @@ def test_a_source_is_never_overwritten(tmp_path: Path) -> None:
         (("--precision", "int5"), "option precision='int5': did you mean 'int4'?"),
         (("--rank", "300"), "option rank=300"),
         (("--error-budget", "0"), "option error_budget=0"),
+        (("--target-error", "2"), "option target_error=2.0"),
+        (("--target-bytes", "6.8GiB"), "give --prompt"),
         (("--device", "tpu"), "option device='tpu': it can be 'cpu' or 'cuda'"),
         (("--device", "cuda"), "option device='cuda': this PyTorch sees no CUDA GPU"),
         (("--component", "vae"), "this pipeline has no vae; its models are: transformer"),

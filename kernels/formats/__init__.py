@@ -13,6 +13,7 @@ from .w8a8 import W8A8
 FORMATS: dict[str, Format] = {f.name: f for f in (W4A8, INT4, NVFP4, W4A16, W8A8)}
 AUTO = W4A8.name  # of Config(precision="auto")
 FEW_ROWS = W4A16.name  # of a linear with so few rows that rounding its input would gain no time
+EIGHT_BITS = W8A8.name  # of what 4 bits would harm
 
 
 def codes_of(precision: str) -> Codes:
@@ -24,4 +25,4 @@ def codes_of(precision: str) -> Codes:
     return codes
 
 
-__all__ = ["AUTO", "FEW_ROWS", "FORMATS", "Codes", "Format", "Grid", "codes_of"]
+__all__ = ["AUTO", "EIGHT_BITS", "FEW_ROWS", "FORMATS", "Codes", "Format", "Grid", "codes_of"]
