@@ -19,6 +19,7 @@ from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, NVIDIA, PORTABLE, has_kernels, is_hopper
 from . import flash3, reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
+from .region import PLAIN, Part
 
 if TYPE_CHECKING:
     from ..kernels.portable import heads as portable_heads
@@ -414,6 +415,10 @@ def _reference_attention(o: Attention) -> Tensor:
     return o.in_order(reference.attention(o.q, o.k, o.v, o.is_causal, o.scale))
 
 
+def _as_heads(o: Attention) -> list[list[Part]]:
+    return [[(PLAIN, {"x": x.transpose(1, 2)})] for x in (o.q, o.k, o.v)]
+
+
 _CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 _EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -458,8 +463,8 @@ ATTENTION = Table(
             HOPPER,
             (),
             "portable.attention_codes",
-            lambda o: _attention_why_not(o) or flash3.why_not_fp8(o),
-            flash3.attention_fp8,
+            lambda o: _attention_why_not(o) or flash3.why_not_fp8(o.arithmetic, o.q.shape, o.k.shape, o.v.shape),
+            lambda o: flash3.attention_fp8(_as_heads(o), o.is_causal, o.scale, o.order),
             fuses=False,
         ),
         _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
