@@ -5,6 +5,7 @@ tensors, with any leading dimensions; `rows()` makes matrices of them for the ke
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -95,17 +96,22 @@ class Attention(NamedTuple):
     arithmetic: str = "exact"
 
     def empty_result(self) -> Tensor:
-        shape = (*self.q.shape[:3], self.v.shape[3])
-        return self._turned_back(self.q.new_empty([shape[dim] for dim in self.order]))
+        return empty_in_order(self.q, (*self.q.shape[:3], self.v.shape[3]), self.order)
 
     def in_order(self, y: Tensor) -> Tensor:
         """y, copied where its dimensions lie differently."""
         if y.stride() == _strides(y.shape, tuple(self.order)):
             return y
-        return self._turned_back(y.permute(self.order).contiguous())
+        return _turned_back(y.permute(self.order).contiguous(), self.order)
 
-    def _turned_back(self, outermost_first: Tensor) -> Tensor:
-        return outermost_first.permute([self.order.index(dim) for dim in range(4)])
+
+def empty_in_order(like: Tensor, shape: Sequence[int], order: list[int]) -> Tensor:
+    """A tensor of this shape, of like's dtype and device, whose dimensions lie in this order, the outermost first."""
+    return _turned_back(like.new_empty([shape[dim] for dim in order]), order)
+
+
+def _turned_back(outermost_first: Tensor, order: list[int]) -> Tensor:
+    return outermost_first.permute([order.index(dim) for dim in range(len(order))])
 
 
 @lru_cache

@@ -5,6 +5,8 @@ Its operator is called past its Python interface, whose autograd takes longer th
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
@@ -12,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..kernels.operands import Attention
+from .region import Part
 
 log = logging.getLogger("svdq_compile.lowering")
 
 PACKAGE = "fa3-fwd"
 ARGUMENTS = frozenset(("q_descale", "k_descale", "v_descale", "softmax_scale", "is_causal", "num_splits"))
 MAX_CHANNELS, MAX_CHANNELS_FP8 = 256, 128
-MAX_HEADS = 65535  # a CUDA grid's second dimension
 
 
 @cache
@@ -37,16 +39,18 @@ def missing() -> str | None:
 
 def why_not(o: Attention) -> str | None:
     """Of 16-bit operands."""
-    d = o.q.shape[3]
-    if o.v.shape[3] != d or d % 8 or d > MAX_CHANNELS:
-        return f"heads of {d} and {o.v.shape[3]} channels, not both the same multiple of 8 up to {MAX_CHANNELS}"
-    if not o.q.numel() or not o.k.numel():
-        return "there is nothing to attend to"
-    if not all(map(_is_copied_by_tma, (o.q, o.k, o.v))):
+    reason = _shapes_why_not(*(x.shape for x in (o.q, o.k, o.v)))
+    if reason is None and not all(map(_is_copied_by_tma, (o.q, o.k, o.v))):
         return "heads or tokens that do not begin at multiples of 16 bytes"
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return "torch.backends.cuda.enable_flash_sdp is off"
-    return missing()
+    return reason or _absent()
+
+
+def _shapes_why_not(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> str | None:
+    """Of operands [B, H, S, D]."""
+    d = q[3]
+    if v[3] != d or d % 8 or d > MAX_CHANNELS:
+        return f"heads of {d} and {v[3]} channels, not both the same multiple of 8 up to {MAX_CHANNELS}"
+    return None if math.prod(q) and math.prod(k) else "there is nothing to attend to"
 
 
 def _is_copied_by_tma(x: Tensor) -> bool:
@@ -54,15 +58,19 @@ def _is_copied_by_tma(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride < 2**31 for stride in strides)
 
 
-def why_not_fp8(o: Attention) -> str | None:
-    """The same in 8 bits."""
-    if o.arithmetic != "fp8":
+def _absent() -> str | None:
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "torch.backends.cuda.enable_flash_sdp is off"
+    return missing()
+
+
+def why_not_fp8(arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> str | None:
+    """The same in 8 bits, of operands with these shapes, which may lie anywhere."""
+    if arithmetic != "fp8":
         return "8 bits are not allowed"
-    if o.q.shape[1] != o.k.shape[1] or o.q.shape[3] % 16 or o.q.shape[3] > MAX_CHANNELS_FP8:
+    if q[1] != k[1] or q[3] % 16 or q[3] > MAX_CHANNELS_FP8:
         return f"grouped heads, or channels that are no multiple of 16 up to {MAX_CHANNELS_FP8}"
-    if o.q.shape[0] * o.q.shape[1] > MAX_HEADS:
-        return f"more than {MAX_HEADS} heads of all samples"
-    reason = why_not(o)
+    reason = _shapes_why_not(q, k, v) or _absent()
     if reason is not None and reason == missing():
         _tell(reason)
     return reason
@@ -75,22 +83,30 @@ def _tell(reason: str) -> None:
 
 def attention(o: Attention) -> Tensor:
     """y [B, H, S, D] as `operands.Attention` says."""
-    return o.in_order(_forward(o.q.transpose(1, 2), o.k.transpose(1, 2), o.v.transpose(1, 2), (None,) * 3, o))
+    return o.in_order(_forward(o, (None,) * 3))
 
 
-def attention_fp8(o: Attention) -> Tensor:
-    """The same of e4m3 codes."""
-    from ..kernels.portable.attention_codes import attention_codes
+def attention_fp8(heads: Sequence[Sequence[Part]], is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
+    """The same of e4m3 codes, of what makes q, k and v: some parts each, not all of them empty."""
+    from ..kernels.portable.attention_codes import GeneratedParts, attention_codes
+    from .generate_heads import bind_parts
 
-    q, k, v, *scales = attention_codes(o.q, o.k, o.v)
-    return o.in_order(_forward(q, k, v, tuple(scales), o).to(o.q.dtype))  # of codes it makes bf16
+    parts = [[(region, values) for region, values in each if values["x"].numel()] for each in heads]
+    regions, values = zip(*(part for each in parts for part in each), strict=True)
+    q, k, v = ([values["x"] for _, values in each] for each in parts)
+    *codes, q_scale, k_scale, v_scale = attention_codes((q, k, v), GeneratedParts(*bind_parts(regions, values)))
+    o = Attention(*(code.transpose(1, 2) for code in codes), is_causal, scale, order)
+    return o.in_order(_forward(o, (q_scale, k_scale, v_scale)).to(q[0].dtype))  # of codes it makes bf16
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scales: tuple, o: Attention) -> Tensor:
-    """[B, S, H, D] each, and three scales [B, H] or None -> [B, H, S, D]."""
+def _forward(o: Attention, scales: tuple) -> Tensor:
+    """Of 16-bit operands, or of codes with their scales [B, H] -> [B, H, S, D]."""
     names = ("q_descale", "k_descale", "v_descale")
-    scale = q.shape[3] ** -0.5 if o.scale is None else o.scale
     y = torch.ops.fa3_fwd.fwd.default(
-        q, k, v, **dict(zip(names, scales, strict=True)), softmax_scale=scale, is_causal=o.is_causal, num_splits=1
+        *(x.transpose(1, 2) for x in (o.q, o.k, o.v)),
+        **dict(zip(names, scales, strict=True)),
+        softmax_scale=o.q.shape[3] ** -0.5 if o.scale is None else o.scale,
+        is_causal=o.is_causal,
+        num_splits=1,
     )[0]
     return y.transpose(1, 2)

@@ -16,6 +16,7 @@ import linecache
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -149,12 +150,15 @@ def source(region: Region, kernel_loads_auxiliary: bool = False) -> str:
         is_given = not given.isdisjoint(name for name, _ in region.operands)
         signature = f"y, {'auxiliary, ' if is_given else ''}columns, rows, live, extra"
     loads = _loads([(name, axes) for name, axes in region.operands if name not in given])
-    return python_file(region, {f"fused({signature})": [*loads, *map(_line, region.steps), f"return {region.result}"]})
+    return python_file(
+        [region], {f"fused({signature})": [*loads, *map(_line, region.steps), f"return {region.result}"]}
+    )
 
 
-def python_file(region: Region, functions: dict[str, list[str]], imports: str = "") -> str:
+def python_file(regions: Sequence[Region], functions: dict[str, list[str]], imports: str = "") -> str:
     """A file of JIT functions, their lines by their signatures."""
-    drawing = "\n".join(f"    {line}" for line in region.drawing().split("\n"))
+    drawings = (region.drawing().split("\n") for region in regions)
+    drawing = "\n\n".join("\n".join(f"    {line}" for line in lines) for lines in drawings)
     code = "\n".join(f"\n\n@triton.jit\ndef {signature}:\n" + "\n".join(f"    {line}" for line in lines)
                      for signature, lines in functions.items())  # fmt: skip
     if "tanh(" in code:

@@ -1,4 +1,5 @@
-"""A region over attention heads as a Triton function for kernels/portable/heads.py.
+"""A region over attention heads as a Triton function for kernels/portable/heads.py, or several, for the parts that
+kernels/portable/attention_codes.py makes q, k and v of.
 
 A value that has D channels is two variables, its halves: the even and the odd channels, or the lower and the upper
 ones if the region takes D apart in the middle. Half a value, one for each head, and a number are one variable. So
@@ -7,8 +8,12 @@ ones if the region takes D apart in the middle. Half a value, one for each head,
 The functions' `sample`, `token` and `head` broadcast against [tokens, D / 2]. Their `extra` is, for each operand
 
     BTD   pointer, strides of B and T        BTH   pointer, strides of B, T and H        D, 1   pointer
+
+Where there are several, all of a part's operands follow those of the part before, and its x is the first of them, a
+pointer and the strides of B, T and H.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,13 +25,31 @@ from .generate import expression, load, python_file
 from .region import IN_THE_MIDDLE, Region
 
 
-def is_interleaved(region: Region) -> bool:
+def is_interleaved(*regions: Region) -> bool:
     """Whether the halves are even and odd channels."""
-    return not any(step.operation in IN_THE_MIDDLE for step in region.steps)
+    return not any(step.operation in IN_THE_MIDDLE for region in regions for step in region.steps)
 
 
 def bind(region: Region, values: dict[str, Tensor], block: torch.Size) -> triton_heads.GeneratedHeads:
     """The functions of a region, its operands laid out for a block [B, T, H, D]."""
+    module = _module(region)
+    return triton_heads.GeneratedHeads(module.load, module.fused, tuple(_operands(region, values, block)))
+
+
+def bind_parts(regions: Sequence[Region], values: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]:
+    """The functions of several regions, and what they read, as `attention_codes.GeneratedParts` has them. values: of
+    each region all operands by name, x with a head's channels side by side.
+    """
+    extra: list[Any] = []
+    for region, named in zip(regions, values, strict=True):
+        x = named["x"]
+        extra += [x, *x.stride()[:3], *_operands(region, named, x.shape)]
+    module = _module_of_parts(tuple(regions))
+    return module.start, module.load, module.fused, tuple(extra), is_interleaved(*regions)
+
+
+def _operands(region: Region, values: dict[str, Tensor], block: torch.Size) -> list[Any]:
+    """All but x."""
     extra: list[Any] = []
     for name, axes in region.operands:
         if name == "x":
@@ -41,8 +64,7 @@ def bind(region: Region, values: dict[str, Tensor], block: torch.Size) -> triton
             extra += [value, *value.stride()[:3]]
         else:
             extra.append(value.reshape(block[3] if axes == "D" else 1).contiguous())
-    module = _module(region)
-    return triton_heads.GeneratedHeads(module.load, module.fused, tuple(extra))
+    return extra
 
 
 @cache
@@ -50,31 +72,63 @@ def _module(region: Region) -> Any:
     return load(source(region))
 
 
+@cache
+def _module_of_parts(regions: tuple[Region, ...]) -> Any:
+    return load(source_of_parts(regions))
+
+
+_LOAD, _FUSED = "sample, token, extra, D: tl.constexpr", "x_0, x_1, held, sample, token, head, extra, D: tl.constexpr"
+_IMPORTS = f"from {triton_heads.__name__} import load_halves\n"
+
+
 def source(region: Region) -> str:
     """The Python file of a region."""
-    writer = _Writer(region)
-    functions = {
-        "load(sample, token, extra, D: tl.constexpr)": writer.loads,
-        "fused(x_0, x_1, held, sample, token, head, extra, D: tl.constexpr)": writer.lines,
+    writer = _Writer(region, is_interleaved(region))
+    return python_file([region], {f"load({_LOAD})": writer.loads, f"fused({_FUSED})": writer.lines}, _IMPORTS)
+
+
+def source_of_parts(regions: Sequence[Region]) -> str:
+    """The Python file of several, the functions of each and those that choose among them."""
+    functions: dict[str, list[str]] = {}
+    starts: list[str] = []
+    at = 0
+    for i, region in enumerate(regions):
+        starts.append(f"extra[{at}] + (sample * extra[{at + 1}] + token * extra[{at + 2}]), extra[{at + 3}]")
+        writer = _Writer(region, is_interleaved(*regions), at + 4)
+        functions |= {f"load_{i}({_LOAD})": writer.loads, f"fused_{i}({_FUSED})": writer.lines}
+        at = writer.end
+    loads = [f"load_{i}(sample, token, extra, D)" for i in range(len(regions))]
+    calls = [f"fused_{i}(x_0, x_1, held, sample, token, head, extra, D)" for i in range(len(regions))]
+    functions |= {
+        "start(part: tl.constexpr, sample, token, extra)": _choosing(starts),
+        f"load(part: tl.constexpr, {_LOAD})": _choosing(loads),
+        f"fused(part: tl.constexpr, {_FUSED})": _choosing(calls),
     }
-    return python_file(region, functions, f"from {triton_heads.__name__} import load_halves\n")
+    return python_file(regions, functions, _IMPORTS)
+
+
+def _choosing(results: Sequence[str]) -> list[str]:
+    """The lines that return the result of a part, of two or more."""
+    cases = ["if part == 0:", *(f"elif part == {i}:" for i in range(1, len(results) - 1)), "else:"]
+    return [line for case, result in zip(cases, results, strict=True) for line in (case, f"    return {result}")]
 
 
 class _Writer:
-    """The lines of a function. variables: those that each value consists of."""
+    """The lines of a function, whose operands begin at extra[at] and end before extra[end]. variables: those that each
+    value consists of.
+    """
 
-    def __init__(self, region: Region) -> None:
-        self.interleaved = is_interleaved(region)
+    def __init__(self, region: Region, interleaved: bool, at: int = 0) -> None:
+        self.interleaved = interleaved
         self.loads: list[str] = []
         self.lines: list[str] = []
         self.variables: dict[str, tuple[str, ...]] = {"x": ("x_0", "x_1")}
-        self._load([operand for operand in region.operands if operand[0] != "x"])
+        self.end = self._load([operand for operand in region.operands if operand[0] != "x"], at)
         for step in region.steps:
             self._step(step.name, step.operation, step.arguments)
         self.lines.append(f"return {', '.join(self.variables[region.result])}")
 
-    def _load(self, operands: list[tuple[str, str]]) -> None:
-        at = 0
+    def _load(self, operands: list[tuple[str, str]], at: int) -> int:
         held: list[str] = []
         for name, axes in operands:
             if axes == "BTH":
@@ -95,6 +149,7 @@ class _Writer:
         self.loads.append(f"return ({''.join(f'{name}, ' for name in held)})")
         if held:
             self.lines.insert(0, f"{', '.join(held)} = held")
+        return at
 
     def _let(self, name: str, expression: str) -> None:
         self.variables[name] = (name,)

@@ -6,7 +6,7 @@ The text may have several parts; then the list holds the operands of all, and th
 along T, as text and image tokens do in joint attention. The result is contiguous, or lies as [B, H, T, D] in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import launch
 from .kernel_table import NoKernel
-from .region import PARTS, Region, parse
+from .region import PARTS, Part, Region, parse
 
 
 def parts(text: str) -> list[Region]:
@@ -22,20 +22,35 @@ def parts(text: str) -> list[Region]:
     return [parse(part) for part in text.split(PARTS)]
 
 
+def with_values(operands: Sequence[Tensor], text: str) -> list[Part]:
+    """The regions in a text, each with its own of the operands."""
+    waiting = iter(operands)
+    return [(part, part.named(islice(waiting, len(part.operands)))) for part in parts(text)]
+
+
 def head_region(operands: list[Tensor], region: str, heads_first: bool = False) -> Tensor:
     """Run all parts of the text."""
-    y = empty_result(operands, region, heads_first)
+    return run(with_values(operands, region), heads_first)
+
+
+def run(made_of: Sequence[Part], heads_first: bool = False) -> Tensor:
+    """Run all parts."""
+    y = _empty(made_of, heads_first)
     start = 0
-    for part, values in _with_values(operands, region):
-        x = values.pop("x")
-        _run(part, x, values, y.narrow(1, start, x.shape[1]))
-        start += x.shape[1]
+    for part, values in made_of:
+        tokens = values["x"].shape[1]
+        _run(part, values, y.narrow(1, start, tokens))
+        start += tokens
     return y
 
 
 def empty_result(operands: list[Tensor], region: str, heads_first: bool = False) -> Tensor:
     """A tensor for the result; also the operator's shape function."""
-    blocks = [values["x"] for _, values in _with_values(operands, region)]
+    return _empty(with_values(operands, region), heads_first)
+
+
+def _empty(made_of: Sequence[Part], heads_first: bool) -> Tensor:
+    blocks = [values["x"] for _, values in made_of]
     samples, _, heads, channels = blocks[0].shape
     tokens = sum(x.shape[1] for x in blocks)
     if heads_first:
@@ -43,13 +58,8 @@ def empty_result(operands: list[Tensor], region: str, heads_first: bool = False)
     return blocks[0].new_empty(samples, tokens, heads, channels)
 
 
-def _with_values(operands: list[Tensor], text: str) -> Iterator[tuple[Region, dict[str, Tensor]]]:
-    waiting = iter(operands)
-    for part in parts(text):
-        yield part, part.named(islice(waiting, len(part.operands)))
-
-
-def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
+def _run(part: Region, values: dict[str, Tensor], y: Tensor) -> None:
+    x = values["x"]
     if launch.takes_heads(x):
         from . import generate_heads
 
@@ -57,4 +67,4 @@ def _run(part: Region, x: Tensor, values: dict[str, Tensor], y: Tensor) -> None:
         with suppress(NoKernel):
             launch.heads(x, y, functions, generate_heads.is_interleaved(part))
             return
-    y.copy_(part.evaluate({"x": x, **values}))
+    y.copy_(part.evaluate(values))

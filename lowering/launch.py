@@ -6,7 +6,7 @@ taken too, and is reordered in every call. docs/kernels.md shows the tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, NVIDIA, PORTABLE, has_kernels, is_hopper
 from . import flash3, reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
+from .region import PLAIN, Part
 
 if TYPE_CHECKING:
     from ..kernels.portable import heads as portable_heads
@@ -32,7 +33,8 @@ def _with_codes(*names: str) -> tuple[str, ...]:
     return tuple(f.name for f in FORMATS.values() if f.codes is not None and f.codes.name in names)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Kernels are started on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -116,7 +118,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
     right = None if right is None else as_lines(right)
-    with _on(x.device):
+    with on_device(x.device):
         results = QUANTIZE.run(Quantize(x, smooth, down, precision, shift).rows(), prologue, right)
     qx, ascales, xd = (t.view(*x.shape[:-1], t.shape[1]) for t in results)
     return qx, ascales, xd
@@ -252,7 +254,7 @@ def gemm(
 ) -> Tensor:
     """`reference.gemm` on the fastest kernel that can; weight in either order; an epilogue if `takes_epilogue`."""
     rows = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype).rows()
-    with _on(qx.device):
+    with on_device(qx.device):
         y = GEMM.run(rows, epilogue)
     return y.view(*qx.shape[:-1], y.shape[1])
 
@@ -315,7 +317,7 @@ def gemv(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`reference.gemv` on the fastest kernel that can; weight in either order."""
-    with _on(x.device):
+    with on_device(x.device):
         y = GEMV.run(Gemv(x, xd, weight, up, bias, precision, out_dtype).rows())
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -346,7 +348,7 @@ ROW_MOMENTS = Table(
 
 def row_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.row_moments` on the fastest kernel that can."""
-    with _on(x.device):
+    with on_device(x.device):
         variance, mean, square = ROW_MOMENTS.run(as_lines(x))
     shape = (*x.shape[:-1], 1)
     return variance.view(shape), mean.view(shape), square.view(shape)
@@ -387,7 +389,7 @@ def takes_heads(x: Tensor) -> bool:
 
 def heads(x: Tensor, y: Tensor, functions: portable_heads.GeneratedHeads, interleaved: bool) -> None:
     """A region over attention heads, x -> y, if `takes_heads`. Raises NoKernel if none is left that compiles it."""
-    with _on(x.device):
+    with on_device(x.device):
         HEADS.run(x, functions, y, interleaved)
 
 
@@ -403,15 +405,23 @@ def _attention_why_not(o: Attention) -> str | None:
 
 
 def _attention_class(o: Attention) -> tuple:
-    """Batch and lengths up to the next power of two, all else as it is, and how the dimensions lie in memory."""
-    (b, h, s, d), (_, g, t, e) = o.q.shape, o.v.shape
+    """`size_class`, and how the dimensions lie in memory."""
     orders = (sorted(range(4), key=lambda dim: (x.shape[dim] > 1, -x.stride(dim))) for x in (o.q, o.k, o.v))
-    rounded = (1 << (n - 1).bit_length() for n in (b, s, t))
-    return str(o.q.dtype), o.is_causal, h, g, d, e, *rounded, *map(tuple, (*orders, o.order))
+    return str(o.q.dtype), o.is_causal, *size_class(o.q.shape, o.v.shape), *map(tuple, (*orders, o.order))
+
+
+def size_class(q: Sequence[int], v: Sequence[int]) -> tuple[int, ...]:
+    """Of [B, H, S, D] each: batch and lengths up to the next power of two, all else as it is."""
+    (b, h, s, d), (_, g, t, e) = q, v
+    return h, g, d, e, *(1 << (n - 1).bit_length() for n in (b, s, t))
 
 
 def _reference_attention(o: Attention) -> Tensor:
     return o.in_order(reference.attention(o.q, o.k, o.v, o.is_causal, o.scale))
+
+
+def _as_heads(o: Attention) -> list[list[Part]]:
+    return [[(PLAIN, {"x": x.transpose(1, 2)})] for x in (o.q, o.k, o.v)]
 
 
 _CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
@@ -458,8 +468,8 @@ ATTENTION = Table(
             HOPPER,
             (),
             "portable.attention_codes",
-            lambda o: _attention_why_not(o) or flash3.why_not_fp8(o),
-            flash3.attention_fp8,
+            lambda o: _attention_why_not(o) or flash3.why_not_fp8(o.arithmetic, o.q.shape, o.k.shape, o.v.shape),
+            lambda o: flash3.attention_fp8(_as_heads(o), o.is_causal, o.scale, o.order),
             fuses=False,
         ),
         _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
@@ -481,7 +491,7 @@ def attention(
 ) -> Tensor:
     """`reference.attention` on the kernel that was fastest, its result in this order (operands.Attention)."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # as the kernels want a head's channels
-    with _on(q.device):
+    with on_device(q.device):
         return ATTENTION.run(Attention(q, k, v, is_causal, scale, order, arithmetic))
 
 
@@ -525,7 +535,7 @@ ROUND_WEIGHT = Table(
 
 def round_weight(precision: str, w: Tensor, importance: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
     """A weight [N, K] fp32 in the format's tensors, in the plain order, and [N, K] fp32 that they stand for."""
-    with _on(w.device):
+    with on_device(w.device):
         return ROUND_WEIGHT.run(Rounding(w, precision, importance))
 
 
@@ -581,7 +591,7 @@ def round_columns(
     """Channels of a weight on their format's grid, each corrected by the errors of those before it, and what was lost:
     all [G, C, N] fp32, C at most 64. steps: of Format.grid, for each entry.
     """
-    with _on(target.device):
+    with on_device(target.device):
         return ROUND_COLUMNS.run(Columns(target, wanted, weights, steps, precision))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.formats import FORMATS, codes_of
 from ..kernels.operands import Attention, Gemm, Gemv
+from . import attention_of_heads as of_heads
 from . import fused, heads, join, launch, sequences
 from .packed import PackedLinear
 from .replay import Replayed, Sites
@@ -131,6 +132,12 @@ _define(
     lambda *operands: Attention(*operands).empty_result(),
     layout=torch.Tag.needs_fixed_stride_order,  # torch's kernels want the channels of a head side by side
 )
+_define(
+    "attention_of_heads(Tensor[] operands, int[] reads, str region, int[] counts, bool is_causal, float? scale,"
+    " int[] order, str arithmetic) -> Tensor",
+    of_heads.attention_of_heads,
+    of_heads.empty_result,
+)
 _define("joined(Tensor[] parts, int dim) -> Tensor", torch.cat, join.empty_result, join.joined)
 _define(
     "sequence(Tensor[] tensors, SymInt[] sizes, str program) -> Tensor[]",
@@ -150,6 +157,7 @@ head_region = torch.ops.svdq.head_region.default
 row_moments = torch.ops.svdq.row_moments.default
 joined = torch.ops.svdq.joined.default
 attention = torch.ops.svdq.attention.default
+attention_of_heads = torch.ops.svdq.attention_of_heads.default
 sequence = torch.ops.svdq.sequence.default
 
 

@@ -142,6 +142,9 @@ class Region:
         return known[self.result]
 
 
+Part = tuple[Region, dict[str, Tensor]]  # some tokens of a block: what makes them, and its operands by name
+PLAIN = Region("heads", (("x", "BTHD"),), ())  # heads as they are
+
 _HEADER = re.compile(r"(prologue|epilogue|heads)\((.*)\)")
 _STEP = re.compile(r"(\w+) = (\w+)\((.*)\)")
 

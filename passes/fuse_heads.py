@@ -73,7 +73,7 @@ def _is_attention(node: fx.Node) -> bool:
 
 def _ends(argument: fx.Node) -> Iterator[tuple[fx.Node, str]]:
     """Where a region may end, and the axes of what it makes."""
-    yield _end(argument)
+    yield unturned(argument)
     for node in _sent(argument):
         yield node, "BTHD"
 
@@ -95,7 +95,7 @@ def _sent(argument: fx.Node) -> Iterator[fx.Node]:
             waiting += [(operand, is_sent or is_sending) for operand in node.all_input_nodes]
 
 
-def _end(node: Any) -> tuple[fx.Node, str]:
+def unturned(node: Any) -> tuple[fx.Node, str]:
     """What attention reads, before permutations, and the axis that each of its dimensions is."""
     letters = "BHTD"
     while node.target is aten.permute.default and len(node.args[1]) == 4:

@@ -29,7 +29,7 @@ from .vocabulary import aten
 from .writes import may_write
 
 _GROUPED = {ops.quantize, ops.fused_quantize, ops.gemm, ops.fused_gemm, ops.gemv, ops.row_moments, ops.head_region,
-            ops.attention}  # fmt: skip
+            ops.attention, ops.attention_of_heads}  # fmt: skip
 _VIEWS = {aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default,
           aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
           aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.expand.default}  # fmt: skip

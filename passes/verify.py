@@ -31,7 +31,8 @@ from ..lowering.torch_private import fake_mode_of
 from .subgraphs import invocations, placeholders
 from .vocabulary import same_shape
 
-KINDS = {ops.fused_gemm: "epilogue", ops.fused_quantize: "prologue", ops.head_region: "heads"}
+KINDS = {ops.fused_gemm: "epilogue", ops.fused_quantize: "prologue", ops.head_region: "heads",
+         ops.attention_of_heads: "heads"}  # fmt: skip
 
 
 class BrokenGraph(AssertionError):
@@ -137,6 +138,8 @@ def _check_operator(node: fx.Node) -> None:
         if fmt is None or len(given.get("weight", fmt.fields)) != len(fmt.fields):
             wanted = f"its tensors are {', '.join(fmt.fields)}" if fmt else f"the formats are {', '.join(FORMATS)}"
             raise BrokenGraph(f"{node.format_node()}: precision {given['precision']!r}: {wanted}")
+    if "reads" in given:
+        given["operands"] = [given["operands"][i] for i in given["reads"]]
     if "region" in given:
         _check_region(node, given)
 

@@ -479,11 +479,10 @@ def test_who_can_with_flash3(with_flash3: list) -> None:
     apart = torch.zeros(2, 64, 4 * 36 + 4, dtype=torch.bfloat16)[..., : 4 * 36].unflatten(-1, (4, 36))[..., :32]
     for x in (odd, apart.transpose(1, 2)):
         assert x.data_ptr() % 16 or x.stride(1) % 8
-        assert not any("flash3" in name for name in able(o._replace(q=x, k=x, v=x)))
+        named = [name for name in able(o._replace(q=x, k=x, v=x)) if "flash3" in name]
+        assert named == ["flash3_fp8"], "its codes are written anew, however q, k and v lie"
     one = torch.zeros(1, 8, 32, dtype=torch.bfloat16).as_strided((1, 1, 8, 32), (7, 5, 32, 1))
     assert "flash3_fp8" in able(Attention(one, one, one, False, None, BSHD, "fp8")), "nobody steps along one sample"
-    many = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16).expand(40000, 2, 1, 16)
-    assert [n for n in able(Attention(many, many, many, False, None, BSHD, "fp8")) if "flash3" in n] == ["flash3"]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "flash3" not in able(operands())
     assert not any("flash3" in name for name in able(operands(torch.float32)))
@@ -502,9 +501,9 @@ def test_flash3_has_tokens_before_heads(order: list[int], with_flash3: list) -> 
 def test_codes_give_bf16_and_the_result_has_the_inputs_type(with_flash3: list, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = pytest.importorskip("svdq_compile.kernels.portable.attention_codes")
     scales = (torch.ones(2, 4),) * 3
-    monkeypatch.setattr(codes, "attention_codes", lambda *qkv: (*(x.transpose(1, 2).bfloat16() for x in qkv), *scales))
+    monkeypatch.setattr(codes, "attention_codes", lambda qkv, generated: (*(x.bfloat16() for (x,) in qkv), *scales))
     o = operands(torch.float16)._replace(arithmetic="fp8")
-    y = flash3.attention_fp8(o)
+    y = next(kernel for kernel in launch.ATTENTION.rows if kernel.name == "flash3_fp8").run(o)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, F.scaled_dot_product_attention(o.q, o.k, o.v), rtol=0.02, atol=0.02)
 

@@ -1,121 +1,186 @@
-"""q, k and v of an attention in e4m3, a scale for each head of each sample, as FlashAttention-3 multiplies them.
+"""q, k and v of an attention in e4m3, a scale for each head of each sample, as FlashAttention-3 multiplies them, from
+what q, k and v are made of: no 16-bit head is written.
 
-    q [B, H, S, D], k, v [B, H, T, D]   bf16 or fp16, a head's channels side by side
+    q, k, v = regions(x)   each of parts, one after another along the tokens (text and image, say)
     ->  qq [B, S, H, D], kq, vq [B, T, H, D]   float8_e4m3fn
-        scales of q, k, v [B, H]               fp32: a value is its code times its head's scale
+        scales [3, B, H] of q, k, v            fp32: a value is its code times its head's scale
 
-    k less its mean over the tokens, channel by channel: that moves all logits of a row alike, which softmax does not
-    see, and what all keys share takes no bits (SageAttention, arXiv 2410.02367)
-    scale = the largest magnitude of a head / 448, 1 where all is zero
+    x      [B, T', H, D] bf16 or fp16, one a part
+    extra  of each part x and what its region reads besides (lowering/generate_heads.py)
 
-A first launch leaves each channel's least, greatest and sum in CHUNKS parts of the tokens, a second one makes means and
-scales of them, a third one codes. Heads and rows begin at multiples of 16 bytes.
+A scale belongs to all tokens of a head, which a kernel that reads them once cannot know. It need not: e4m3 is a format
+of floating point, and has its three bits of mantissa over 15 powers of two. So a first launch, of a few microseconds,
+looks at SAMPLES tokens of each part, and leaves room for values HEADROOM times as large; beyond that they saturate.
+
+k less the mean of its samples, channel by channel: any vector that is the same for all keys moves all logits of a row
+alike, which softmax does not see, and what all keys share takes no bits (SageAttention, arXiv 2410.02367).
+
+bench/results/attention-codes.json: with this room errors are those of the largest magnitude and the whole mean.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 
-from ..runtime.launcher import launch
+from ..runtime.launcher import early_launch, launch
+from ..runtime.target import launches_early, processors
+from .early import gdc_wait
+from .heads import choose, load_halves, store_halves
 
-CHUNKS = 8
-STEP, BLOCK = 32 * 128, 128 * 128  # values of a step of the first launch, and of a program of the last
+SAMPLES = 32
+HEADROOM = tl.constexpr(256.0)
 E4M3_MAX = tl.constexpr(448.0)
+SMALLEST = tl.constexpr(1e-30)  # a scale, so that its reciprocal is a number
+
+
+class GeneratedParts(NamedTuple):
+    """Generated code for all parts, and what it reads. `part` is a number that is known when the code is compiled.
+
+    start        (part, sample, token, extra) -> where x's first head of a token begins, and how far apart heads are
+    load         (part, sample, token, extra, D) -> a tuple: what is the same for all heads of some tokens
+    function     (part, x_0, x_1, that tuple, sample, token, head, extra, D) -> the halves of the value, fp32 like x's
+    interleaved  whether halves are the even and the odd channels
+    """
+
+    start: JITFunction
+    load: JITFunction
+    function: JITFunction
+    operands: tuple[Tensor | int, ...]
+    interleaved: bool
 
 
 @triton.jit
-def _operand(q, k, v, S, T, q_strides, k_strides, v_strides, H):
-    """Where this program's head begins, its rows' stride and number; q, k and v take turns along the third axis."""
-    which, head = tl.program_id(2), tl.program_id(1)
-    if which == 0:
-        x, strides, rows = q, q_strides, S
-    elif which == 1:
-        x, strides, rows = k, k_strides, T
+def _load(at, D: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """`load_halves`, with zeros where D is no power of two and WIDTH is the next one."""
+    if WIDTH == D:
+        return load_halves(at, D, INTERLEAVED)
     else:
-        x, strides, rows = v, v_strides, T
-    start = (head // H).to(tl.int64) * strides[0] + (head % H).to(tl.int64) * strides[1]
-    return tl.multiple_of(x + start, 16), tl.multiple_of(strides[2].to(tl.int64), 8), rows
+        columns = tl.arange(0, WIDTH // 2)[None, :]
+        there = columns < D // 2
+        low, high = tl.load(at + columns, there, 0.0), tl.load(at + D // 2 + columns, there, 0.0)
+        return low.to(tl.float32), high.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["S", "T", "H"])
-def _attention_spans_kernel(
-    q, k, v, spans, S, T, H, D, q_strides, k_strides, v_strides,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+@triton.jit
+def _store(at, a, b, D: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if WIDTH == D:
+        store_halves(at, a, b, D, INTERLEAVED)
+    else:
+        columns = tl.arange(0, WIDTH // 2)[None, :]
+        there = columns < D // 2
+        tl.store(at + columns, a.to(at.dtype.element_ty), there)
+        tl.store(at + D // 2 + columns, b.to(at.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["B", "H", "tokens"])
+def _attention_samples_kernel(
+    centres, scales, B, H, tokens, extra,
+    D: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, QK: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
+    INTERLEAVED: tl.constexpr, START: tl.constexpr, LOAD: tl.constexpr, FUNCTION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    x, stride, rows = _operand(q, k, v, S, T, q_strides, k_strides, v_strides, H)
-    columns = tl.arange(0, WIDTH)
-    size = tl.cdiv(rows, CHUNKS)
-    first = tl.program_id(0) * size
-    last = tl.minimum(first + size, rows)
-    # Reduced once: in the loop it would have Triton load numbers one by one.
-    least = tl.full((ROWS, WIDTH), float("inf"), tl.float32)
-    most = tl.full((ROWS, WIDTH), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for begin in tl.range(first, last, ROWS):
-        r = begin + tl.arange(0, ROWS)
-        live = (r < last)[:, None] & (columns < D)[None, :]
-        at = tl.max_contiguous(tl.multiple_of(x + r[:, None] * stride + columns[None, :], (1, 16)), (1, 8))
-        value = tl.load(at, mask=live, other=0.0).to(tl.float32)
-        least = tl.minimum(least, tl.where(live, value, float("inf")))
-        most = tl.maximum(most, tl.where(live, value, float("-inf")))
-        total += value
-    part = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * CHUNKS + tl.program_id(0)
-    at = spans + part.to(tl.int64) * (3 * D) + columns
-    tl.store(at, tl.min(least, 0), mask=columns < D)
-    tl.store(at + D, tl.max(most, 0), mask=columns < D)
-    tl.store(at + 2 * D, tl.sum(total, 0), mask=columns < D)
+    """A program for a head of q, k or v. Parts below Q are q's, from QK on v's."""
+    if EARLY:
+        gdc_wait()
+    own, which = tl.program_id(0), tl.program_id(1)
+    sample, head = (own // H).to(tl.int64), (own % H).to(tl.int64)
+    steps = 2 * tl.arange(0, COUNT)[:, None] + 1
+    total_0 = tl.zeros((1, WIDTH // 2), tl.float32)
+    least_0, most_0 = total_0 + float("inf"), total_0 - float("inf")
+    total_1, least_1, most_1 = total_0, least_0, most_0
+    for part in tl.static_range(PARTS):
+        if which == (0 if part < Q else 1 if part < QK else 2):
+            token = (steps * tokens[part] // (2 * COUNT)).to(tl.int64)
+            x, stride = START(part, sample, token, extra)
+            held = LOAD(part, sample, token, extra, D)
+            x_0, x_1 = _load(x + head * stride, D, WIDTH, INTERLEAVED)
+            a, b = FUNCTION(part, x_0, x_1, held, sample, token, head, extra, D)
+            least_0 = tl.minimum(least_0, tl.min(a, 0, keep_dims=True))
+            least_1 = tl.minimum(least_1, tl.min(b, 0, keep_dims=True))
+            most_0 = tl.maximum(most_0, tl.max(a, 0, keep_dims=True))
+            most_1 = tl.maximum(most_1, tl.max(b, 0, keep_dims=True))
+            total_0 += tl.sum(a, 0, keep_dims=True)
+            total_1 += tl.sum(b, 0, keep_dims=True)
+    part_of_a_sum = tl.where(which == 1, 1.0 / ((QK - Q) * COUNT), 0.0)
+    mean_0, mean_1 = total_0 * part_of_a_sum, total_1 * part_of_a_sum
+    most = tl.maximum(tl.maximum(most_0 - mean_0, mean_0 - least_0), tl.maximum(most_1 - mean_1, mean_1 - least_1))
+    scale = tl.max(most) * (HEADROOM / E4M3_MAX)
+    tl.store(scales + which * B * H + own, tl.where(scale > 0, tl.maximum(scale, SMALLEST), 1.0))
+    if which == 1:
+        _store(centres + own.to(tl.int64) * D + tl.zeros((1, 1), tl.int32), mean_0, mean_1, D, WIDTH, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["S", "T"])
-def _attention_scales_kernel(spans, means, scales, S, T, D, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
-    which = tl.program_id(1)
-    own = which * tl.num_programs(0) + tl.program_id(0)
-    columns = tl.arange(0, WIDTH)
-    there = (columns < D)[None, :]
-    at = spans + (own.to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS))[:, None] * (3 * D) + columns[None, :]
-    least = tl.min(tl.load(at, mask=there, other=0.0), 0)
-    most = tl.max(tl.load(at + D, mask=there, other=0.0), 0)
-    mean = tl.sum(tl.load(at + 2 * D, mask=there, other=0.0), 0) / tl.where(which == 0, S, T)
-    mean = tl.where(which == 1, mean, 0.0)
-    largest = tl.max(tl.maximum(most - mean, mean - least), 0)
-    tl.store(means + own * D + columns, mean, mask=columns < D)
-    tl.store(scales + own, tl.where(largest > 0, largest / E4M3_MAX, 1.0))
+@triton.jit
+def _saturated(v):
+    return tl.clamp(v, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["S", "T", "H"])
+@triton.jit(do_not_specialize=["B", "H", "tokens", "begins", "lengths"])
 def _attention_codes_kernel(
-    q, k, v, means, scales, qq, kq, vq, S, T, H, D, q_strides, k_strides, v_strides,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    q, k, v, centres, scales, B, H, tokens, begins, lengths, extra,
+    D: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, QK: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, INTERLEAVED: tl.constexpr, START: tl.constexpr, LOAD: tl.constexpr, FUNCTION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    x, stride, rows = _operand(q, k, v, S, T, q_strides, k_strides, v_strides, H)
-    which, head = tl.program_id(2), tl.program_id(1)
-    target = qq if which == 0 else (kq if which == 1 else vq)
-    own = which * tl.num_programs(1) + head
-    columns = tl.arange(0, WIDTH)
-    mean = tl.load(means + own * D + columns, mask=columns < D, other=0.0)
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = (r < rows)[:, None] & (columns < D)[None, :]
-    value = tl.load(x + r[:, None] * stride + columns[None, :], mask=live, other=0.0).to(tl.float32)
-    code = (value - mean[None, :]) * (1.0 / tl.load(scales + own))
-    code = tl.minimum(tl.maximum(code, -E4M3_MAX), E4M3_MAX)
-    lines = ((head // H).to(tl.int64) * rows + r) * H + head % H
-    tl.store(tl.multiple_of(target, 16) + lines[:, None] * D + columns[None, :], code.to(tl.float8e4nv), mask=live)
+    """A program for some heads of some tokens of a part, as in heads.py. The parts' blocks follow one another."""
+    if EARLY:
+        gdc_wait()
+    block = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * HEADS
+    for part in tl.static_range(PARTS):
+        rows = B * tokens[part]
+        if (block >= 0) & (block * TOKENS < rows):
+            which: tl.constexpr = 0 if part < Q else 1 if part < QK else 2
+            row = tl.minimum(block * TOKENS + tl.arange(0, TOKENS), rows - 1)[:, None]
+            sample, token = (row // tokens[part]).to(tl.int64), (row % tokens[part]).to(tl.int64)
+            y = q if which == 0 else k if which == 1 else v
+            y += (sample * lengths[which] + begins[part] + token) * H * D
+            own = sample * H
+            x, stride = START(part, sample, token, extra)
+            held = LOAD(part, sample, token, extra, D)
+            next_0, next_1 = _load(x + first * stride, D, WIDTH, INTERLEAVED)
+            for i in tl.range(HEADS):
+                x_0, x_1 = next_0, next_1
+                head = first + i
+                following = tl.minimum(head + 1, first + HEADS - 1)
+                next_0, next_1 = _load(x + following * stride, D, WIDTH, INTERLEAVED)
+                a, b = FUNCTION(part, x_0, x_1, held, sample, token, head, extra, D)
+                if which == 1:
+                    c_0, c_1 = _load(centres + (own + head) * D, D, WIDTH, INTERLEAVED)
+                    a, b = a - c_0, b - c_1
+                inverse = 1.0 / tl.load(scales + which * B * H + own + head)
+                _store(y + head * D, _saturated(a * inverse), _saturated(b * inverse), D, WIDTH, INTERLEAVED)
+        block -= tl.cdiv(rows, TOKENS)
 
 
-def attention_codes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """-> qq, kq, vq, and the three scales, as above. No dimension may be empty; D a multiple of 16 up to 128."""
-    (b, h, s, d), t = q.shape, k.shape[2]
-    codes = [x.new_empty(b, x.shape[2], h, d, dtype=torch.float8_e4m3fn) for x in (q, k, v)]
-    scales = q.new_empty(3, b, h, dtype=torch.float32)
-    spans = q.new_empty(3, b * h, CHUNKS, 3, d, dtype=torch.float32)
-    means = q.new_empty(3, b * h, d, dtype=torch.float32)
-    strides = tuple(x.stride()[:3] for x in (q, k, v))
+def attention_codes(
+    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], generated: GeneratedParts
+) -> tuple[Tensor, ...]:
+    """-> qq, kq, vq, and their scales [B, H], as above.
+
+    parts: the x of q, of k and of v, none empty; D a power of two, or with regions that do nothing a multiple of 16
+    """
+    every = [x for xs in parts for x in xs]
+    b, _, h, d = every[0].shape
+    lengths = tuple(sum(x.shape[1] for x in xs) for xs in parts)
+    begins = tuple(sum(x.shape[1] for x in xs[:i]) for xs in parts for i in range(len(xs)))
+    codes = [every[0].new_empty(b, length, h, d, dtype=torch.float8_e4m3fn) for length in lengths]
+    scales = every[0].new_empty(3, b, h, dtype=torch.float32)
+    centres = every[0].new_empty(b, h, d, dtype=torch.float32)
+    tokens = tuple(x.shape[1] for x in every)
+    early = launches_early(every[0].device)
     width = triton.next_power_of_2(d)
-    launch(_attention_spans_kernel, (CHUNKS, b * h, 3), (q, k, v, spans, s, t, h, d, *strides),
-           (width, STEP // width, CHUNKS), num_warps=8, num_stages=2)  # fmt: skip
-    launch(_attention_scales_kernel, (b * h, 3, 1), (spans, means, scales, s, t, d), (width, CHUNKS), num_warps=2)
-    rows = BLOCK // width
-    launch(_attention_codes_kernel, (triton.cdiv(max(s, t), rows), b * h, 3),
-           (q, k, v, means, scales, *codes, s, t, h, d, *strides), (width, rows), num_warps=8)  # fmt: skip
+    tile = choose(b * sum(lengths), h, width, processors(every[0].device))
+    kinds = (d, width, len(parts[0]), len(parts[0]) + len(parts[1]), len(every))
+    functions = (generated.interleaved, generated.start, generated.load, generated.function, early)
+    launch(_attention_samples_kernel, (b * h, 3, 1), (centres, scales, b, h, tokens, generated.operands),
+           (*kinds, SAMPLES, *functions), num_warps=8, **early_launch(early))  # fmt: skip
+    blocks = sum(triton.cdiv(b * n, tile.tokens) for n in tokens)
+    launch(_attention_codes_kernel, (blocks, h // tile.heads, 1),
+           (*codes, centres, scales, b, h, tokens, begins, lengths, generated.operands),
+           (*kinds, tile.tokens, tile.heads, *functions), num_warps=tile.warps, **early_launch(early))  # fmt: skip
     return *codes, *scales.unbind()
