@@ -16,6 +16,7 @@ from ..kernels.formats import FORMATS, codes_of
 from ..kernels.operands import Attention, Gemm, Gemv
 from . import fused, heads, join, launch, sequences
 from .packed import PackedLinear
+from .region import GIVEN, parse
 from .replay import Replayed, Sites
 from .transforms import keep_from_autocast, map_over_rows
 
@@ -68,7 +69,9 @@ def _fake_gemm(*args: Any) -> Tensor:
 
 
 def _fake_fused_gemm(*args: Any) -> Tensor:
-    return _fake_gemm(*args[:-2])  # without operands and region
+    *plain, _operands, region = args
+    y = _fake_gemm(*plain)
+    return y.new_empty(*y.shape[:-1], y.shape[-1] // len(GIVEN[parse(region).kind]))
 
 
 def _fake_row_moments(x: Tensor) -> tuple[Tensor, ...]:
