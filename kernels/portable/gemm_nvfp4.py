@@ -115,12 +115,8 @@ def _gemm_kernel(
     rn = pn * TN + tl.arange(0, TN)
     live_m = (rm < M)[None, :]
     live_n = (rn < N)[:, None]
-    n, gn = _scale_indices(TN, TK, CHUNKED)
-    n += pn * TN
-    live_ws = n < N
     if GATES:
         rn = feature(rn, N // 2)
-        n = feature(n, N // 2)
     wide_m = rm.to(tl.int64)[None, :]
     wide_n = rn.to(tl.int64)[:, None]
     # KP is a multiple of ALIGN, written so that the compiler sees it: asynchronous copies need 4 aligned bytes.
@@ -128,10 +124,12 @@ def _gemm_kernel(
     j = tl.arange(0, TK // 2)
     w_at = qweight + wide_n * row + j[None, :]
     x_at = qx + wide_m * row + j[:, None]
+    n, gn = _scale_indices(TN, TK, CHUNKED)
     m, gm = _scale_indices(TM, TK, CHUNKED)
-    ws_at = wscales + (n.to(tl.int64) * groups + gn)
+    n += pn * TN
+    ws_at = wscales + ((feature(n, N // 2) if GATES else n).to(tl.int64) * groups + gn)
     xs_at = ascales + ((pm * TM + m).to(tl.int64) * groups + gm)
-    live_xs = pm * TM + m < M
+    live_ws, live_xs = n < N, pm * TM + m < M
     WHOLE: tl.constexpr = ALIGN == TK  # whole tiles: no mask along K
     acc = tl.zeros((TN, TM), tl.float32)
     for step in range(tl.cdiv(KP, TK)):
