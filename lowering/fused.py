@@ -9,7 +9,7 @@ from ..kernels.formats import FORMATS
 from ..kernels.operands import Gemm, Quantize
 from . import launch
 from .kernel_table import NoKernel
-from .region import parse
+from .region import GIVEN, parse
 
 
 def quantize(
@@ -43,15 +43,18 @@ def gemm(
     operands: list[Tensor],
     region: str,
 ) -> Tensor:
-    """`launch.gemm`, and what the region makes of the result before it is rounded to out_dtype."""
+    """`launch.gemm`, and what the region makes of the result or of its halves before it is rounded to out_dtype."""
     program = parse(region)
+    given = GIVEN[program.kind]
     values = program.named(operands)
     plain = Gemm(qx, ascales, xd, weight, up, bias, offset, precision, out_dtype)
     if launch.takes_epilogue(plain):
         from . import generate
 
-        function = generate.bind(region, values, qx.shape[:-1], up.shape[0], FORMATS[precision].tiles)
+        features, in_tiles = up.shape[0] // len(given), program.kind == "epilogue" and FORMATS[precision].tiles
+        function = generate.bind(region, values, qx.shape[:-1], features, in_tiles)
         with suppress(NoKernel):
             return launch.gemm(*plain, epilogue=function if program.steps else None)
     y = launch.gemm(*plain._replace(out_dtype=torch.float32))
-    return program.evaluate({"y": y, **values}).to(out_dtype).contiguous()
+    parts = dict(zip(given, y.chunk(len(given), -1), strict=True))
+    return program.evaluate(parts | values).to(out_dtype).contiguous()

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..kernels.portable import tanh as triton_math
 from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
-from .region import Region, Step, parse
+from .region import GIVEN, Region, Step, parse
 
 log = logging.getLogger("svdq_compile")
 
@@ -77,7 +77,7 @@ def bind(
             extra.append(value.expand(*lead, 1).reshape(rows).contiguous())
         else:
             extra.append(value.reshape(columns if axes == "C" else 1).contiguous())
-    return Generated(function(text, kernel_loads_auxiliary), tuple(extra), auxiliary)
+    return Generated(function(text, kernel_loads_auxiliary), tuple(extra), auxiliary, parse(text).kind == "gate")
 
 
 def as_matrix(value: Tensor, lead: torch.Size, columns: int) -> Tensor:
@@ -145,10 +145,10 @@ def source(region: Region, kernel_loads_auxiliary: bool = False) -> str:
     """The Python file of a region. kernel_loads_auxiliary: if not, the function does, element by element."""
     given = {"x", "right"}
     signature = "x, rows, columns, live, extra"
-    if region.kind == "epilogue":
+    if region.kind in GIVEN:
         given = {"auxiliary"} if kernel_loads_auxiliary else set()
-        is_given = not given.isdisjoint(name for name, _ in region.operands)
-        signature = f"y, {'auxiliary, ' if is_given else ''}columns, rows, live, extra"
+        first = [*GIVEN[region.kind], *(name for name, _ in region.operands if name in given)]
+        signature = f"{', '.join(first)}, columns, rows, live, extra"
     loads = _loads([(name, axes) for name, axes in region.operands if name not in given])
     return python_file(
         [region], {f"fused({signature})": [*loads, *map(_line, region.steps), f"return {region.result}"]}

@@ -17,6 +17,7 @@ from ..kernels.operands import Attention, Gemm, Gemv
 from . import attention_of_heads as of_heads
 from . import fused, heads, join, launch, sequences
 from .packed import PackedLinear
+from .region import GIVEN, parse
 from .replay import Replayed, Sites
 from .transforms import keep_from_autocast, map_over_rows
 
@@ -69,7 +70,9 @@ def _fake_gemm(*args: Any) -> Tensor:
 
 
 def _fake_fused_gemm(*args: Any) -> Tensor:
-    return _fake_gemm(*args[:-2])  # without operands and region
+    *plain, _operands, region = args
+    y = _fake_gemm(*plain)
+    return y.new_empty(*y.shape[:-1], y.shape[-1] // len(GIVEN[parse(region).kind]))
 
 
 def _fake_row_moments(x: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
     epilogue(y, auxiliary: BTC, a0: C); t0 = mul(y, a0); t1 = add(auxiliary, t0)
     prologue(x, right, a0: BT, a1: BT, a2: C); t0 = sub(x, a0); t1 = mul(t0, a1); t2 = mul(t1, a2)
+    gate(y, right); t0 = sigmoid(right); t1 = mul(right, t0); t2 = mul(y, t1)
 
 The text is an argument of the operator in the graph, so it is all that a compile cache needs to keep: `parse` reads it
 back, `evaluate` runs it in torch (the oracle), and generate.py turns it into a Triton function. The last step is the
@@ -11,14 +12,16 @@ arguments into a comment above its own kernels, where a second line would be cod
 The block that a region works on is a matrix [M, C]: all leading dimensions of a tensor [..., C] are its rows, the
 tokens T of the samples B. Of an operand the text says which of these axes it varies over:
 
-    x, y      what the operator reads, or the result it would store; `right` continues x: [x | right]
+    x, y      what the operator reads, or the result it would store; `right` continues it: [x | right], [y | right]
     BTC       [..., C]              full: a value for each element. `auxiliary`: the one that a GEMM's kernel may load
     BT        [..., 1]              per token (a mean)
     C         [C]                   per channel (a norm's weight)
     BC        [B, 1, ..., C]        per sample, a value for each channel (a modulation); M / B rows each
     1                               one value
 
-A third kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, with ` | `
+A gate is an epilogue that makes one feature of two: it works on the two halves of the result, which are a block each.
+
+A fourth kind works on the heads of attention, a block [B, T, H, D]. Its text may have several parts, with ` | `
 between them: each makes some of the tokens, one after the other.
 
     heads(x, a0: D, a1: BTD); t0 = mul(x, x); t1 = row_mean(t0); ...
@@ -43,6 +46,8 @@ Argument = str | float  # the name of a value, or a number
 
 # The axes that an operand may vary over, in the order in which they are tried.
 ROWS = ("1", "BTC", "C", "BT", "BC")
+# What the kernel itself gives a region of each kind: no operands.
+GIVEN = {"epilogue": ("y",), "gate": ("y", "right")}
 HEADS = ("1", "BTH", "D", "BTD")
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
@@ -104,10 +109,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Region:
-    """A program. kind: "prologue", "epilogue" or "heads"; operands: (name, axes) in the operator's order.
+    """A program. kind: "prologue", "epilogue", "gate" or "heads"; operands: (name, axes) in the operator's order.
 
     The first operand of a prologue or of heads is x (and a prologue's second `right`, where x has two parts), which is
-    full; an epilogue's first value, y, is no operand.
+    full; what an epilogue or a gate is given (GIVEN) is no operand.
     """
 
     kind: str
@@ -115,9 +120,8 @@ class Region:
     steps: tuple[Step, ...]
 
     def __str__(self) -> str:
-        first = ["y"] if self.kind == "epilogue" else []
         named = [name if name in ("x", "right") else f"{name}: {axes}" for name, axes in self.operands]
-        return STEPS.join([f"{self.kind}({', '.join(first + named)})", *map(str, self.steps)])
+        return STEPS.join([f"{self.kind}({', '.join([*GIVEN.get(self.kind, ()), *named])})", *map(str, self.steps)])
 
     def drawing(self) -> str:
         """The text as people read it, a step a line."""
@@ -126,14 +130,14 @@ class Region:
     @property
     def result(self) -> str:
         """The name of what it makes."""
-        return self.steps[-1].name if self.steps else "y" if self.kind == "epilogue" else "x"
+        return self.steps[-1].name if self.steps else "y" if self.kind in GIVEN else "x"
 
     def named(self, operands: Iterable[Tensor]) -> dict[str, Tensor]:
         """The operands by name."""
         return {name: value for (name, _), value in zip(self.operands, operands, strict=True)}
 
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Run the program in fp32. values: every operand by name, each broadcasting against the block, and y."""
+        """Run the program in fp32. values: what it is given, and its operands, which broadcast against the block."""
         known: dict[str, Tensor] = {name: value.float() for name, value in values.items()}
         for step in self.steps:
             arguments = (known[a] if isinstance(a, str) else a for a in step.arguments)
@@ -145,7 +149,7 @@ class Region:
 Part = tuple[Region, dict[str, Tensor]]  # some tokens of a block: what makes them, and its operands by name
 PLAIN = Region("heads", (("x", "BTHD"),), ())  # heads as they are
 
-_HEADER = re.compile(r"(prologue|epilogue|heads)\((.*)\)")
+_HEADER = re.compile(r"(prologue|epilogue|gate|heads)\((.*)\)")
 _STEP = re.compile(r"(\w+) = (\w+)\((.*)\)")
 
 
@@ -160,12 +164,12 @@ def parse(text: str) -> Region:
     operations, choices, full = set(OPERATIONS), ROWS, "BTC"
     if kind == "heads":
         operations, choices, full = operations | set(ALONG_HEADS), (*HEADS, "BTHD"), "BTHD"
-    operands = []
+    given, operands = GIVEN.get(kind, ()), []
     for item in names.split(", "):
         name, _, axes = item.partition(": ")
-        if name != "y":
+        if name not in given:
             operands.append((name, axes or full))
-    known = {"y", *(name for name, _ in operands)}
+    known = {*given, *(name for name, _ in operands)}
     steps = []
     for line in lines:
         found = _STEP.fullmatch(line)

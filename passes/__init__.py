@@ -14,6 +14,7 @@ from .drop_replaced_weights import drop_replaced_weights
 from .expand_weights import expand_weights
 from .fold_adapters import fold_adapters
 from .fuse_epilogues import fuse_epilogues
+from .fuse_gates import fuse_gates
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
 from .group_sequences import group_sequences
@@ -47,6 +48,7 @@ def quantizing(packs: Packs, expanded: Collection[fx.Node]) -> list[Pass]:
 
 FUSING: dict[str, Callable[..., int]] = {
     "epilogues": fuse_epilogues,  # first: an activation between two linears is cheaper where it is computed once
+    "gates": fuse_gates,  # likewise
     "siblings": merge_siblings,  # after: it takes those that have no epilogue
     "heads": fuse_heads,  # before somebody else takes the means
     "rows": measure_rows,  # before what it measures becomes part of a prologue

@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..kernels.formats import FORMATS
 from ..lowering import heads, ops
-from ..lowering.region import Region
+from ..lowering.region import GIVEN, Region
 from ..lowering.torch_private import fake_mode_of
 from .subgraphs import invocations, placeholders
 from .vocabulary import same_shape
 
-KINDS = {ops.fused_gemm: "epilogue", ops.fused_quantize: "prologue", ops.head_region: "heads",
-         ops.attention_of_heads: "heads"}  # fmt: skip
+KINDS = {ops.fused_gemm: ("epilogue", "gate"), ops.fused_quantize: ("prologue",), ops.head_region: ("heads",),
+         ops.attention_of_heads: ("heads",)}  # fmt: skip
 
 
 class BrokenGraph(AssertionError):
@@ -171,9 +171,9 @@ def _fits(value: Any, kind: str) -> bool:
 
 def _check_region(node: fx.Node, given: dict[str, Any]) -> None:
     """The text, its operands, and in an aten graph what comes of them in torch."""
-    kind, regions = KINDS[node.target], heads.parts(given["region"])  # type: ignore[index]
-    if any(region.kind != kind for region in regions):
-        raise BrokenGraph(f"{node.format_node()}: its region should be of the kind {kind}")
+    kinds, regions = KINDS[node.target], heads.parts(given["region"])  # type: ignore[index]
+    if any(region.kind not in kinds for region in regions):
+        raise BrokenGraph(f"{node.format_node()}: its region should be of the kind {' or '.join(kinds)}")
     named = sum(len(region.operands) for region in regions)
     if named != len(given["operands"]):
         raise BrokenGraph(f"{node.format_node()}: {named} operands are named, and it has {len(given['operands'])}")
@@ -187,11 +187,11 @@ def _check_region(node: fx.Node, given: dict[str, Any]) -> None:
 
 def _check_result(node: fx.Node, region: Region, values: dict[str, Any], given: dict[str, Any]) -> None:
     with fake_mode_of(values):
-        if region.kind == "epilogue":
-            values["y"] = torch.empty_like(node.meta["val"], dtype=torch.float32)
+        if region.kind in GIVEN:
+            values |= {name: torch.empty_like(node.meta["val"], dtype=torch.float32) for name in GIVEN[region.kind]}
         elif "right" in values:
             values["x"] = torch.cat((values["x"], values.pop("right")), -1)
-        result, wanted = region.evaluate(values), values["y" if region.kind == "epilogue" else "x"]
+        result, wanted = region.evaluate(values), values["y" if region.kind in GIVEN else "x"]
     if not same_shape(result.shape, wanted.shape):
         raise BrokenGraph(f"{node.format_node()}: the region makes {tuple(result.shape)} of {tuple(wanted.shape)}")
     smooth = _value(given.get("smooth"))

@@ -71,7 +71,7 @@ def test_rocm_build_of_gemm(family, grouped):
 
     tm, tn, warps, stages = tile_for(4608, 3072, grouped, True)
     constants = {"TM": tm, "TN": tn, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
-                 "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
+                 "EPILOGUE": None, "AUXILIARY": False, "GATES": False}  # fmt: skip
     types = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
              "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "auxiliary": "*bf16",
              "extra": ()}  # fmt: skip

@@ -11,7 +11,7 @@ from kernel_testing import builds, compile_for
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 SMALL = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": False, "BIAS": True, "OFFSET": False,
-         "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
+         "EPILOGUE": None, "AUXILIARY": False, "GATES": False}  # fmt: skip
 POINTERS = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
             "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "auxiliary": "*bf16",
             "extra": ()}  # fmt: skip

@@ -196,7 +196,7 @@ def test_gemm_uses_int8_tensor_cores(capability, grouped):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
-                 "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
+                 "EPILOGUE": None, "AUXILIARY": False, "GATES": False}  # fmt: skip
     types = POINTERS | ({"wscales": "*bf16"} if grouped else {})
     built = compile_for(_gemm_kernel, capability, constants, 4, types)
     assert re.search(INT8_MMA[capability], built.ptx)

@@ -135,7 +135,7 @@ def test_plain_uses_int8_tensor_cores(capability):
     from svdq_compile.kernels.portable.gemm import _gemm_kernel
 
     constants = {"TM": 64, "TN": 64, "GROUP": 8, "RANK": 32, "GROUPED": True, "BIAS": True, "OFFSET": True,
-                 "EPILOGUE": None, "AUXILIARY": False}  # fmt: skip
+                 "EPILOGUE": None, "AUXILIARY": False, "GATES": False}  # fmt: skip
     built = compile_for(_gemm_kernel, capability, constants, 4, POINTERS)
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\.row\.col(\.satfinite)?\.s32\.s8\.s8\.s32", built.ptx)
     assert built.spilled == 0
@@ -163,7 +163,7 @@ def test_gluon_int4_overlaps(tm, tn, stages, warps):
         types[name] = f"tensordesc<{kind}{[2, columns]},{plain(bits)!r}>"
     types |= {"bias": "*bf16", "offset": "*fp32", "extra": ()}
     constants = {"TM": tm, "TN": tn, "STAGES": stages, "GROUP": 8, "BIAS": True, "OFFSET": True, "EPILOGUE": None,
-                 "WARPS": warps}  # fmt: skip
+                 "GATES": False, "WARPS": warps}  # fmt: skip
     built = compile_for(gluon_int4._int4_kernel, 90, constants, warps, types, source=GluonASTSource)
     product = rf"wgmma\.mma_async\.sync\.aligned\.m64n{tm}k32\.f32\.e4m3\.e4m3 {{[^}}]*}}, {{[^}}]*}}"
     assert re.search(product, built.ptx), "the left operand is not in registers"

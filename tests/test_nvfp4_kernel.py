@@ -199,7 +199,8 @@ PRODUCT = {
 
 def build(capability, tile, align):
     constants = {"TM": tile.tokens, "TN": tile.features, "TK": tile.k, "CHUNKED": tile.chunked,
-                 "ALIGN": min(align, tile.k), "GROUP": 8, "RANK": 32, "BIAS": True, "EPILOGUE": None}  # fmt: skip
+                 "ALIGN": min(align, tile.k), "GROUP": 8, "RANK": 32, "BIAS": True, "EPILOGUE": None,
+                 "GATES": False}  # fmt: skip
     return compile_for(triton_nvfp4._gemm_kernel, capability, constants, tile.warps, TYPES, tile.stages)
 
 

@@ -92,6 +92,31 @@ def test_w4a8_is_cut_along_k(on, monkeypatch):
     assert not counters.any()  # as they were
 
 
+@triton.jit
+def bilinear(left, right, features, tokens, live, extra):
+    scale = tl.load(extra[0] + features, mask=live, other=0.0)
+    return left * scale * (right + 1.0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "m", "n", "k", "rank", "dtype", "tile"),
+    [
+        (80, 5, 48, 64, 0, FP16, (16, 64, 6, 1, 4)),
+        (89, 17, 144, 192, 16, BF16, (32, 64, 6, 1, 4)),
+        (80, 40, 272, 128, 48, BF16, (64, 128, 3, 1, 4)),
+    ],
+)
+def test_w4a8_gates(capability, m, n, k, rank, dtype, tile, on):
+    """Both halves of the features in one tile, the last one ragged."""
+    from svdq_compile.kernels.ampere import gemm_w4a8 as ampere
+
+    module, tile = on(ampere, capability), ampere.Tile(*tile)
+    (operands, expected), scale = linear(m, n, k, rank, dtype), torch.randn(n // 2)
+    y = module.gemm(operands, Generated(bilinear, (scale,), None, True), tile)
+    left, right = expected.chunk(2, -1)
+    assert error(y, left * scale * (right + 1.0)) < BOUND[torch.float32]
+
+
 def test_w4a8_siblings(on):
     """Three linears side by side, each with columns of xd of its own."""
     from svdq_compile.kernels.ampere import gemm_w4a8 as ampere

@@ -164,7 +164,7 @@ BROKEN: list[tuple[Callable[[fx.GraphModule], None], str]] = [
     (gemm_with(8, "bf16"), "out_dtype should be int"),
     (region_with("; ", ";\n"), "one line of plain characters"),
     (region_with("mul", "mule"), "not a step"),
-    (region_with("epilogue(y, ", "prologue("), "of the kind epilogue"),
+    (region_with("epilogue(y, ", "prologue(y, "), "of the kind epilogue or gate"),
     (lose_an_operand, "2 operands are named, and it has 1"),
     (narrow_operand, "broadcast a dimension of length 64"),
     (lying_dtype, "its meta says torch.float32"),

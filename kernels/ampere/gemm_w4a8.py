@@ -11,7 +11,7 @@
     up         [N, r]      xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]         any float dtype, or None
     auxiliary  [M, N]      bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
-    y          [M, N]      bf16, fp16 or fp32
+    y          [M, N]      bf16, fp16 or fp32; [M, N/2] of an epilogue that gates (portable/gates.py)
 
 A program computes TN features by TM tokens, transposed: weights are the left operand. A tile has P/128 steps, and then
 one for every 32 of the rank, whose operands go through the same buffers. `cp.async` fills those ahead; `ldmatrix` takes
@@ -35,7 +35,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..operands import Gemm
-from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
+from ..portable.gates import feature, halves
+from ..portable.gemm import check_auxiliary, check_gemm, sibling_features, stored_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
 from ..runtime.launcher import launch, zeroed_counters
@@ -71,6 +72,13 @@ def _origin(t, M, N, TM: gl.constexpr, TN: gl.constexpr, GROUP: gl.constexpr):
     first = t // width * GROUP
     size = gl.minimum(tiles_m - first, GROUP)
     return (first + t % width % size) * TM, t % width // size * TN
+
+
+@gluon.jit
+def _features(n0, N, TN: gl.constexpr, layout: gl.constexpr, GATES: gl.constexpr):
+    """The features that a tile's rows are; past the end the last one."""
+    rows = gl.minimum(n0 + gl.arange(0, TN, layout), N - 1)
+    return feature(rows, N // 2) if GATES else rows
 
 
 @gluon.jit
@@ -176,6 +184,7 @@ def _gemm_kernel(
     sibling, xd_stride, auxiliary_stride, scales_stride, whole, parts, part_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, WARPS_M: gl.constexpr, WARPS_N: gl.constexpr,
     GROUP: gl.constexpr, LOW_RANK: gl.constexpr, BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr,
+    GATES: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = WARPS_N * WARPS_M
     HALF: gl.constexpr = TM // 2
@@ -190,7 +199,8 @@ def _gemm_kernel(
     by_64: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [WARPS, 1], [1, 0])
     by_32: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-    LANES: gl.constexpr = TN // 8 if TN < 256 else 32
+    STORED: gl.constexpr = TN // 2 if GATES else TN
+    LANES: gl.constexpr = STORED // 8 if STORED < 256 else 32
     out_layout: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
     # Multiples of 8, said so that copies of 16 bytes are seen to be whole.
     N = N // 8 * 8
@@ -218,14 +228,17 @@ def _gemm_kernel(
         last = gl.minimum(first + part_steps, steps)
     m0, n0 = _origin(place, M, N, TM, TN, GROUP)
     x_m = gl.minimum(m0 + gl.arange(0, TM, gl.SliceLayout(1, by_128)), M - 1).to(gl.int64)[:, None]
-    p_n = gl.minimum(n0 + gl.arange(0, TN, gl.SliceLayout(1, by_64)), N - 1).to(gl.int64)[:, None]
+    p_n = _features(n0, N, TN, gl.SliceLayout(1, by_64), GATES).to(gl.int64)[:, None]
     s_n = n0 + gl.arange(0, TN, line)
+    s_live = s_n < N
+    if GATES:
+        s_n = feature(s_n, N // 2)
     codes = Codes(
         qx + x_m * KP,
         gl.arange(0, 128, gl.SliceLayout(0, by_128)),
         qweight + p_n * (steps * 64) + gl.arange(0, 64, gl.SliceLayout(0, by_64))[None, :],
         subscales + s_n,
-        s_n < N,
+        s_live,
         scales_stride // 8 * 8,
         KP,
     )
@@ -259,14 +272,14 @@ def _gemm_kernel(
     if finished:
         if LOW_RANK:
             d_m = gl.minimum(m0 + gl.arange(0, TM, gl.SliceLayout(1, by_32)), M - 1).to(gl.int64)[:, None]
-            u_n = gl.minimum(n0 + gl.arange(0, TN, gl.SliceLayout(1, by_32)), N - 1).to(gl.int64)[:, None]
+            u_n = _features(n0, N, TN, gl.SliceLayout(1, by_32), GATES).to(gl.int64)[:, None]
             own = n0 // sibling * rank
             columns_32 = gl.arange(0, RANK_STEP, gl.SliceLayout(0, by_32))
             low_rank = LowRank(xd + d_m * xd_stride + own, up + u_n * rank, columns_32, rank)
             barrier()  # all buffers are free
             low_rank.copy(buffers, 0, 0)
             async_copy.commit_group()
-        rn = gl.minimum(n0 + gl.arange(0, TN, rows), N - 1)
+        rn = _features(n0, N, TN, rows, GATES)
         b = gl.load(wscales + rn)[:, None]
         rm = m0 + gl.arange(0, HALF, columns)
         acc0, acc1 = _halves(acc, sums)
@@ -288,17 +301,26 @@ def _gemm_kernel(
                 out1 = mma_v2(u, d.slice(HALF, HALF, 0).permute([1, 0]).load(wide_right), out1)
         async_copy.wait_group(0)
 
-        features = (n0 + gl.arange(0, TN, gl.SliceLayout(1, out_layout)))[:, None]
+        if GATES:
+            n0 = n0 // 2
+            N = N // 2
+        features = (n0 + gl.arange(0, STORED, gl.SliceLayout(1, out_layout)))[:, None]
         for h in gl.static_range(2):
             tokens = (m0 + h * HALF + gl.arange(0, HALF, gl.SliceLayout(0, out_layout)))[None, :]
             live = (features < N) & (tokens < M)
-            out = gl.convert_layout(out0 if h == 0 else out1, out_layout)
-            if AUXILIARY:
-                at = auxiliary + tokens.to(gl.int64) * auxiliary_stride + features
-                t = gl.load(at, mask=live, other=0.0).to(gl.float32)
-                out = EPILOGUE(out, t, features, tokens, live, extra)
-            elif EPILOGUE is not None:
-                out = EPILOGUE(out, features, tokens, live, extra)
+            out = out0 if h == 0 else out1
+            if GATES:
+                y_left, y_right = halves(out)
+                y_left, y_right = gl.convert_layout(y_left, out_layout), gl.convert_layout(y_right, out_layout)
+                out = EPILOGUE(y_left, y_right, features, tokens, live, extra)
+            else:
+                out = gl.convert_layout(out, out_layout)
+                if AUXILIARY:
+                    at = auxiliary + tokens.to(gl.int64) * auxiliary_stride + features
+                    t = gl.load(at, mask=live, other=0.0).to(gl.float32)
+                    out = EPILOGUE(out, t, features, tokens, live, extra)
+                elif EPILOGUE is not None:
+                    out = EPILOGUE(out, features, tokens, live, extra)
             gl.store(y + tokens.to(gl.int64) * N + features, out.to(y.dtype.element_ty), mask=live)
 
 
@@ -359,7 +381,8 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
     qx = o.qx
     m, n, _ = check_gemm(o)
     sibling = sibling_features(o.xd, o.up, m)
-    y = qx.new_empty(m, n, dtype=o.out_dtype)
+    gates = epilogue is not None and epilogue.gates
+    y = qx.new_empty(m, stored_features(n, sibling, gates), dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
     auxiliary = None if epilogue is None else epilogue.auxiliary
@@ -374,17 +397,18 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, sibling, y, epilogue, t, t.programs(room) * processors(qx.device))
 
     if tile is None:
-        tile = choose_tile("ampere_gemm", m, (n, qx.shape[1]), candidates(m, room), run, qx.device)
+        layer = (n, qx.shape[1], "gates") if gates else (n, qx.shape[1])
+        tile = choose_tile("ampere_gemm", m, layer, candidates(m, room), run, qx.device)
     run(tile)
     return y
 
 
 def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile, programs: int) -> None:
-    (m, n), r = y.shape, o.up.shape[1]
+    m, (n, r) = y.shape[0], o.up.shape
     if sibling < n and sibling % t.tn:
         raise ValueError(f"a tile of {t.tn} features would belong to two of the siblings of {sibling} features")
     qx, (qweight, subscales, wscales) = o.qx, o.weight
-    function, extra, auxiliary = epilogue or (None, (), None)
+    function, extra, auxiliary, gates = epilogue or (None, (), None, False)
     tiles = -(-m // t.tm) * -(-n // t.tn)
     rounds = share(tiles, subscales.shape[0], programs, t.parts)
     counters = zeroed_counters(qx.device, tiles - rounds.whole)
@@ -398,5 +422,5 @@ def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Til
         rounds.whole, rounds.parts, rounds.part_steps,
     )  # fmt: skip
     constants = (t.tm, t.tn, t.stages, t.warps_m, t.warps_n, GROUP, r > 0, o.bias is not None, function,
-                 auxiliary is not None)  # fmt: skip
+                 auxiliary is not None, gates)  # fmt: skip
     launch(_gemm_kernel, (rounds.items(tiles), 1, 1), arguments, constants, num_warps=t.warps)

@@ -13,6 +13,7 @@ from . import FORMATS
 from .planar import GROUP_SIZE
 
 SIBLING_STEP = 128  # features of linears that lie side by side are a multiple of this: a tile belongs to one of them
+GATE_STEP = 8  # features of one half, then of the other: how a tile holds both halves of a result
 
 
 def to_words(planar: Tensor) -> Tensor:

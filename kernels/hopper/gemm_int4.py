@@ -10,7 +10,7 @@
     up         [N, r]     xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]        any float dtype, or None
     offset     [N]        fp32, or None
-    y          [M, N]     bf16 or fp16
+    y          [M, N]     bf16 or fp16; [M, N/2] of an epilogue that gates (portable/gates.py)
 
 Every 4-bit value is an e4m3 number, and e4m3 `wgmma` leaves its sums in fp32: no conversion, two operations for each
 sum of a group instead of the three that int8 needs. A group's sum is an integer below 2^13 (64 * 7 * 15), which
@@ -37,14 +37,15 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..formats.layout import to_words
 from ..operands import Gemm
-from ..portable.gemm import check_scales, sibling_features
+from ..portable.gates import feature, halves
+from ..portable.gemm import check_scales, sibling_features, stored_features
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
 from ..runtime.target import processors
 from ..runtime.tuning import choose_tile
 from ..runtime.versions import aggregate, load, store, view
-from .descriptors import describe, plain
-from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
+from .descriptors import describe, of_both_halves, plain
+from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, in_rows, options
 
 GROUP_SIZE = 64
 LOW = gl.constexpr("and.b32 $0, $1, 0x87878787;")
@@ -79,9 +80,9 @@ def _copy(ring, tiles, scales, x, w, s, a, sibling, rank, k_steps, rank_steps):
             if i < k_steps:
                 bar = ring.full.index(slot)
                 mbarrier.expect(bar, ring.TM * 136 + ring.TN * 68)
-                load(s, [2 * i, n0], bar, scales.features.index(slot))
+                ring.load_scales(s, 2 * i, n0, bar, scales.features.index(slot))
                 load(a, [2 * i, m0], bar, scales.tokens.index(slot))
-                load(w, [n0, i * 64], bar, ring.weights.index(slot))
+                ring.load_features(w, n0, i * 64, bar, ring.weights.index(slot))
                 load(x, [m0, i * 128], bar, ring.tokens.index(slot))
             else:
                 ring.load_low_rank(slot, m0, n0, own, i - k_steps)
@@ -93,7 +94,7 @@ def _copy(ring, tiles, scales, x, w, s, a, sibling, rank, k_steps, rank_steps):
 @gluon.jit
 def _multiply(
     ring, tiles, scales, y, ys, bias, offset, extra, M, N, k_steps, rank_steps,
-    BIAS: gl.constexpr, OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
+    BIAS: gl.constexpr, OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, GATES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each tile's sums, and what is stored."""
     TM: gl.constexpr = ring.TM
@@ -128,10 +129,13 @@ def _multiply(
             slot, phase = ring.next(slot, phase)
         out = gl.convert_layout(acc, real, assert_trivial=True)
         rn = n0 + gl.arange(0, TN, gl.SliceLayout(1, real))
+        live = rn < N
+        if GATES:
+            rn = feature(rn, N // 2)
         if OFFSET:
-            out -= gl.load(offset + rn, mask=rn < N, other=0.0)[:, None]
+            out -= gl.load(offset + rn, mask=live, other=0.0)[:, None]
         if BIAS:
-            out += gl.load(bias + rn, mask=rn < N, other=0.0).to(gl.float32)[:, None]
+            out += gl.load(bias + rn, mask=live, other=0.0).to(gl.float32)[:, None]
         for _ in range(rank_steps):
             ring.await_full(slot, phase)
             u, d = ring.low_rank(slot)
@@ -139,7 +143,14 @@ def _multiply(
             out = warpgroup_mma_wait(0, deps=(out,))
             ring.hand_back(slot)
             slot, phase = ring.next(slot, phase)
-        if EPILOGUE is not None:
+        if GATES:
+            n0 = n0 // 2
+            y_left, y_right = halves(out)
+            rn = n0 + gl.arange(0, TN // 2, gl.SliceLayout(1, y_left.type.layout))
+            rm = m0 + gl.arange(0, TM, gl.SliceLayout(0, y_left.type.layout))
+            live = (rn < N // 2)[:, None] & (rm < M)[None, :]
+            out = EPILOGUE(y_left, y_right, rn[:, None], rm[None, :], live, extra)
+        elif EPILOGUE is not None:
             rm = m0 + gl.arange(0, TM, gl.SliceLayout(0, real))
             out = EPILOGUE(out, rn[:, None], rm[None, :], (rn < N)[:, None] & (rm < M)[None, :], extra)
         tma.store_wait(0)
@@ -154,12 +165,12 @@ def _multiply(
 def _int4_kernel(
     x, w, s, a, xd, up, y, bias, offset, extra, M, N, sibling, rank, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,
-    OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, WARPS: gl.constexpr,
+    OFFSET: gl.constexpr, EPILOGUE: gl.constexpr, GATES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS)
-    of_features = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, TN], s.layout)
+    ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS, GATES)
+    of_features = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2, TN], in_rows(s.layout))
     of_tokens = gl.allocate_shared_memory(gl.float32, [STAGES, 2, TM], a.layout)
-    ys = gl.allocate_shared_memory(y.dtype, [TM, TN], y.layout)
+    ys = gl.allocate_shared_memory(y.dtype, [TM, TN // 2 if GATES else TN], y.layout)
     fence_async_shared()
     gdc_wait()
     scales = Scales(of_features, of_tokens)
@@ -167,7 +178,7 @@ def _int4_kernel(
     gl.warp_specialize(
         [
             (_multiply, (ring, tiles, scales, y, ys, bias, offset, extra, M, N, k_steps, rank_steps, BIAS, OFFSET,
-                         EPILOGUE, WARPS)),
+                         EPILOGUE, GATES, WARPS)),
             (_copy, (ring, tiles, scales, x, w, s, a, sibling, rank, k_steps, rank_steps)),
         ],
         [1],
@@ -238,7 +249,8 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         o = o._replace(weight=(to_words(o.weight[0]), o.weight[1]))
     m, n = _check(o)
     sibling = sibling_features(o.xd, o.up, m)
-    y = torch.empty(m, n, dtype=o.out_dtype, device=o.qx.device)
+    gates = epilogue is not None and epilogue.gates
+    y = torch.empty(m, stored_features(n, sibling, gates), dtype=o.out_dtype, device=o.qx.device)
     if m == 0 or n == 0:
         return y
     by_group = _by_group(o.ascales)
@@ -247,27 +259,30 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, by_group, sibling, y, epilogue, t)
 
     if tile is None:
-        tile = choose_tile("gluon_int4", m, (n, o.qx.shape[1]), candidates(m), run, o.qx.device)
+        layer = (n, o.qx.shape[1], "gates") if gates else (n, o.qx.shape[1])
+        tile = choose_tile("gluon_int4", m, layer, candidates(m), run, o.qx.device)
     run(tile)
     return y
 
 
 def _launch(o: Gemm, by_group: Tensor, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile) -> None:
-    (m, n), r = y.shape, o.up.shape[1]
+    m, (n, r) = y.shape[0], o.up.shape
     qx, xd, up, (words, wscales) = o.qx, o.xd, o.up, o.weight
     if not r:  # the descriptors must exist; no step will use them
-        xd = up = qx.view(torch.bfloat16)
+        xd, up = qx.view(torch.bfloat16), words.view(torch.bfloat16)
+    function, extra, _, gates = epilogue or (None, (), None, False)
+    features = of_both_halves if gates else lambda descriptor, dim: descriptor
     arguments = (
         describe(qx, t.tm, 128),
-        describe(words.view(torch.int8), t.tn, 64),
-        describe(wscales, 2, t.tn, plain(16)),
+        features(describe(words.view(torch.int8), t.tn, 64), 0),
+        features(describe(wscales, 2, t.tn, plain(16)), 1),
         describe(by_group, 2, t.tm, plain(32)),
         describe(xd, t.tm, RANK_STEP.value),
-        describe(up, t.tn, RANK_STEP.value),
-        describe(y, t.tm, t.tn),
+        features(describe(up, t.tn, RANK_STEP.value), 0),
+        describe(y, t.tm, t.tn // 2 if gates else t.tn),
         wscales if o.bias is None else o.bias,
         by_group if o.offset is None else o.offset,
-        () if epilogue is None else epilogue.operands,
+        extra,
         m,
         n,
         sibling,
@@ -275,7 +290,6 @@ def _launch(o: Gemm, by_group: Tensor, sibling: int, y: Tensor, epilogue: Genera
         wscales.shape[0] // 2,
         -(-r // RANK_STEP.value),
     )
-    function = None if epilogue is None else epilogue.function
-    constants = (t.tm, t.tn, t.stages, GROUP, o.bias is not None, o.offset is not None, function, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, o.bias is not None, o.offset is not None, function, gates, t.warps)
     programs = min(-(-m // t.tm) * -(-n // t.tn), t.programs * processors(qx.device))
     launch(_int4_kernel, (programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

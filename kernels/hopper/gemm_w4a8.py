@@ -11,7 +11,7 @@
     up         [N, r]      xd's dtype; s siblings of N/s features each read r columns of xd
     bias       [N]         any float dtype, or None
     auxiliary  [M, N]      bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
-    y          [M, N]      bf16 or fp16
+    y          [M, N]      bf16 or fp16; [M, N/2] of an epilogue that gates (portable/gates.py)
 
 The walk is that of ring.py, over tiles of TN features by TM tokens. A tile is computed transposed: weights are the left
 operand, which `wgmma` takes from registers, and while one half of a step's codes is multiplied the other is expanded.
@@ -43,7 +43,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ..operands import Gemm
-from ..portable.gemm import check_auxiliary, check_gemm, sibling_features
+from ..portable.gates import feature, halves
+from ..portable.gemm import check_auxiliary, check_gemm, sibling_features, stored_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
 from ..runtime.launcher import launch, zeroed_counters
@@ -51,8 +52,8 @@ from ..runtime.rounds import share
 from ..runtime.target import processors
 from ..runtime.tuning import choose_tile
 from ..runtime.versions import aggregate, barrier, load, store, view
-from .descriptors import describe, plain
-from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, options
+from .descriptors import describe, of_both_halves, plain
+from .ring import GROUP, RANK_STEP, Tiles, allocate_ring, in_rows, options
 
 
 @gluon.jit
@@ -110,8 +111,8 @@ def _copy(ring, work, x, w, s, subscales, sibling, rank):
                 step = first + i
                 bar = ring.full.index(slot)
                 mbarrier.expect(bar, ring.TM * 128 + ring.TN * 66)
-                load(s, [step, n0], bar, subscales.index(slot))
-                load(w, [n0, step * 64], bar, ring.weights.index(slot))
+                ring.load_scales(s, step, n0, bar, subscales.index(slot))
+                ring.load_features(w, n0, step * 64, bar, ring.weights.index(slot))
                 load(x, [m0, step * 128], bar, ring.tokens.index(slot))
             else:
                 ring.load_low_rank(slot, m0, n0, own, i - count)
@@ -160,6 +161,7 @@ class Vectors:
     M: gl.tensor
     N: gl.tensor
     BIAS: gl.constexpr
+    GATES: gl.constexpr
 
     @gluon.jit
     def load(self, m0, n0, TM: gl.constexpr, TN: gl.constexpr, line: gl.constexpr, rows: gl.constexpr):
@@ -167,10 +169,13 @@ class Vectors:
         tokens = m0 + gl.arange(0, TM, line)
         a = gl.load(self.ascales + tokens, mask=tokens < self.M, other=0.0)
         features = n0 + gl.arange(0, TN, rows)
-        b = gl.load(self.wscales + features, mask=features < self.N, other=0.0)
+        live = features < self.N
+        if self.GATES:
+            features = feature(features, self.N // 2)
+        b = gl.load(self.wscales + features, mask=live, other=0.0)
         shift = b
         if self.BIAS:
-            shift = gl.load(self.bias + features, mask=features < self.N, other=0.0)
+            shift = gl.load(self.bias + features, mask=live, other=0.0)
         return a, b, shift
 
     @gluon.jit
@@ -199,7 +204,10 @@ def _rank_step(ring, slot):
 
 @aggregate
 class Result:
-    """y on its way out, and an auxiliary input on its way in, through the same two halves [TM/2, TN]."""
+    """y on its way out, and an auxiliary input on its way in, through the same two halves [TM/2, TN].
+
+    Of an epilogue that gates they are [TM/2, TN/2].
+    """
 
     y: tma.tensor_descriptor
     auxiliary: tma.tensor_descriptor
@@ -216,15 +224,25 @@ class Result:
             load(self.auxiliary, [m0 + h * (TM // 2), n0], self.loaded, target)
 
     @gluon.jit
-    def finish(self, h, out, m0, n0, extra, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr):
+    def finish(
+        self, h, out, m0, n0, extra, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, GATES: gl.constexpr,
+    ):  # fmt: skip
         """Half a tile, from token m0 on, through the epilogue and on its way to y."""
+        right = out
+        N = self.N
+        if GATES:
+            out, right = halves(out)
+            n0 = n0 // 2
+            N = N // 2
         layout: gl.constexpr = out.type.layout
         half = self.halves.index(h)
         if EPILOGUE is not None:
             features = (n0 + gl.arange(0, out.shape[0], gl.SliceLayout(1, layout)))[:, None]
             tokens = (m0 + gl.arange(0, out.shape[1], gl.SliceLayout(0, layout)))[None, :]
-            live = (features < self.N) & (tokens < self.M)
-            if AUXILIARY:
+            live = (features < N) & (tokens < self.M)
+            if GATES:
+                out = EPILOGUE(out, right, features, tokens, live, extra)
+            elif AUXILIARY:
                 t = view(half, self.auxiliary.dtype, half.shape, self.auxiliary.layout).permute([1, 0]).load(layout)
                 out = EPILOGUE(out, t.to(gl.float32), features, tokens, live, extra)
             else:
@@ -237,7 +255,7 @@ class Result:
 @gluon.jit
 def _multiply(
     ring, work, subscales, line_scales, vectors, sums, result, extra,
-    LOW_RANK: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr,
+    LOW_RANK: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, GATES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: each work item's sums, and the finished tiles. line_scales: a tile's ascales."""
     TM: gl.constexpr = ring.TM
@@ -316,13 +334,13 @@ def _multiply(
         else:
             tma.store_wait(0)
         if finished:
-            result.finish(0, out0, this_m0, this_n0, extra, EPILOGUE, AUXILIARY)
+            result.finish(0, out0, this_m0, this_n0, extra, EPILOGUE, AUXILIARY, GATES)
         if LOW_RANK:
             out1 = warpgroup_mma_wait(0, deps=(out1,))
             ring.hand_back(slot)
             slot, phase = ring.next(slot, phase)
         if finished:
-            result.finish(1, out1, this_m0 + HALF, this_n0, extra, EPILOGUE, AUXILIARY)
+            result.finish(1, out1, this_m0 + HALF, this_n0, extra, EPILOGUE, AUXILIARY, GATES)
     tma.store_wait(0)
 
 
@@ -332,12 +350,12 @@ def _gemm_kernel(
     x, w, s, xd, up, y, auxiliary, ascales, wscales, bias, partial, counters, extra, M, N, sibling, rank, whole,
     parts, part_steps, k_steps, rank_steps,
     TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, LOW_RANK: gl.constexpr,
-    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, WARPS: gl.constexpr,
+    BIAS: gl.constexpr, EPILOGUE: gl.constexpr, AUXILIARY: gl.constexpr, GATES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS)
-    subscales = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], s.layout)
+    ring = allocate_ring(x, w, xd, up, TM, TN, STAGES, WARPS, GATES)
+    subscales = gl.allocate_shared_memory(gl.int16, [STAGES, 1, TN], in_rows(s.layout))
     line_scales = gl.allocate_shared_memory(gl.float32, [TM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    halves = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN], y.layout)
+    halves = gl.allocate_shared_memory(y.dtype, [2, TM // 2, TN // 2 if GATES else TN], y.layout)
     loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     if AUXILIARY:
         mbarrier.init(loaded, count=1)
@@ -346,13 +364,13 @@ def _gemm_kernel(
     tiles = Tiles(gl.cdiv(M, TM), gl.cdiv(N, TN), TM, TN, GROUP)
     items = whole + (tiles.tiles_m * tiles.tiles_n - whole) * parts
     work = Work(tiles, items, whole, parts, part_steps, k_steps, rank_steps)
-    vectors = Vectors(ascales, wscales, bias, M, N, BIAS)
+    vectors = Vectors(ascales, wscales, bias, M, N, BIAS, GATES)
     sums = Sums(partial, counters)
     result = Result(y, auxiliary, halves, loaded, M, N)
     gl.warp_specialize(
         [
             (_multiply, (ring, work, subscales, line_scales, vectors, sums, result, extra, LOW_RANK, EPILOGUE,
-                         AUXILIARY, WARPS)),
+                         AUXILIARY, GATES, WARPS)),
             (_copy, (ring, work, x, w, s, subscales, sibling, rank)),
         ],
         [1],
@@ -402,7 +420,8 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
     qx = o.qx
     m, n, _ = check_gemm(o)
     sibling = sibling_features(o.xd, o.up, m)
-    y = qx.new_empty(m, n, dtype=o.out_dtype)
+    gates = epilogue is not None and epilogue.gates
+    y = qx.new_empty(m, stored_features(n, sibling, gates), dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
 
@@ -417,18 +436,21 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, sibling, y, epilogue, t)
 
     if tile is None:
-        tile = choose_tile("gluon_gemm", m, (n, qx.shape[1]), candidates(m), run, qx.device)
+        layer = (n, qx.shape[1], "gates") if gates else (n, qx.shape[1])
+        tile = choose_tile("gluon_gemm", m, layer, candidates(m), run, qx.device)
     run(tile)
     return y
 
 
 def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Tile) -> None:
-    (m, n), r = y.shape, o.up.shape[1]
+    m, (n, r) = y.shape[0], o.up.shape
     qx, xd, up, (qweight, subscales, wscales) = o.qx, o.xd, o.up, o.weight
     k_steps = subscales.shape[0]
     if not r:  # the descriptors must exist; no step will use them
-        xd = up = qx.view(torch.bfloat16)
-    function, extra, auxiliary = epilogue or (None, (), None)
+        xd, up = qx.view(torch.bfloat16), qweight.view(torch.bfloat16)
+    function, extra, auxiliary, gates = epilogue or (None, (), None, False)
+    features = of_both_halves if gates else lambda descriptor, dim: descriptor
+    result = (t.tm // 2, t.tn // 2 if gates else t.tn)
     tiles = -(-m // t.tm) * -(-n // t.tn)
     rounds = share(tiles, k_steps, t.programs * processors(qx.device), t.parts)
     counters = zeroed_counters(qx.device, tiles - rounds.whole)
@@ -437,12 +459,12 @@ def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Til
         partial = qx.new_empty(rounds.programs * t.tm * t.tn, dtype=torch.int32)
     arguments = (
         describe(qx, t.tm, 128),
-        describe(qweight, t.tn, 64),
-        describe(subscales, 1, t.tn, plain(16)),
+        features(describe(qweight, t.tn, 64), 0),
+        features(describe(subscales, 1, t.tn, plain(16)), 1),
         describe(xd, t.tm, RANK_STEP.value),
-        describe(up, t.tn, RANK_STEP.value),
-        describe(y, t.tm // 2, t.tn),
-        describe(y if auxiliary is None else auxiliary, t.tm // 2, t.tn),
+        features(describe(up, t.tn, RANK_STEP.value), 0),
+        describe(y, *result),
+        describe(y if auxiliary is None else auxiliary, *result),
         o.ascales,
         wscales,
         wscales if o.bias is None else o.bias,
@@ -459,5 +481,6 @@ def _launch(o: Gemm, sibling: int, y: Tensor, epilogue: Generated | None, t: Til
         k_steps,
         -(-r // RANK_STEP.value),
     )
-    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, o.bias is not None, function, auxiliary is not None, t.warps)
+    constants = (t.tm, t.tn, t.stages, GROUP, r > 0, o.bias is not None, function, auxiliary is not None, gates,
+                 t.warps)  # fmt: skip
     launch(_gemm_kernel, (rounds.programs, 1, 1), arguments, constants, **options(t.warps, t.programs))

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ..portable.gates import STEP
 from ..runtime.versions import aggregate, load, view
 
 GROUP = 8  # token tiles in a row that use the same weights
@@ -29,6 +30,12 @@ _AWAIT_FREE = gl.constexpr(f"bar.sync {_AT_BUFFER}")
 @gluon.jit
 def _at_buffer(slot, threads, ASM: gl.constexpr):
     gl.inline_asm_elementwise(ASM, "=r,r,r", [15 - slot, threads], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def in_rows(layout):
+    """Of a block [rows, columns], whose copy may go back and forth between halves."""
+    return gl.NVMMASharedLayout(layout.swizzle_byte_width, layout.element_bitwidth, rank=2)
 
 
 @aggregate
@@ -64,6 +71,7 @@ class Ring:
     weights  [STAGES, TN, 64 bytes], or up [TN, 32]
     full     [STAGES] barriers: what has been copied
     THREADS  who meets at a buffer's named barrier: the multiplying threads and the copying warp
+    GATES    whether a tile has both halves of its features (descriptors.of_both_halves)
     """
 
     tokens: gl.shared_memory_descriptor
@@ -75,6 +83,7 @@ class Ring:
     TN: gl.constexpr
     STAGES: gl.constexpr
     THREADS: gl.constexpr
+    GATES: gl.constexpr
 
     @gluon.jit
     def await_full(self, slot, phase):
@@ -111,9 +120,27 @@ class Ring:
         """A buffer as up's [TN, 32] and xd's [TM, 32]. xd lies in the first half of the tokens' place, which is viewed
         whole: Triton 3.8 views memory only as something of the same size.
         """
-        u = view(self.weights.index(slot), self.up.dtype, [self.TN, RANK_STEP], self.up.layout)
+        u = view(self.weights.index(slot), self.up.dtype, [self.TN, RANK_STEP], in_rows(self.up.layout))
         whole = view(self.tokens.index(slot), self.xd.dtype, [2 * self.TM, RANK_STEP], self.xd.layout)
         return u, whole.slice(0, self.TM, 0)
+
+    @gluon.jit
+    def load_features(self, features, n0, column, bar, target):
+        """Copy the rows of a tile's features."""
+        if self.GATES:
+            target = view(target, features.dtype, features.block_shape, features.layout)
+            load(features, [n0 // (2 * STEP), 0, 0, column], bar, target)
+        else:
+            load(features, [n0, column], bar, target)
+
+    @gluon.jit
+    def load_scales(self, scales, row, n0, bar, target):
+        """Copy the columns of a tile's features."""
+        if self.GATES:
+            target = view(target, scales.dtype, scales.block_shape, scales.layout)
+            load(scales, [row, n0 // (2 * STEP), 0, 0], bar, target)
+        else:
+            load(scales, [row, n0], bar, target)
 
     @gluon.jit
     def load_low_rank(self, slot, m0, n0, first, step):
@@ -121,7 +148,7 @@ class Ring:
         bar = self.full.index(slot)
         u, d = self.low_rank(slot)
         mbarrier.expect(bar, (self.TM + self.TN) * 2 * RANK_STEP)
-        load(self.up, [n0, step * RANK_STEP], bar, u)
+        self.load_features(self.up, n0, step * RANK_STEP, bar, u)
         load(self.xd, [m0, first + step * RANK_STEP], bar, d)
 
     @gluon.jit
@@ -134,14 +161,16 @@ class Ring:
 
 
 @gluon.jit
-def allocate_ring(x, w, xd, up, TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
+def allocate_ring(
+    x, w, xd, up, TM: gl.constexpr, TN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, GATES: gl.constexpr,
+):  # fmt: skip
     """The ring in shared memory, its barriers ready once the caller has fenced. WARPS: how many multiply."""
     tokens = gl.allocate_shared_memory(x.dtype, [STAGES, TM, 128], x.layout)
-    weights = gl.allocate_shared_memory(w.dtype, [STAGES, TN, 64], w.layout)
+    weights = gl.allocate_shared_memory(w.dtype, [STAGES, TN, 64], in_rows(w.layout))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    return Ring(tokens, weights, full, xd, up, TM, TN, STAGES, WARPS * 32 + 32)
+    return Ring(tokens, weights, full, xd, up, TM, TN, STAGES, WARPS * 32 + 32, GATES)
 
 
 def options(warps: int, programs: int) -> dict[str, int]:

@@ -14,7 +14,7 @@
     bias       [N]               any float dtype, or None
     offset     [N]               fp32, or None
     auxiliary  [M, N]            bf16 or fp16, rows `auxiliary.stride(0)` apart: the epilogue's, or None
-    y          [M, N]            bf16, fp16 or fp32
+    y          [M, N]            bf16, fp16 or fp32; [M, N/2] of an epilogue that gates (gates.py)
 
 The tile is computed transposed, weights [TN, 64] by activations [64, TM], so that codes go from registers straight into
 the product. On sm_90 kernels/hopper/gemm_w4a8.py is about twice as fast for w4a8; this one takes what that cannot.
@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import codes_of
-from ..formats.layout import SIBLING_STEP
+from ..formats.layout import GATE_STEP, SIBLING_STEP
 from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.target import amd_architecture
+from .gates import feature, halves
 from .unpack import WITHOUT_PTX, nibble, scaled
 
 # 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
@@ -76,13 +77,15 @@ def _gemm_kernel(
     qx, ascales, qweight, subscales, wscales, xd, up, bias, offset, y, auxiliary, extra, M, N, KP, r, sibling,
     xd_stride, auxiliary_stride, scales_stride,
     TM: tl.constexpr, TN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, GROUPED: tl.constexpr,
-    BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, AUXILIARY: tl.constexpr,
+    BIAS: tl.constexpr, OFFSET: tl.constexpr, EPILOGUE: tl.constexpr, AUXILIARY: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
     rm = pm * TM + tl.arange(0, TM)
     rn = pn * TN + tl.arange(0, TN)
     live_m = (rm < M)[None, :]
     live_n = (rn < N)[:, None]
+    if GATES:
+        rn = feature(rn, N // 2)
     wide_m = rm.to(tl.int64)[None, :]
     wide_n = rn.to(tl.int64)[:, None]
     j = tl.arange(0, 64)
@@ -131,8 +134,15 @@ def _gemm_kernel(
             u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
             d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
             out = tl.dot(u, d, out)
+    if GATES:
+        N = N // 2
+        rn = pn * (TN // 2) + tl.arange(0, TN // 2)
+        live_n = (rn < N)[:, None]
     live = live_m & live_n
-    if AUXILIARY:
+    if GATES:
+        left, right = halves(out)
+        out = EPILOGUE(left, right, rn[:, None], rm[None, :], live, extra)
+    elif AUXILIARY:
         t = tl.load(auxiliary + wide_m * auxiliary_stride + rn[:, None], mask=live, other=0.0).to(tl.float32)
         out = EPILOGUE(out, t, rn[:, None], rm[None, :], live, extra)
     elif EPILOGUE is not None:
@@ -184,6 +194,17 @@ def sibling_features(xd: Tensor, up: Tensor, rows: int) -> int:
     return n // parts
 
 
+def stored_features(features: int, sibling: int, gates: bool) -> int:
+    """How many a product of so many features stores. Raise if its two halves are not what an epilogue can gate."""
+    if not gates:
+        return features
+    if sibling < features:
+        raise ValueError(f"an epilogue gates the halves of one linear, these are siblings of {sibling} features")
+    if features % (2 * GATE_STEP):
+        raise ValueError(f"{features} features, an epilogue gates multiples of {2 * GATE_STEP}")
+    return features // 2
+
+
 def check_auxiliary(auxiliary: Tensor, rows: int, features: int, device: torch.device) -> None:
     """Raise unless an auxiliary input has the result's shape, is 16-bit, and its rows lie in one piece."""
     if auxiliary.device != device:
@@ -201,10 +222,10 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
     qx, xd, weight = o.qx, o.xd, o.weight
     m, n, kp = check_gemm(o)
     sibling = sibling_features(xd, o.up, m)
-    function, extra, auxiliary = epilogue or (None, (), None)
+    function, extra, auxiliary, gates = epilogue or (None, (), None, False)
     if auxiliary is not None:
         check_auxiliary(auxiliary, m, n, qx.device)
-    y = qx.new_empty(m, n, dtype=o.out_dtype)
+    y = qx.new_empty(m, stored_features(n, sibling, gates), dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
     grouped = codes_of(o.precision).by_block
@@ -217,7 +238,8 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: tuple[int, int, int
         sibling, xd.stride(0), n if auxiliary is None else auxiliary.stride(0), weight[1].stride(0),
     )  # fmt: skip
     rank = min(64, max(16, triton.next_power_of_2(r))) if r else 0
-    constants = (tm, tn, 8, rank, grouped, o.bias is not None, o.offset is not None, function, auxiliary is not None)
+    constants = (tm, tn, 8, rank, grouped, o.bias is not None, o.offset is not None, function, auxiliary is not None,
+                 gates)  # fmt: skip
     grid = (triton.cdiv(m, tm) * triton.cdiv(n, tn), 1, 1)
     launch(_gemm_kernel, grid, arguments, constants, num_warps=warps, num_stages=stages)
     return y

@@ -8,7 +8,7 @@ wtscale    []            fp32            read on the GPU
 xd         [M, r]        bf16 or fp16, rows `xd.stride(0)` apart
 up         [N, r]        xd's dtype
 bias       [N]           any float dtype, or None
-y          [M, N]        bf16, fp16 or fp32
+y          [M, N]        bf16, fp16 or fp32; [M, N/2] of an epilogue that gates (gates.py)
 
 The tile is computed transposed, weights [TN, TK/2] by activations [TK/2, TM], which costs nothing on either target.
 On sm_120 it becomes `mma.sync ... kind::mxf4nvf4`, scales in registers. On sm_100 it becomes `tcgen05.mma` of that
@@ -32,7 +32,8 @@ from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.tuning import choose_tile
-from .gemm import tile_of
+from .gates import feature, halves
+from .gemm import stored_features, tile_of
 from .unpack import INTERPRETED, nibble
 
 _TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
@@ -107,13 +108,15 @@ def _product(w, ws, x, xs, acc):
 def _gemm_kernel(
     qx, ascales, qweight, wscales, wtscale, xd, up, bias, y, M, N, KP, r, xd_stride, extra,
     TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
-    GROUP: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
+    GROUP: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(M, TM), tl.cdiv(N, TN), GROUP)
     rm = pm * TM + tl.arange(0, TM)
     rn = pn * TN + tl.arange(0, TN)
     live_m = (rm < M)[None, :]
     live_n = (rn < N)[:, None]
+    if GATES:
+        rn = feature(rn, N // 2)
     wide_m = rm.to(tl.int64)[None, :]
     wide_n = rn.to(tl.int64)[:, None]
     # KP is a multiple of ALIGN, written so that the compiler sees it: asynchronous copies need 4 aligned bytes.
@@ -123,9 +126,10 @@ def _gemm_kernel(
     x_at = qx + wide_m * row + j[:, None]
     n, gn = _scale_indices(TN, TK, CHUNKED)
     m, gm = _scale_indices(TM, TK, CHUNKED)
-    ws_at = wscales + ((pn * TN + n).to(tl.int64) * groups + gn)
+    n += pn * TN
+    ws_at = wscales + ((feature(n, N // 2) if GATES else n).to(tl.int64) * groups + gn)
     xs_at = ascales + ((pm * TM + m).to(tl.int64) * groups + gm)
-    live_ws, live_xs = pn * TN + n < N, pm * TM + m < M
+    live_ws, live_xs = n < N, pm * TM + m < M
     WHOLE: tl.constexpr = ALIGN == TK  # whole tiles: no mask along K
     acc = tl.zeros((TN, TM), tl.float32)
     for step in range(tl.cdiv(KP, TK)):
@@ -146,7 +150,13 @@ def _gemm_kernel(
             u = tl.load(up + wide_n * r + rr[None, :], mask=live_n & (rr < r)[None, :], other=0.0)
             d = tl.load(xd + wide_m * xd_stride + rr[:, None], mask=live_m & (rr < r)[:, None], other=0.0)
             out = tl.dot(u, d, out)
-    if EPILOGUE is not None:
+    if GATES:
+        N = N // 2
+        rn = pn * (TN // 2) + tl.arange(0, TN // 2)
+        live_n = (rn < N)[:, None]
+        left, right = halves(out)
+        out = EPILOGUE(left, right, rn[:, None], rm[None, :], live_m & live_n, extra)
+    elif EPILOGUE is not None:
         out = EPILOGUE(out, rn[:, None], rm[None, :], live_m & live_n, extra)
     tl.store(y + wide_m * N + rn[:, None], out.to(y.dtype.element_ty), mask=live_m & live_n)
 
@@ -178,18 +188,18 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: Tile | None = None)
     qx, xd, weight = o.qx, o.xd, o.weight
     target = compute_target(torch.cuda.current_device() if qx.is_cuda else None)
     m, n, kp = _check(o)
-    y = qx.new_empty(m, n, dtype=o.out_dtype)
+    function, extra, _, gates = epilogue or (None, (), None, False)
+    y = qx.new_empty(m, stored_features(n, n, gates), dtype=o.out_dtype)
     if m == 0 or n == 0:
         return y
     r = o.up.shape[1]
     rank = min(32, max(16, triton.next_power_of_2(r))) if r else 0
-    extra, function = (epilogue.operands, epilogue.function) if epilogue else ((), None)
     bias = weight[2] if o.bias is None else o.bias
     arguments = (qx, o.ascales, *weight, xd, o.up, bias, y, m, n, kp, r, xd.stride(0), extra)
 
     def run(t: Tile) -> None:
         align = min(t.k, kp & -kp)
-        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, o.bias is not None, function)
+        constants = (t.tokens, t.features, t.k, t.chunked, align, 8, rank, o.bias is not None, function, gates)
         grid = (triton.cdiv(m, t.tokens) * triton.cdiv(n, t.features), 1, 1)
         launch(_gemm_kernel, grid, arguments, constants, num_warps=t.warps, num_stages=t.stages)
 

@@ -10,6 +10,9 @@ part of a kernel's compile-time identity: Triton's cache sees its source.
 
 An epilogue may have an auxiliary input shaped like the result, a residual say, that the kernel itself loads in whole
 tiles; its function is then `function(out, auxiliary, features, tokens, live, extra) -> out`, auxiliary fp32.
+
+An epilogue that gates makes one feature of two, the f-th of each half of the product's:
+`function(left, right, features, tokens, live, extra) -> out`, features those of a half. It has no auxiliary input.
 """
 
 from typing import NamedTuple
@@ -24,3 +27,4 @@ class Generated(NamedTuple):
     function: JITFunction
     operands: tuple[Tensor | int | float, ...] = ()
     auxiliary: Tensor | None = None
+    gates: bool = False
