@@ -58,7 +58,7 @@ def fill(
         )
     check_given(model, None, example_inputs)
     tensors = _fitting(model, tensors, path)
-    _without_memory(model)
+    without_memory(model)
     done = journal.take_up() if journal else set()
     decisions.place(model)
     warn_of_skip([model], config)
@@ -136,7 +136,7 @@ class _Filling:
         return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
-def _without_memory(model: nn.Module) -> None:
+def without_memory(model: nn.Module) -> None:
     """Let the Parameters of a model on the meta device be on the CPU. Nobody may read them before they are filled."""
     empty: dict[int, nn.Parameter] = {}
     for name, old in list(model.named_parameters(remove_duplicate=False)):
