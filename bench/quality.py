@@ -27,7 +27,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from svdq_compile.kernels.formats import FORMATS, groups, nibbles, w4a8
 from svdq_compile.lowering import launch, ops, reference
 from svdq_compile.lowrank import factorize
 from svdq_compile.parameter import QuantizedWeight
+from svdq_compile.similarity import interval, psnr, ssim
 from svdq_compile.whitening import Whitening
 
 STEPS, FIRST_SEED, LAYER_PICTURES = 16, 1000, 16
@@ -170,29 +170,6 @@ def quantized(recipe: Recipe, precision: str, rank: int, todo: Job) -> tuple[Any
     with changed(recipe):
         svdq.quantize(pipe.transformer, svdq.Config(precision, **options), calibrate=calibrate)
     return pipe, time.perf_counter() - start
-
-
-def interval(values: Tensor) -> float:
-    """Half the 95 % interval of a mean."""
-    return float(1.96 * values.std() / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
-def psnr(pictures: Tensor, truth: Tensor) -> Tensor:
-    """[n, 3, H, W] in 0..1 -> [n] dB."""
-    return -10 * (pictures - truth).square().mean((1, 2, 3)).clamp_min(1e-12).log10()
-
-
-def ssim(pictures: Tensor, truth: Tensor, window: int = 8) -> Tensor:
-    """[n, 3, H, W] in 0..1 -> [n], over uniform windows."""
-
-    def mean(t: Tensor) -> Tensor:
-        return F.avg_pool2d(t, window, 1)
-
-    a, b = mean(pictures), mean(truth)
-    spread = mean(pictures.square()) - a.square() + mean(truth.square()) - b.square()
-    together = mean(pictures * truth) - a * b
-    value = (2 * a * b + 1e-4) * (2 * together + 9e-4) / ((a.square() + b.square() + 1e-4) * (spread + 9e-4))
-    return value.mean((1, 2, 3))
 
 
 def layer_inputs(pipe: Any, todo: Job) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import svdq_compile as svdq
+from svdq_compile.evaluation import weight_bytes
 from svdq_compile.parameter import QuantizedWeight
 
 try:
@@ -194,12 +195,6 @@ def compare(job: Job, progress: Progress, whole: TaskID) -> tuple[list[Method], 
         adapted = [Adapted("no adapter", {}, *drawn, graphs=0, requantized=0)]
         adapted += draw_adapted(job, pipes[STOCK.name], pipes[W4A8.name], line)
     return list(methods.values()), adapted, branch(weights[STOCK.name], weights[INT4.name], weights[NEAREST.name])
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, counting a quantized one as what it takes now."""
-    linears = svdq.report(model)
-    return sum(p.numel() * p.element_size() for p in model.parameters()) - linears.bytes_before + linears.bytes_after
 
 
 def draw_adapted(job: Job, stock: "EmojiPipeline", quantized: "EmojiPipeline", line: Line) -> Iterator[Adapted]:

@@ -4,15 +4,14 @@
 0..1, and the first method is the reference that the others are compared with.
 """
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from PIL import Image
+
+from svdq_compile.page_parts import document, png
 
 AMPLIFIED = 4  # differences are shown this many times larger
 
@@ -99,21 +98,7 @@ def build_page(
             f"<footer>{''.join(f'<p>{escape(fact)}</p>' for fact in facts)}</footer>",
         )
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SVDQuant in 4 bits, side by side</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+    return document("SVDQuant in 4 bits, side by side", body, STYLE)
 
 
 def lead(count: int, methods: Sequence[Method], left_out: str) -> str:
@@ -314,12 +299,8 @@ def step_path(values: np.ndarray, width: float, height: float) -> str:
 
 
 def image(picture: np.ndarray, description: str) -> str:
-    """An <img> that carries its PNG in itself."""
-    data = io.BytesIO()
-    Image.fromarray(np.round(picture * 255).astype(np.uint8)).save(data, "PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    height, width = picture.shape[:2]
-    return f'<img src="{source}" width="{width}" height="{height}" alt="{escape(description)}">'
+    """An <img> that carries a picture in itself."""
+    return png(np.round(picture * 255).astype(np.uint8), description)
 
 
 def decibels(value: float) -> str:
@@ -327,41 +308,7 @@ def decibels(value: float) -> str:
 
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #faf9f7; --card: #fff; --ink: #1d1c1a; --soft: #6b6862; --line: #e4e1db;
-  --before: #e8863a; --after: #14857a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #171615; --card: #211f1e; --ink: #edebe7; --soft: #a29d95; --line: #383532;
-    --before: #e8914d; --after: #35b3a5;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1rem; }
-section { margin-top: 2.75rem; }
-h1 { font-size: clamp(1.7rem, 5vw, 2.6rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 .75rem; }
-h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 0 0 .5rem; }
-h3 { font-size: .95rem; line-height: 1.25; margin: 0; align-self: center; overflow-wrap: anywhere; }
-p { margin: .5rem 0; max-width: 46rem; }
-small { display: block; font-weight: 400; font-size: .8rem; line-height: 1.35; color: var(--soft); }
-code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); border-radius: 10px;
-  box-shadow: 0 0 0 1px var(--line); padding: .7rem .9rem; margin: 1rem 0 0; width: fit-content; max-width: 100%; }
-.eyebrow { color: var(--after); font-weight: 600; margin: 0 0 .25rem; }
-.lead { font-size: 1.1rem; }
-.hint, footer, figcaption, .head { color: var(--soft); font-size: .85rem; }
-figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: 10px; background: #fff; }
-figcaption { margin-top: .25rem; line-height: 1.3; }
-
-table { width: 100%; border-collapse: collapse; background: var(--card); border-radius: 14px; overflow: hidden;
-  box-shadow: 0 0 0 1px var(--line); font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .7rem .9rem; }
-tbody tr { border-top: 1px solid var(--line); }
-thead th { color: var(--soft); font-size: .8rem; font-weight: 500; }
 td:nth-child(2) { width: 24%; }
 .bar { display: block; height: 6px; margin-top: .35rem; border-radius: 3px; background: var(--after); }
 tbody tr:first-child .bar { visibility: hidden; }
@@ -384,15 +331,8 @@ tbody tr:first-child .bar { visibility: hidden; }
   border-radius: 3px; background: var(--color); }
 .before { --color: var(--before); }
 .after { --color: var(--after); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-.charts figure { background: var(--card); border-radius: 14px; padding: 1rem; box-shadow: 0 0 0 1px var(--line); }
-.charts figcaption { margin: 0 0 .5rem; font-weight: 600; }
-svg { display: block; width: 100%; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 path.before, path.after { fill: var(--color); }
 .limit { stroke: var(--ink); stroke-dasharray: 4 3; stroke-width: 1; }
-.axis { stroke: var(--soft); stroke-width: 1; }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 
 @media (max-width: 44rem) {
   table, tbody, tr, th, td { display: block; }

@@ -13,6 +13,8 @@ from .compile_model import compile
 from .config import Config
 from .doctor import Diagnosis, doctor
 from .errors import SvdqError
+from .evaluate import evaluate
+from .evaluation import Evaluation
 from .loading import load
 from .nunchaku_export import export_nunchaku
 from .parameter import packed
@@ -42,9 +44,11 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Config",
     "Diagnosis",
+    "Evaluation",
     "SvdqError",
     "compile",
     "doctor",
+    "evaluate",
     "export_nunchaku",
     "from_pretrained",
     "load",

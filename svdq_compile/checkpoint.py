@@ -235,7 +235,7 @@ def load(
     target = device_of(model) if device is None else device
     with unchanged(path, files_of(path)):
         header = read_header(path)
-        _check_fit(model, header, path)
+        check_fit(model, header, path)
         tensors = {name: tensor.to(target) for name, tensor in intact(header, f"loading {path}", progress)}
         _check_tensors(model, header, tensors, path)
     put(model, header, tensors)
@@ -320,7 +320,7 @@ def _quantized_names(header: Header) -> set[str]:
     return {name for entry in header.layers for name in entry.names()}
 
 
-def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
+def check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
     """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
     parameters: dict[str, Tensor] = dict(without_adapters(model.named_parameters(remove_duplicate=False)))
     state = parameters | dict(without_adapters(model.named_buffers()))

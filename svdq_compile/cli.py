@@ -1,6 +1,7 @@
-"""The command line: `svdq quantize`, `svdq inspect`, `svdq convert`, `svdq doctor`, `svdq demo`."""
+"""The command line: `svdq quantize`, `svdq eval`, `svdq inspect`, `svdq convert`, `svdq doctor`, `svdq demo`."""
 
 import importlib.util
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from .doctor import Plan
 from .errors import OptionError, SvdqError
 from .header import Header, LayerEntry, is_ours, read_header
 from .kernels.formats import FORMATS
-from .model_files import Pipeline, empty_model, model_of_config, open_pipeline
+from .model_files import Pipeline, empty_model, model_of_config, open_pipeline, pipeline_folder
 from .nunchaku_file import LITE, NunchakuFile, is_nunchaku, opened
 from .nunchaku_keys import W4A4
 from .streaming import quantize_file
@@ -204,6 +205,106 @@ def _calibration(pipeline: Pipeline, prompts: list[str], steps: int) -> Callable
             pipeline.draw(prompt=prompt, num_inference_steps=steps)
 
     return calibrate
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or its name on the hub.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .html file to write; .json comes beside it.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Draw this. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw these too: a text file with a prompt in each line.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Draw each prompt from this. Repeatable; by default 0.")
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PROMPT", help="Calibrate on drawing this, which is not shown. Repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Calibrate on these too: a text file, likewise.")
+    ] = None,
+    quantized: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Load this quantized file instead of quantizing.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; by default the pipeline's own.")] = None,
+    call: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An argument of the pipeline's call, as guidance_scale=3.5. Repeatable."
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
+    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
+    refine: Annotated[
+        int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")
+    ] = DEFAULT.refine,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option(help="Run the 4-bit model compiled, or not; by default on a GPU.")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python files that a pipeline folder brings.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+) -> None:
+    """Draw a pipeline's pictures in 16 bits and in 4, and write a page that compares them, with its numbers.
+
+    Cut off, the same command goes on where it was.
+    """
+    shown, others = _lines(prompt, prompts), _lines(calibrate, calibration)
+    folder = pipeline_folder(source)
+    _check_output(folder, output, force)
+    at = _device(device)
+    with _console(stderr=True).status(f"loading {source}"):
+        pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)
+    result = svdq.evaluate(
+        pipeline.draw,
+        output,
+        prompts=shown,
+        seeds=seed or [0],
+        calibration=others,
+        quantized=quantized,
+        component=component,
+        call=({} if steps is None else {"num_inference_steps": steps}) | dict(map(_argument, call or ())),
+        compile=compile,
+        config=Config(precision=precision, rank=rank, refine=refine, skip=tuple(skip or ())),
+    )
+    _console().print(str(result), soft_wrap=True)
+
+
+def _lines(given: list[str] | None, file: Path | None) -> list[str]:
+    """Prompts that were given one by one, and those of a text file."""
+    try:
+        more = [] if file is None else file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file} is no text file in UTF-8 ({error})") from error
+    found = [line for line in [*(given or ()), *more] if line.strip()]
+    if file is not None and not found:
+        raise OptionError(f"{file}: there is no prompt in it")
+    return found
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """An argument of a pipeline's call: NAME=VALUE, a value in JSON or else a text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise OptionError(f"option call={text!r}: must be NAME=VALUE, as in guidance_scale=3.5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @app.command()

@@ -136,6 +136,17 @@ class RankFailed(SvdqError):
         super().__init__(f"rank {rank} failed, so all ranks stop: {kind}: {text}")
 
 
+class NonFinitePicture(SvdqError):
+    """A picture, or the latents on the way to it, hold NaN or Inf."""
+
+    def __init__(self, prompt: str, seed: int, bits: int) -> None:
+        remedy = {
+            16: "The pipeline is not right as it is: float16 may be too narrow for it, load it in bfloat16.",
+            4: "Leave the layers with the largest errors in 16-bit (svdq_compile.report has them, option skip).",
+        }[bits]
+        super().__init__(f"the {bits}-bit picture of {prompt!r:.80}, seed {seed}, holds NaN or Inf. {remedy}")
+
+
 class CannotReproduce(SvdqError):
     """A module cannot be written as a stand-alone reproduction."""
 

@@ -59,7 +59,7 @@ def fill(
     config.refuse_target("needs the whole model in 16 bits, of which loading in 4 bits has a layer at a time")
     check_given(model, None, example_inputs)
     tensors = _fitting(model, tensors, path)
-    _without_memory(model)
+    without_memory(model)
     done = journal.take_up() if journal else set()
     decisions.place(model)
     warn_of_skip([model], config)
@@ -137,7 +137,7 @@ class _Filling:
         return values.clone() if values.untyped_storage().nbytes() > values.nbytes else values
 
 
-def _without_memory(model: nn.Module) -> None:
+def without_memory(model: nn.Module) -> None:
     """Let the Parameters of a model on the meta device be on the CPU. Nobody may read them before they are filled."""
     empty: dict[int, nn.Parameter] = {}
     for name, old in list(model.named_parameters(remove_duplicate=False)):

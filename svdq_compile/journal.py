@@ -1,20 +1,16 @@
 """A long quantization that is cut off goes on where it was: what is done lies on the disk, beside the file that is to
 come.
 
-    .<name>.<whose>.<key>.unfinished/   locked by the process that works on it
-        <number>.safetensors            some of the model's tensors, in the format of a whole file
+    <number>.safetensors   in its folder (unfinished.py): some of the model's tensors, in the format of a whole file
 
-The name may be shortened, so `whose` is a digest of it. The key is a digest of all that the result depends on: what
-other options or other files have left is never taken up. A part is written whole, and its checksums are looked at
-before it is used again. A model holds its parts mapped, so it may be larger than the memory.
+A part is written whole, and its checksums are looked at before it is used again. A model holds its parts mapped, so it
+may be larger than the memory.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import checkpoint
-from .errors import FileRefused, SvdqError
+from .errors import FileRefused
 from .header import read_header
 from .parameter import QuantizedWeight
 from .placing import put_elsewhere
-from .progress import say
-from .replacing import beginning, lock, naming, remove_leftovers
+from .replacing import naming
+from .unfinished import unfinished_folder
 
 CHUNK = 2**28  # bytes in memory after which a part is written
-_ENDING = ".unfinished"
 
 
 class Journal:
@@ -89,46 +84,10 @@ class Journal:
 
 @contextmanager
 def journal_beside(target: Path, model: nn.Module, facts: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of a model for a file. At the end it is removed, with those that were kept for the same file; if the
-    end is not reached it stays.
-
-    facts  what the result depends on, as JSON
-    Raises SvdqError while another process has it, OSError that names the target where there can be none.
-    """
-    target = Path(os.path.realpath(target))
-    start = f"{beginning(target)}{_digest(target.name)}."
-    folder = target.with_name(f"{start}{_digest(facts)}{_ENDING}")
-    with ExitStack() as held:
-        with naming(target):
-            _make_and_lock(folder, target, held)
+    """The journal of a model for a file; facts, and what is raised, as in `unfinished_folder`."""
+    with unfinished_folder(target, facts, "quantizing to") as folder:
         try:
-            yield Journal(folder, target, model)
+            yield Journal(folder, Path(os.path.realpath(target)), model)
         except FileRefused:  # what was read is not what should be
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        except BaseException:
-            if any(folder.glob("*.safetensors")):
-                say(f"svdquant: what is done is kept in {folder}: the same again goes on from there", True)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-    remove_leftovers(target.parent, start, _ENDING)
-
-
-def _make_and_lock(folder: Path, target: Path, held: ExitStack) -> None:
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            made = folder.stat().st_ino
-            held.enter_context(lock(folder))
-            if folder.stat().st_ino == made:
-                return
-        except FileNotFoundError:  # who had it has come to the end, and removed it
-            continue
-        except BlockingIOError:
-            raise SvdqError(f"{target}: another process is quantizing to it: wait for it, or end it") from None
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,11 +1,13 @@
 """What can be quantized: a diffusers pipeline folder, a diffusers model folder, a single file with a model's weights, a
 plain state dict.
 
-Everything is read from local files; nothing is downloaded, and no code in a folder is run unless it is trusted.
+Everything is read from local files; nothing is downloaded but by `pipeline_folder`, and no code in a folder is run
+unless it is trusted.
 A model comes in the 16-bit dtype it is stored in, and in bfloat16 if that is another: nobody runs 4-bit weights in
 float32.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,6 +179,21 @@ def _component(path: Path, index: Mapping[str, Any], component: str | None) -> s
     return component
 
 
+def pipeline_folder(source: str) -> Path:
+    """The folder of a pipeline: itself, or that of a name on the Hugging Face hub, as "owner/name", which is downloaded
+    where it is not there yet. Raises FileNotFoundError, SvdqError.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return Path(source)
+    try:
+        return Path(_diffusers().DiffusionPipeline.download(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{source}: there is no such folder, and the hub does not give it ({reason})"
+        ) from error
+
+
 def open_pipeline(path: Path, device: str, *, component: str | None = None, trust_code: bool = False) -> Pipeline:
     """Load a pipeline folder to a device.
 
@@ -202,7 +219,7 @@ def _load_pipeline(path: Path, index: Mapping[str, Any], dtype: torch.dtype, tru
         names = ", ".join(str(file.relative_to(path)) for file in code)
         raise SvdqError(
             f"{path} brings its own code ({names}), which running prompts would execute. Read it, then give "
-            "--trust-code; or leave --prompt out: quantizing by the weights alone runs no code of the folder"
+            "--trust-code; without --prompt, svdq quantize goes by the weights alone and runs no code of the folder"
         )
     custom = {"custom_pipeline": str(own)} if own else {}
     with _default_dtype_kept():
