@@ -15,6 +15,7 @@ from .doctor import Diagnosis, doctor
 from .errors import SvdqError
 from .loading import load
 from .nunchaku_export import export_nunchaku
+from .parallelize_model import parallelize
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .registering import serve_diffusers
@@ -49,6 +50,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "packed",
+    "parallelize",
     "quantize",
     "report",
     "reproduce",

@@ -52,6 +52,7 @@ from .pretrained import serve_save_pretrained
 from .progress import steps
 from .reading import opened, unchanged
 from .replacing import replacing
+from .split_linear import SAVE_BEFORE, check_whole
 from .summary import tell_to_compile, title
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -68,11 +69,13 @@ def save(
 
     config  to be noted in the file: a Config or a dict of options
 
-    Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
-    weight of the model is quantized: before anything is written. OSError, which names the path, if it cannot be.
+    Raises NotAModel, OptionError, SplitRefused, FileNotFoundError where there is no folder to write to, and
+    NothingToQuantize if no weight of the model is quantized: before anything is written. OSError, which names the path,
+    if it cannot be.
     """
     check_order(model, path, "save")
     model = model_in(model, "save")
+    check_whole(model, "saving", SAVE_BEFORE)
     if Path(path).is_dir():
         raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
     if not Path(path).parent.is_dir():
@@ -88,6 +91,7 @@ def save_in_shards(model: nn.Module, path: Path, size: int | str) -> None:
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    check_whole(model, "saving", SAVE_BEFORE)
     tensors, metadata = contents(model)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=size

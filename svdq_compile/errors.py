@@ -114,6 +114,10 @@ class RanksDiffer(SvdqError):
                 f"finds other layers that share the input of {name} ({value}) than rank {other_rank} ({other})",
                 "Ranks that hold one model call it alike.",
             ),
+            "split": (
+                f"splits {name} by {value or 'nothing'}, rank {other_rank} by {other or 'nothing'}",
+                "Give all the same plan.",
+            ),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]
         super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")
@@ -134,6 +138,10 @@ class RankFailed(SvdqError):
 
     def __init__(self, rank: int, kind: str, text: str) -> None:
         super().__init__(f"rank {rank} failed, so all ranks stop: {kind}: {text}")
+
+
+class SplitRefused(SvdqError):
+    """Something needs a whole model, of which each rank has a part."""
 
 
 class CannotReproduce(SvdqError):

@@ -10,6 +10,7 @@ from .errors import OptionError
 from .foreign import groups_of
 from .given import device_in, model_in
 from .nunchaku_file import is_nunchaku
+from .split_linear import check_whole
 
 
 def load(
@@ -29,11 +30,12 @@ def load(
     precision  of Nunchaku's files: "w4a8" codes their 4-bit linears anew, which is faster on many GPUs, and says by how
                much the weights change. By default their integers and scales are taken as they are
 
-    No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
-    FileRefused, naming the tensor: before the model is changed.
+    No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, SplitRefused,
+    FileNotFoundError, and FileRefused, naming the tensor: before the model is changed.
     """
     checkpoint.check_order(model, path, "load")
     inner = model_in(model, "load")
+    check_whole(inner, "loading into it", "Load into a new one, on the meta device.")
     if any(getattr(group, "cpu_param_dict", None) for group in groups_of(inner)):
         raise OptionError("group offloading on a stream keeps copies of what this model was: load before it is enabled")
     target = None if device is None else device_in(device)

@@ -116,6 +116,13 @@ class Ranks:
                 "weight": [(n, total) for (_, n), total in zip(named, sums, strict=True)],
             }
 
+        self.compare(facts)
+
+    def compare(self, facts: Callable[[], dict[str, _Facts]]) -> None:
+        """Check that all ranks have the same facts, which are of the kinds that RanksDiffer knows.
+
+        Raises RanksDiffer, which names the first difference; the same on all ranks.
+        """
         first, *others = self.told(facts)
         for member, other in zip(self.members[1:], others, strict=True):
             for kind in first:
