@@ -238,15 +238,20 @@ def load(
     target = device_of(model) if device is None else device
     with unchanged(path, files_of(path)):
         header = read_header(path)
-        _check_fit(model, header, path)
+        check_fit(model, header, path)
         tensors = {name: tensor.to(target) for name, tensor in intact(header, f"loading {path}", progress)}
-        _check_tensors(model, header, tensors, path)
+        check_tensors(model, header, tensors, path)
     put(model, header, tensors)
+    settle(model, target)
+    tell_to_compile(model, progress)
+
+
+def settle(model: nn.Module, device: torch.device) -> None:
+    """What is left to do for a model whose tensors are there: buffers that no file has go to the device too."""
     for name, buffer in list(without_adapters(model.named_buffers())):
-        put_plain(model, name, buffer.to(target))
+        put_plain(model, name, buffer.to(device))
     decisions.place(model)
     model.eval()  # a model that was made on the meta device is in training mode
-    tell_to_compile(model, progress)
 
 
 def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
@@ -270,11 +275,13 @@ def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
             decisions.leave_alone(layer.weight, header.others[layer.name])
 
 
-def intact(header: Header, doing: str, progress: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors as they were saved. Raises FileRefused."""
+def intact(
+    header: Header, doing: str, progress: bool, among: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they were saved, all or those among some. Raises FileRefused."""
     with ExitStack() as held:
         files = {path: held.enter_context(opened(path)) for path in set(header.files.values())}
-        for name in steps(header.checksums, doing, progress):
+        for name in steps(header.checksums if among is None else among, doing, progress):
             file = files[header.files[name]]
             tensor = file.get(name)
             if _checksum(tensor) != header.checksums[name]:
@@ -299,7 +306,7 @@ def packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, 
     return found
 
 
-def _check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """That shapes and dtypes are right. The digest knows of damage already; files of version 1 have none."""
     inputs: dict[str, LayerEntry] = {}
     for entry in header.layers:
@@ -322,7 +329,7 @@ def _quantized_names(header: Header) -> set[str]:
     return {name for entry in header.layers for name in entry.names()}
 
 
-def _check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
+def check_fit(model: nn.Module, header: Header, path: str | os.PathLike) -> None:
     """Every tensor of the model must be in the file, the file's layers in the model, and each layer complete."""
     parameters: dict[str, Tensor] = dict(without_adapters(model.named_parameters(remove_duplicate=False)))
     state = parameters | dict(without_adapters(model.named_buffers()))

@@ -118,6 +118,7 @@ class RanksDiffer(SvdqError):
                 f"splits {name} by {value or 'nothing'}, rank {other_rank} by {other or 'nothing'}",
                 "Give all the same plan.",
             ),
+            "tensor": (f"reads another tensor {name} than rank {other_rank}", "Give all the same file."),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]
         super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")

@@ -51,7 +51,7 @@ class RowParallelLinear(SplitLinear):
         return y if self.bias is None else y + self.bias
 
 
-def become_split(linear: nn.Linear, part: Part, group: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+def become_split(linear: nn.Module, part: Part, group: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
     """Let a linear be the part of itself that this rank has."""
     linear.register_parameter("weight", weight)
     linear.register_parameter("bias", bias)

@@ -9,7 +9,7 @@ feed-forward's first linear by outputs and its second by inputs. In between no r
 import difflib
 import fnmatch
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +91,13 @@ def _sizes(module: nn.Module) -> dict[str, int]:
     return {name: value for name in _SIZES if type(value := module.__dict__.get(name)) is int}
 
 
-def check_inputs(splits: Splits, shared: Mapping[str, Any]) -> None:
+def check_inputs(splits: Splits, shared: Mapping[str, Hashable]) -> None:
     """That linears of one input agree whether a rank has a part of it. shared: by module, what stands for its input.
     Raises OptionError.
     """
-    readers: dict[int, str] = {}
+    readers: dict[Hashable, str] = {}
     for name, input in shared.items():
-        other = readers.setdefault(id(input), name)
+        other = readers.setdefault(input, name)
         mine, theirs = (s if (s := splits.get(n)) and s.dim == INPUTS else None for n in (name, other))
         if mine != theirs:
             raise OptionError(f"plan: {other} and {name} read one input, and only one is split by its channels")
@@ -121,7 +121,7 @@ def _packs(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _why_not(model: nn.Module, name: str, split: Split, size: int, steps: Mapping[str, int]) -> str | None:
-    linear = model.get_submodule(name)
+    linear = _linear(model, name)
     if type(linear).forward is not nn.Linear.forward:
         return f"{name} is a {type(linear).__name__}, and only torch's Linear is split"
     weight = linear.weight
@@ -144,14 +144,20 @@ def _why_not_heads(model: nn.Module, unit: Splits, size: int) -> str | None:
             continue
         if heads % size:
             return f"{parent} has {heads} heads, which {size} ranks cannot share"
-        width = model.get_submodule(f"{parent}.to_q").weight.shape[0] // heads
-        if model.get_submodule(name).weight.shape[0] % (width * size):
+        width = _linear(model, f"{parent}.to_q").weight.shape[0] // heads
+        if _linear(model, name).weight.shape[0] % (width * size):
             return f"{name} has other heads than q, which {size} ranks cannot share"
         for norm in _NORMS:
             weight = getattr(getattr(holder, norm, None), "weight", None)
             if weight is not None and weight.numel() != width:
                 return f"{parent}.{norm} is over all heads"
     return None
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _given(model: nn.Module, plan: Mapping[str, Any]) -> Splits:

@@ -43,10 +43,6 @@ class Split:
                 return f"{whole}its {block} {kind} channels cannot be shared by {size} ranks"
         return None
 
-    def of(self, rank: int, size: int) -> "Part":
-        """What one of `size` ranks has."""
-        return Part(self, rank, size)
-
 
 @dataclass(frozen=True)
 class Part:

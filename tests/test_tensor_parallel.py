@@ -3,9 +3,14 @@ the output is the whole's within rounding, eagerly and compiled; what cannot be 
 """
 
 import copy
+import shutil
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import svdq_compile as svdq
 from conftest import logged, quiet, relative_error
-from svdq_compile import compiled
+from svdq_compile import compiled, reading
 from svdq_compile.kernels.formats import FORMATS
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
@@ -242,6 +247,76 @@ def plans(folder: Path) -> Any:
     return same, told, left, whole, refused
 
 
+def written(folder: Path, precision: str = "w4a8") -> Path:
+    """A file of the whole, which one rank writes."""
+    path = folder / f"{precision}.svdq.safetensors"
+    if dist.get_rank() == 0 and not path.exists():
+        svdq.save(quantized(precision), path, progress=False)
+    dist.barrier()
+    return path
+
+
+def empty() -> Model:
+    with torch.device("meta"):
+        return Model().requires_grad_(False)
+
+
+def loading(folder: Path) -> Any:
+    """Into a model without memory: the parts are those of the whole, and so is what is read."""
+    found = {}
+    for precision in ("w4a8", "int4"):
+        path, parts = written(folder, precision), empty()
+        read = bytes_read(partial(svdq.load, parts, path, mesh=mesh(), progress=False))
+        expected = split(quantized(precision))
+        same = torch.equal(parts(*inputs()), expected(*inputs()))
+        found[precision] = state(parts) == state(expected), same, read / path.stat().st_size
+    return found
+
+
+def bytes_read(call: Callable[[], Any]) -> int:
+    """How many a call reads of tensors in files."""
+    sizes: list[int] = []
+    ways = (reading.Slices, "__getitem__"), (reading.TensorFile, "get")
+
+    def counting(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any) -> Tensor:
+            tensor = read(*args)
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        return counted
+
+    with ExitStack() as patched:
+        for holder, name in ways:
+            patched.enter_context(mock.patch.object(holder, name, counting(getattr(holder, name))))
+        call()
+    return sum(sizes)
+
+
+def files_that_are_refused(folder: Path) -> Any:
+    """Damaged where one rank looks, another file on each rank, a plan that does not fit, a model that is no such."""
+    path, rank = written(folder), dist.get_rank()
+    mine = folder / f"{rank}.svdq.safetensors"
+    shutil.copy(path, mine)
+    if rank:
+        svdq.save(quantized(skip=["*.to_q"]), mine, progress=False)
+    damaged = folder / "damaged.svdq.safetensors"
+    if rank == 0:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        damaged.write_bytes(content)
+    dist.barrier()
+    parts = empty()
+    found = {
+        "other": message(lambda: svdq.load(parts, mine, mesh=mesh(), progress=False)),
+        "damaged": message(lambda: svdq.load(parts, damaged, mesh=mesh(), progress=False)),
+        "missing": message(lambda: svdq.load(parts, folder / f"{rank}" if rank else path, mesh=mesh(), progress=False)),
+        "plan": message(lambda: svdq.load(parts, path, mesh=mesh(), plan={"*.to_q": "rowwise"}, progress=False)),
+        "mesh": message(lambda: svdq.load(parts, path, plan=PLAN, progress=False)),
+    }
+    return found, all(type(p) is nn.Parameter and p.is_meta for p in parts.parameters())
+
+
 def ranks_apart(folder: Path) -> Any:
     """Ranks that are about to do different things."""
     rank = dist.get_rank()
@@ -275,7 +350,10 @@ def afterwards(folder: Path) -> Any:
     return refused, path.exists(), torch.equal(parts(*inputs()), before), relative_error(moved(*inputs()), before)
 
 
-STEPS = {step.__name__: step for step in (formats, in_one_graph, graphs, plans, ranks_apart, afterwards)}
+STEPS = {
+    step.__name__: step
+    for step in (formats, in_one_graph, graphs, plans, loading, files_that_are_refused, ranks_apart, afterwards)
+}
 
 
 @pytest.fixture(scope="module")
@@ -369,3 +447,26 @@ def test_what_needs_the_whole_is_refused(results: list[dict]) -> None:
         assert not written
         assert same
         assert 0 < moved < 0.02  # the branch was rounded to bfloat16
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+def test_a_file_is_loaded_by_parts(precision: str, results: list[dict]) -> None:
+    for result in results:
+        equal, same, read = result["loading"][precision]
+        assert equal
+        assert same
+        assert read < 0.5 + (0.8 if precision == "w4a8" else 1.2)  # half of all to look at; what has an offset is whole
+
+
+def test_files_that_are_refused(results: list[dict]) -> None:
+    (first, untouched), (second, also) = (result["files_that_are_refused"] for result in results)
+    assert untouched
+    assert also
+    assert first["other"] == second["other"]
+    assert first["other"].startswith("RanksDiffer: rank 0 ")
+    assert sorted(told["damaged"].split(":")[0] for told in (first, second)) == ["FileRefused", "RankFailed"]
+    assert all("is damaged: its checksum differs" in told["damaged"] for told in (first, second))
+    assert second["missing"].startswith("FileNotFoundError: ")
+    assert first["missing"].startswith("RankFailed: rank 1 failed")
+    assert "plan" in first["plan"]
+    assert "give the mesh" in first["mesh"]
