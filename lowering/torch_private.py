@@ -98,6 +98,14 @@ def patience_of(group: Any) -> timedelta:
     return options._timeout if options is not None else timedelta(minutes=10)
 
 
+def sum_over(tensor: Tensor, group: str) -> Tensor:
+    """The sum of the ranks' tensors, on all of them; in a graph an operator, which needs no gradients. group: the name
+    of a process group, which graphs and copies can hold.
+    """
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(tensor, "sum", group))
+
+
 def external_object(index: int) -> Any:
     """What Dynamo's code has put aside for a graph under a number, as a stream; None if it is gone."""
     known = torch._dynamo.graph_bytecode_inputs.index_to_external_object_weakref.get(index)

@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .evaluation import Evaluation
 from .loading import load
 from .nunchaku_export import export_nunchaku
+from .parallelize_model import parallelize
 from .parameter import packed
 from .quantize_model import quantize, restore
 from .registering import serve_diffusers
@@ -53,6 +54,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "packed",
+    "parallelize",
     "quantize",
     "report",
     "reproduce",

@@ -52,6 +52,7 @@ from .pretrained import serve_save_pretrained
 from .progress import steps
 from .reading import opened, unchanged
 from .replacing import replacing
+from .split_linear import SAVE_BEFORE, check_whole
 from .summary import tell_to_compile, title
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -68,11 +69,13 @@ def save(
 
     config  to be noted in the file: a Config or a dict of options
 
-    Raises NotAModel, OptionError, FileNotFoundError where there is no folder to write to, and NothingToQuantize if no
-    weight of the model is quantized: before anything is written. OSError, which names the path, if it cannot be.
+    Raises NotAModel, OptionError, SplitRefused, FileNotFoundError where there is no folder to write to, and
+    NothingToQuantize if no weight of the model is quantized: before anything is written. OSError, which names the path,
+    if it cannot be.
     """
     check_order(model, path, "save")
     model = model_in(model, "save")
+    check_whole(model, "saving", SAVE_BEFORE)
     if Path(path).is_dir():
         raise OptionError(f"{path} is a folder: give the file to write, as in {Path(path) / FILE_NAME}")
     if not Path(path).parent.is_dir():
@@ -88,6 +91,7 @@ def save_in_shards(model: nn.Module, path: Path, size: int | str) -> None:
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    check_whole(model, "saving", SAVE_BEFORE)
     tensors, metadata = contents(model)
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=size
@@ -237,13 +241,18 @@ def load(
         header = read_header(path)
         check_fit(model, header, path)
         tensors = {name: tensor.to(target) for name, tensor in intact(header, f"loading {path}", progress)}
-        _check_tensors(model, header, tensors, path)
+        check_tensors(model, header, tensors, path)
     put(model, header, tensors)
+    settle(model, target)
+    tell_to_compile(model, progress)
+
+
+def settle(model: nn.Module, device: torch.device) -> None:
+    """What is left to do for a model whose tensors are there: buffers that no file has go to the device too."""
     for name, buffer in list(without_adapters(model.named_buffers())):
-        put_plain(model, name, buffer.to(target))
+        put_plain(model, name, buffer.to(device))
     decisions.place(model)
     model.eval()  # a model that was made on the meta device is in training mode
-    tell_to_compile(model, progress)
 
 
 def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
@@ -268,11 +277,13 @@ def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
             decisions.leave_alone(layer.weight, header.others[layer.name])
 
 
-def intact(header: Header, doing: str, progress: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors as they were saved. Raises FileRefused."""
+def intact(
+    header: Header, doing: str, progress: bool, among: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they were saved, all or those among some. Raises FileRefused."""
     with ExitStack() as held:
         files = {path: held.enter_context(opened(path)) for path in set(header.files.values())}
-        for name in steps(header.checksums, doing, progress):
+        for name in steps(header.checksums if among is None else among, doing, progress):
             file = files[header.files[name]]
             tensor = file.get(name)
             if _checksum(tensor) != header.checksums[name]:
@@ -297,7 +308,7 @@ def packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, 
     return found
 
 
-def _check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
     """That shapes and dtypes are right. The digest knows of damage already; files of version 1 have none."""
     inputs: dict[str, LayerEntry] = {}
     for entry in header.layers:

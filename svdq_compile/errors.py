@@ -114,6 +114,11 @@ class RanksDiffer(SvdqError):
                 f"finds other layers that share the input of {name} ({value}) than rank {other_rank} ({other})",
                 "Ranks that hold one model call it alike.",
             ),
+            "split": (
+                f"splits {name} by {value or 'nothing'}, rank {other_rank} by {other or 'nothing'}",
+                "Give all the same plan.",
+            ),
+            "tensor": (f"reads another tensor {name} than rank {other_rank}", "Give all the same file."),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]
         super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")
@@ -145,6 +150,10 @@ class NonFinitePicture(SvdqError):
             4: "Leave the layers with the largest errors in 16-bit (svdq_compile.report has them, option skip).",
         }[bits]
         super().__init__(f"the {bits}-bit picture of {prompt!r:.80}, seed {seed}, holds NaN or Inf. {remedy}")
+
+
+class SplitRefused(SvdqError):
+    """Something needs a whole model, of which each rank has a part."""
 
 
 class CannotReproduce(SvdqError):

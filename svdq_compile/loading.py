@@ -1,6 +1,8 @@
 """Loading a quantized file: one of `svdq_compile.save`, or one of Nunchaku's. Which one it is, its content says."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from .errors import OptionError
 from .foreign import groups_of
 from .given import device_in, model_in
 from .nunchaku_file import is_nunchaku
+from .split_linear import check_whole
+from .split_loading import load_part
 
 
 def load(
@@ -18,6 +22,8 @@ def load(
     device: str | int | torch.device | None = None,
     *,
     precision: str | None = None,
+    mesh: Any = None,
+    plan: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Load a quantized file into a model of the same class, on the meta device or with any weights; returns the model,
@@ -28,21 +34,31 @@ def load(
     device     where the tensors go; by default where the model is, or the CPU for a model on the meta device
     precision  of Nunchaku's files: "w4a8" codes their 4-bit linears anew, which is faster on many GPUs, and says by how
                much the weights change. By default their integers and scales are taken as they are
+    mesh       of torch.distributed: each of its ranks, which all call this, gets its part of the model, and reads no
+               more; plan: what is split. Both as in `parallelize`
 
-    No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, FileNotFoundError, and
-    FileRefused, naming the tensor: before the model is changed.
+    No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, SplitRefused,
+    FileNotFoundError, and FileRefused, naming the tensor: before the model is changed.
     """
     checkpoint.check_order(model, path, "load")
     inner = model_in(model, "load")
+    check_whole(inner, "loading into it", "Load into a new one, on the meta device.")
     if any(getattr(group, "cpu_param_dict", None) for group in groups_of(inner)):
         raise OptionError("group offloading on a stream keeps copies of what this model was: load before it is enabled")
     target = None if device is None else device_in(device)
+    if plan is not None and mesh is None:
+        raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
     if is_nunchaku(path):
+        if mesh is not None:
+            raise OptionError(f"{path} is Nunchaku's: load it whole, then call svdq_compile.parallelize(model, mesh)")
         nunchaku.load(inner, path, target, precision=precision, progress=progress)
         return model
     if precision is not None:
         raise OptionError(
             f"precision={precision!r} goes with Nunchaku's files, and {path} is none: a file of ours is loaded as it is"
         )
-    checkpoint.load(inner, path, target, progress=progress)
+    if mesh is None:
+        checkpoint.load(inner, path, target, progress=progress)
+    else:
+        load_part(inner, path, target, mesh, plan, progress=progress)
     return model

@@ -42,6 +42,7 @@ from .passes.peft_names import is_adapter, without_adapters
 from .placing import owner_of
 from .progress import say, steps
 from .replacing import replacing
+from .split_linear import SAVE_BEFORE, check_whole
 from .summary import title
 
 W4A4_FORMATS = ("int4", "nvfp4")
@@ -74,6 +75,7 @@ def export_nunchaku(model: nn.Module, path: str | os.PathLike, *, progress: bool
     """
     check_order(model, path, "export_nunchaku")
     model, place = model_in(model, "export_nunchaku"), Path(path)
+    check_whole(model, "exporting", SAVE_BEFORE)
     if not any(isinstance(parameter, QuantizedWeight) for parameter in model.parameters()):
         raise NothingToQuantize(
             f"no weight of this {type(model).__name__} is quantized: svdq_compile.quantize it, in int4"

@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from .fallback import is_out_of_memory
 from .lowering.torch_private import patience_of
 from .progress import Activity, show_by
 
+T = TypeVar("T")
 # What ranks compare, in its order; names may come twice.
 _Facts = list[tuple[str, Any]]
 
@@ -116,6 +117,13 @@ class Ranks:
                 "weight": [(n, total) for (_, n), total in zip(named, sums, strict=True)],
             }
 
+        self.compare(facts)
+
+    def compare(self, facts: Callable[[], dict[str, _Facts]]) -> None:
+        """Check that all ranks have the same facts, which are of the kinds that RanksDiffer knows.
+
+        Raises RanksDiffer, which names the first difference; the same on all ranks.
+        """
         first, *others = self.told(facts)
         for member, other in zip(self.members[1:], others, strict=True):
             for kind in first:
@@ -189,6 +197,12 @@ class Ranks:
             if failure is not None:
                 raise failure.error(member)
         return [said for said, _ in found]
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` gives here, once it has given something on every rank; raises what `told` does."""
+        made: list[T] = []
+        self.told(lambda: made.append(make()))
+        return made[0]
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -12,11 +12,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import FileRefused
 
+# How safetensors names dtypes.
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _BELOW_A_BYTE = ("F4", "F6_E2M3", "F6_E3M2")  # safetensors reads some of these with one backend and not with another
 
 
@@ -33,12 +49,41 @@ class TensorFile:
     shapes: Mapping[str, tuple[int, ...]]
     _file: Any = field(repr=False)
 
+    def whole(self, name: str) -> Tensor:
+        """A tensor's shape and dtype: on the meta device. Raises FileRefused."""
+        dtype = getattr(torch, _TORCH.get(self.dtypes[name], ""), None)
+        if dtype is None:
+            raise FileRefused(self.path, f"tensor {name} is {self.dtypes[name]}, which this torch does not know")
+        return torch.empty(self.shapes[name], dtype=dtype, device="meta")
+
+    def slices(self, name: str) -> "Slices":
+        """What reads slices of a tensor."""
+        return Slices(self, name)
+
     def get(self, name: str) -> Tensor:
         """A tensor, read now. Raises FileRefused."""
         try:
             return self._file.get_tensor(name)
         except SafetensorError as error:
             raise FileRefused(self.path, f"tensor {name} cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Of a tensor in a file, the part that an index names is read, as of a tensor in memory."""
+
+    _file: TensorFile
+    _name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._file.shapes[self._name]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
+        try:
+            return self._file._file.get_slice(self._name)[index]
+        except SafetensorError as error:
+            raise FileRefused(self._file.path, f"tensor {self._name} cannot be read ({error})") from error
 
 
 @contextmanager

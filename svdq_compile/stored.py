@@ -62,26 +62,8 @@ def _safetensors(path: Path, held: ExitStack) -> Tensors:
 
 
 def _of_file(file: TensorFile, name: str) -> Deferred:
-    dtype = getattr(torch, _TORCH.get(file.dtypes[name], ""), None)
-    if dtype is None:
-        raise FileRefused(file.path, f"tensor {name} is {file.dtypes[name]}, which this torch does not know")
-    return Deferred.of(file.shapes[name], dtype, lambda: file.get(name))
-
-
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+    whole = file.whole(name)
+    return Deferred.of(tuple(whole.shape), whole.dtype, lambda: file.get(name))
 
 
 def _pickle(path: Path, held: ExitStack) -> Tensors:

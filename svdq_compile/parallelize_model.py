@@ -1,0 +1,145 @@
+"""Split a quantized model over ranks: `parallelize`, tensor parallelism of packed weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import decisions
+from .errors import OptionError, SplitRefused
+from .given import model_in
+from .holders import Holders
+from .lowering.torch_private import shell, while_nothing_is_traced
+from .parameter import QuantizedWeight, become_quantized, has_quantized, is_kept, originals
+from .passes.peft_names import is_adapter
+from .progress import say
+from .ranks import checksums
+from .split_linear import become_split, check_whole
+from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for, steps_in
+from .splits import INPUTS, OUTPUTS, Cutting, Part
+from .summary import title
+
+_SPLIT = "its weight is split over ranks in 16 bits"
+
+
+def parallelize(
+    model: nn.Module, mesh: Any, plan: Mapping[str, Any] | None = None, *, progress: bool = True
+) -> nn.Module:
+    """Split a quantized model over ranks, in place; returns it. All ranks of the mesh call this, with the same model.
+
+    mesh  a device mesh of one dimension, or one of a larger one: mesh["tp"]
+    plan  patterns of module names -> "colwise" or "rowwise", or torch's ColwiseParallel() and RowwiseParallel(). By
+          default the plan of the model's class, or attention by heads and feed-forwards by their inner channels, in
+          the repeated blocks; what the ranks cannot share is left whole, and said
+
+    Call it before the model is compiled, or compile anew. Adapters do not go with it: fuse them before.
+
+    Raises NotAModel, OptionError, SplitRefused, RanksDiffer, RanksApart: before anything is changed.
+    """
+    inner = model_in(model, "parallelize")
+    holders = Holders.of(mesh)
+    check_splittable(inner)
+    if not has_quantized(inner):
+        raise OptionError(f"this {type(inner).__name__} is not quantized: svdq_compile.quantize it, or load a file")
+    if holders.ranks is None:
+        return model
+
+    def planned() -> Plan:
+        found = plan_for(inner, plan, holders.size, steps_in(inner))
+        check_inputs(found.splits, inputs_in(inner))
+        return found
+
+    found = holders.ranks.each(planned)
+    holders.ranks.compare(lambda: {"split": as_facts(found), "layer": _layers(inner), "weight": _weights(inner)})
+    with while_nothing_is_traced(), decisions.LOCK: _split(inner, found, holders)  # noqa: E701  # fmt: skip
+    decisions.place(inner)
+    finish(inner, found, holders, progress)
+    return model
+
+
+def check_splittable(model: nn.Module) -> None:
+    """Raises SplitRefused for a model that is split already, or has adapters."""
+    check_whole(model, "splitting", "Split it once, or load it anew.")
+    adapter = next((name for name, _ in model.named_modules() if is_adapter(name)), None)
+    if adapter is not None:
+        raise SplitRefused(
+            f"{adapter} is an adapter's, whose matrices would not be split: remove it, or fuse it into the 16-bit "
+            "model before that is quantized"
+        )
+
+
+def as_facts(plan: Plan) -> list[tuple[str, Any]]:
+    """A plan as ranks compare it."""
+    return [(name, f"{('outputs', 'inputs')[split.dim]} {list(split.blocks)}") for name, split in plan.splits.items()]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, f"{_kind(weight)}{list(weight.shape)}") for name, weight in model.named_parameters()]
+
+
+def _kind(weight: Tensor) -> str:
+    return f"{weight.dtype} {weight._svdq.precision}" if isinstance(weight, QuantizedWeight) else str(weight.dtype)
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Any]]:
+    named = dict(model.named_parameters())
+    values = [w._svdq.plain_weight[0] if isinstance(w, QuantizedWeight) else w for w in named.values()]
+    return list(zip(named, checksums(values), strict=True))
+
+
+@torch.no_grad()
+def _split(model: nn.Module, plan: Plan, holders: Holders) -> None:
+    cutting = Cutting()
+    for name, split in plan.splits.items():
+        linear, part = model.get_submodule(name), holders.part(split)
+        assert isinstance(linear.weight, nn.Parameter)
+        bias = linear.bias
+        if isinstance(bias, nn.Parameter) and split.dim == OUTPUTS:
+            bias = nn.Parameter(part.cut(bias.detach(), 0), bias.requires_grad)
+        become_split(linear, part, holders.group, _part_of(linear.weight, part, cutting), bias)
+
+
+def _part_of(weight: nn.Parameter, part: Part, cutting: Cutting) -> nn.Parameter:
+    if not isinstance(weight, QuantizedWeight):
+        own = nn.Parameter(part.cut(weight.detach(), part.split.dim), weight.requires_grad)
+        if (reason := decisions.reason_of(weight)) is not None:
+            decisions.leave_alone(own, reason)
+        return own
+    kept = is_kept(weight)
+    original = part.cut(originals(weight), part.split.dim) if kept or weight._svdq_original is not None else None
+    packed = cutting.part_of(weight._svdq, part)
+    values = original if kept and original is not None else _without_memory(weight, part, packed.device)
+    state = weight._svdq_name, weight._svdq_error, weight._svdq_calibrated
+    own = nn.Parameter(values, weight.requires_grad)
+    return become_quantized(own, packed, *state, None if kept else original, kept)
+
+
+def put_empty(linear: nn.Module, part: Part, group: str) -> None:
+    """Let a linear be the part of itself that a rank has, whose values are still to come."""
+    weight, bias = linear.weight, linear.bias
+    assert isinstance(weight, nn.Parameter)
+    own = nn.Parameter(_without_memory(weight, part, torch.device("meta")), weight.requires_grad)
+    if isinstance(bias, nn.Parameter) and part.split.dim == OUTPUTS:
+        bias = nn.Parameter(torch.empty(part.channels, dtype=bias.dtype, device="meta"), bias.requires_grad)
+    become_split(linear, part, group, own, bias)
+
+
+def _without_memory(weight: Tensor, part: Part, device: torch.device) -> Tensor:
+    """Of the shape of a part of a weight."""
+    n, k = weight.shape
+    shape = (n, part.channels) if part.split.dim == INPUTS else (part.channels, k)
+    return shell(shape, (shape[1], 1), weight.dtype, device)
+
+
+def finish(model: nn.Module, plan: Plan, holders: Holders, progress: bool) -> None:
+    """What is left to do for a model that has its parts. Linears that are 16-bit stay so: quantized later they would
+    not be parts of one.
+    """
+    for name in plan.splits:
+        weight = model.get_submodule(name).weight
+        if decisions.is_undecided(weight):
+            decisions.leave_alone(weight, _SPLIT)
+    for name in plan.narrowed:
+        narrow(model.get_submodule(name), holders.size)
+    say(f"svdquant: {title(model)}: {len(plan.splits)} linears are split over {holders.size} ranks", progress)
