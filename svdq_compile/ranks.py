@@ -24,7 +24,7 @@ from torch import Tensor
 from .config import ALONE, WORLD, Config
 from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
 from .fallback import is_out_of_memory
-from .lowering.torch_private import patience_of
+from .lowering.torch_private import has_memory, patience_of
 from .progress import Activity, show_by
 
 T = TypeVar("T")
@@ -57,6 +57,15 @@ def ranks_of(config: Config) -> "Ranks | None":
     if known not in _KNOWN:
         _KNOWN[known] = Ranks.meet(members, config.progress)
     return _KNOWN[known]
+
+
+def together(ranks: "Ranks | None") -> Callable[[Callable[[], T]], T]:
+    """What calls a function in each of some ranks, as `Ranks.each`; or here, where this process is alone."""
+    return _alone if ranks is None else ranks.each
+
+
+def _alone(make: Callable[[], T]) -> T:
+    return make()
 
 
 @dataclass
@@ -294,7 +303,7 @@ def _waiting(members: Sequence[int], visible: bool) -> Iterator[None]:
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
     """Of each tensor's bytes, in their order; the same on every device. A tensor without values has 0."""
-    sums = [torch.zeros((), dtype=torch.int64, device="cpu") if t.is_meta else _checksum(t) for t in tensors]
+    sums = [_checksum(t) if has_memory(t) else torch.zeros((), dtype=torch.int64, device="cpu") for t in tensors]
     devices = {total.device for total in sums}
     by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}  # one wait each
     return [next(by_device[total.device]) for total in sums]

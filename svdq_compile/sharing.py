@@ -7,7 +7,7 @@
 Alone it is a loop over the tasks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import islice
@@ -45,7 +45,7 @@ def share_out(
     switches_of: Callable[[Task, Outcomes], Switches],
     config: Config,
     device: torch.device | None,
-) -> Iterator[tuple[Task, Switches | Exception]]:
+) -> Generator[tuple[Task, Switches | Exception], None, None]:
     """Each task, and the switches for what `quantize` made of it, on whichever rank; an error if memory was short. What
     else it raises is raised, on all ranks.
     """
