@@ -182,6 +182,50 @@ class Ranks:
         self.told(unpack)
         return [(parcel.said, tensors) for parcel, tensors in zip(parcels, received, strict=True)]
 
+    def summed(
+        self,
+        own: Sequence[Tensor | None],
+        shapes: Sequence[Sequence[int] | None],
+        owners: Sequence[int],
+        device: torch.device,
+    ) -> list[Tensor | None]:
+        """Of each place the ranks' tensors, added in the order of the ranks: fp32, at its owner; None at the others.
+
+        own     this rank's; None: it has nothing to add
+        shapes  the same on all ranks; None: there is nothing to sum
+
+        One place's tensors lie beside each other at a time. Raises what `exchange` does.
+        """
+        on_gpus = self.nccl and all(kind == "cuda" for kind in self.told(lambda: device.type))
+        place = device if on_gpus else torch.device("cpu")
+
+        def make_room() -> tuple[Tensor, Tensor, list[Tensor | None]]:
+            mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == self.own]
+            totals = [None if shape is None else torch.empty(*shape, device=place) for shape in mine]
+            largest = max((torch.Size(shape).numel() for shape in shapes if shape is not None), default=0)
+            return (
+                torch.zeros(largest, device=place),
+                torch.empty(self.size if mine else 0, largest, device=place),
+                totals,
+            )
+
+        buffer, landing, totals = self.each(make_room)
+        group, left = self._group_of_gpus() if on_gpus else self.words, iter(totals)
+        found: list[Tensor | None] = []
+        for tensor, shape, owner in zip(own, shapes, owners, strict=True):
+            total = next(left) if owner == self.own else None
+            if shape is not None:
+                sent = buffer[: torch.Size(shape).numel()]
+                sent.zero_() if tensor is None else sent.copy_(tensor.reshape(-1))
+                parts = None if total is None else [row[: len(sent)] for row in landing]
+                self._patiently(partial(dist.gather, sent, parts, self.members[owner], group))
+                if total is not None and parts is not None:
+                    total.copy_(parts[0].view(total.shape))
+                    for part in parts[1:]:
+                        total += part.view(total.shape)
+            found.append(total)
+        return self.each(lambda: [total if total is None else total.to(device) for total in found])
+
     def told(self, make: Callable[[], Any]) -> list[Any]:
         """What each rank makes, in their order, anything that pickle takes; where it fails on one, all raise.
 

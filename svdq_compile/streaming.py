@@ -72,7 +72,7 @@ def from_pretrained(
     if is_quantized(folder):
         return _loaded(folder, name, target, chosen, dtype, mesh, plan)
     holders = None if mesh is None else Holders.of(mesh)
-    ranks = holders and holders.ranks
+    ranks = None if holders is None else holders.ranks
     each = together(ranks)
     with ExitStack() as held:
         source = each(lambda: held.enter_context(opened_source(folder, model=name, dtype=dtype)))
