@@ -49,6 +49,11 @@ def shell(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     return _reinterpret_tensor(torch.empty(0, dtype=dtype, device=device), tuple(shape), tuple(stride), 0)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether there are values behind it: not of a shell, nor of a meta tensor."""
+    return not tensor.is_meta and (tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0)
+
+
 def allocator(device: torch.device) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
     """(shape, strides, dtype), the first two tuples -> a tensor on this device: for CUDA, on the current one.
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -140,7 +142,7 @@ def quantize(
     """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16.
 
     Without --prompt a layer at a time is read and quantized, so the model may be larger than the memory; cut off, the
-    same command goes on where it was.
+    same command goes on where it was. Under torchrun the processes share the work, and the first writes the file.
     """
     _check_output(source, output, force)
     config = Config(
@@ -156,6 +158,7 @@ def quantize(
     if not prompt and config.has_target:
         raise OptionError("--target-bytes and --target-error are met by measuring what is drawn: give --prompt")
     at = _device(device)
+    is_first = _join_others(at, bool(prompt))
     if prompt and model is not None:
         raise OptionError("--model is for a single file of weights, which draws nothing: leave out --prompt")
     if prompt:
@@ -166,9 +169,24 @@ def quantize(
         place = pipeline.place
     else:
         place = quantize_file(source, output, config, torch.device(at), model=model, component=component)
+    if not is_first:
+        return
     console = _console()
     console.print(_totals(read_header(output)))
     console.print(f'Next: svdq_compile.load({place}, "{output}"); {place}.compile(backend="svdquant")', soft_wrap=True)
+
+
+def _join_others(device: str, draws: bool) -> bool:
+    """Under torchrun, meet its other processes. Returns whether this is the first, or alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        return True
+    if draws:
+        raise OptionError("--prompt draws in one process: leave out torchrun, or --prompt")
+    if not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return dist.get_rank() == 0
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:

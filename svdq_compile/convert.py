@@ -49,7 +49,7 @@ def convert(
 
     device  where the work is done and the packed tensors stay; by default each weight's own
     fetch   called before a task is worked on: its weights may have no memory until then
-    keep    called when a task is done
+    keep    called when a task is done; where ranks share the work, what it raises it raises on all
 
     Groups for which there is not enough memory stay undecided; once the others are done, that is raised. A later call
     takes up what this one has left. Where weights are fetched it is raised at once: they would stay in memory.
@@ -85,17 +85,21 @@ def _convert(
     await_copies(groups)
     try:
         with quantizing(weights, config.calibration_steps == 0, config.progress):
-            for task, switches in share_out(tasks, quantize, switches_of, config, device):
+            shared = share_out(tasks, quantize, switches_of, config, device)
+            for task, switches in shared:
                 try:
                     if isinstance(switches, Exception):
                         raise switches
                     _take(task, switches)
-                    if keep is not None:
-                        keep(task)
                 except Exception as error:
                     if not is_out_of_memory(error) or fetch is not None:
                         raise
                     missing = error.with_traceback(None)  # whose frames hold tensors
+                if keep is not None:
+                    try:
+                        keep(task)
+                    except Exception as error:
+                        shared.throw(error)  # which all ranks have: they stay in step
                 if not task.undecided:
                     decisions.forget_statistics(task.weights)
     finally:  # what is quantized by now stays so

@@ -118,6 +118,7 @@ class RanksDiffer(SvdqError):
                 f"splits {name} by {value or 'nothing'}, rank {other_rank} by {other or 'nothing'}",
                 "Give all the same plan.",
             ),
+            "file": (f"reads {name} of {value}, rank {other_rank} of {other}", "Give all the same files."),
             "tensor": (f"reads another tensor {name} than rank {other_rank}", "Give all the same file."),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]

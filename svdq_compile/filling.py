@@ -2,10 +2,13 @@
 
 Each weight is quantized as `svdq_compile.quantize` would do it in the loaded model, to the same bits. What becomes of
 it then is the journal's to say (journal.py): without one it stays in memory, on the device where it belongs.
+
+Several ranks share the work (sharing.py): each reads what it quantizes, and all get the packs of a round. Then either
+the first keeps them in its journal, and the others nothing; or each keeps its part.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,16 @@ from .config import ALONE, Config
 from .convert import convert, warn_of_skip
 from .deferred import Deferred
 from .errors import FileRefused, NothingToQuantize, OptionError
-from .journal import Journal
-from .lowering.torch_private import shell
-from .parameter import has_quantized
+from .keeping import InMemory, Keeper
+from .lowering.torch_private import has_memory, shell
+from .parameter import QuantizedWeight
 from .placing import assign, put_plain
 from .progress import say
 from .quantize_model import check_given, planned
+from .ranks import Ranks, together
 from .report import why_nothing
 from .summary import title
+from .task import Task
 
 _CPU = torch.device("cpu")
 
@@ -39,14 +44,18 @@ def fill(
     example_inputs: Mapping[str, Any] | None = None,
     at: torch.device = _CPU,
     place: torch.device = _CPU,
-    journal: Journal | None = None,
+    keeper: Keeper | None = None,
+    ranks: Ranks | None = None,
+    check: Callable[[Sequence[Task]], None] | None = None,
 ) -> None:
     """Quantize a model, by its weights alone, while it is loaded.
 
     model    on the meta device, in the dtypes that its tensors are to have
     tensors  its state dict; path: where it is from, for what is refused
     at       where the work is done; place: where the model ends up
-    journal  keeps what is done on the disk; what it has is not done again
+    keeper   where weights go when they are done, by default to `place`; what it has from before is not done again
+    ranks    that do this together; where only one keeps the weights, the first does
+    check    of the groups that there are, before anything is read; what it raises, this does
 
     Raises FileRefused before anything is read if the tensors do not fit the model, OptionError for weights="keep", and
     what `quantize` raises.
@@ -57,23 +66,40 @@ def fill(
             "svdq_compile.quantize"
         )
     config.refuse_target("needs the whole model in 16 bits, of which loading in 4 bits has a layer at a time")
+    if config.weights == "offload" and ranks is not None:
+        raise OptionError(
+            "option weights='offload' does not go with several ranks, none of which has all 16-bit values"
+        )
     check_given(model, None, example_inputs)
-    tensors = _fitting(model, tensors, path)
+    each = together(ranks)
+    tensors = each(lambda: _fitting(model, tensors, path))
     without_memory(model)
-    done = journal.take_up() if journal else set()
+    keeper = keeper or InMemory(place)
+    done = keeper.take_up() if ranks is None else ranks.told(keeper.take_up)[0]
+    if not keeper.keeps:
+        keeper.add({name: model.get_parameter(name) for name in done})
     decisions.place(model)
     warn_of_skip([model], config)
     stages.begin_anew(model)
-    filling = _Filling(model, tensors, path, place, journal, done)
+    filling = _Filling(model, tensors, path, place, keeper, done)
     if done:
         all_of_them = len(list(model.parameters()))
         say(f"svdquant: {title(model)}: going on, {len(done)} of {all_of_them} weights are done", config.progress)
     tasks = planned(model, example_inputs)
-    if not has_quantized(model) and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
+    if not done and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
         raise NothingToQuantize(why_nothing(model))
-    alone = replace(config, group=ALONE)  # each of several processes reads for itself, and comes to the same bits
-    convert(tasks, alone, at, lambda task: filling.fetch(task.weights), lambda task: filling.keep(task.weights))
-    filling.fill_the_rest()
+    if check is not None:
+        each(lambda: check(tasks))
+    # Each of several processes that do not share the work reads for itself, and comes to the same bits.
+    own = replace(config, group=ALONE if ranks is None else ranks.members)
+    convert(
+        tasks,
+        own,
+        at,
+        fetch=lambda task: filling.fetch(task.weights),
+        keep=lambda task: each(lambda: filling.keep(task.weights)),
+    )
+    each(filling.fill_the_rest)
     decisions.place(model)
     model.eval()
 
@@ -90,39 +116,49 @@ class _Filling:
         tensors: Mapping[str, Deferred],
         path: Path,
         place: torch.device,
-        journal: Journal | None,
+        keeper: Keeper,
         done: set[str],
     ) -> None:
         self._model, self._tensors, self._path = model, tensors, path
-        self._place, self._journal, self._done = place, journal, done
+        self._place, self._keeper, self._done = place, keeper, done
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def fetch(self, weights: Iterable[nn.Parameter]) -> None:
         """Give these Parameters their 16-bit values."""
-        for name, weight in self._undone(weights).items():
-            weight.data = self._read(name, weight)
+        self._fetch(self._undone(weights))
 
     def keep(self, weights: Iterable[nn.Parameter]) -> None:
         """These Parameters are what they will be."""
-        own = self._undone(weights)
-        self._done |= own.keys()
-        if self._journal:
-            self._journal.add(own)
-        else:
-            for weight in own.values():
-                weight.data = weight.to(self._place)
+        self._keep(self._undone(weights))
 
     def _undone(self, weights: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
         named = {self._names[id(weight)]: weight for weight in weights}
         return {name: weight for name, weight in named.items() if name not in self._done}
 
+    def _fetch(self, weights: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            weight.data = self._read(name, weight)
+
+    def _keep(self, weights: Mapping[str, nn.Parameter]) -> None:
+        if self._keeper.keeps:  # what another rank has looked at, and left 16-bit
+            self._fetch(
+                {
+                    name: weight
+                    for name, weight in weights.items()
+                    if not (isinstance(weight, QuantizedWeight) or has_memory(weight))
+                }
+            )
+        self._done |= weights.keys()
+        self._keeper.add(weights)
+
     def fill_the_rest(self) -> None:
         """What is not quantized."""
-        for parameter in list(self._model.parameters()):
-            self.fetch([parameter])
-            self.keep([parameter])
-        if self._journal:
-            self._journal.flush()
+        if not self._keeper.keeps:
+            return
+        for name, parameter in list(self._model.named_parameters()):
+            if name not in self._done:
+                self._keep({name: parameter})
+        self._keeper.flush()
         for name, buffer in list(self._model.named_buffers()):
             values = self._read(name, buffer) if name in self._tensors else buffer
             put_plain(self._model, name, values.to(self._place))

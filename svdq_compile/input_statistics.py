@@ -4,8 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import add
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -111,20 +110,12 @@ class InputStatistics:
         return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
     @classmethod
-    def of(
-        cls,
-        spans: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        moments: Sequence[Moment | None],
-        most_rows: float | None,
-    ) -> "InputStatistics":
-        """Of an input that several have observed, each a part of its rows."""
+    def of(cls, spans: Sequence[Tensor], rows: Sequence[Tensor], most_rows: float | None) -> "InputStatistics":
+        """Of an input that several have observed, each a part of its rows; without a moment."""
         whole = cls()
         whole.most_rows = most_rows
         if spans:
             whole._rows, whole.span = list(rows), torch.stack(list(spans)).amax(0)
-            known = [moment for moment in moments if moment is not None]
-            whole.moment = reduce(add, known) if len(known) == len(spans) else None
         return whole
 
     def _add_moment(self, x: Tensor) -> None:

@@ -31,6 +31,8 @@ CHUNK = 2**28  # bytes in memory after which a part is written
 class Journal:
     """The parts of a model that is being quantized."""
 
+    keeps = True
+
     def __init__(self, folder: Path, target: Path, model: nn.Module) -> None:
         self._folder, self._target, self._model = folder, target, model
         self._names: set[str] = set()

@@ -17,7 +17,7 @@ from .progress import say
 from .ranks import checksums
 from .split_linear import become_split, check_whole
 from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for, steps_in
-from .splits import INPUTS, OUTPUTS, Cutting, Part
+from .splits import OUTPUTS, Cutting, Part
 from .summary import title
 
 _SPLIT = "its weight is split over ranks in 16 bits"
@@ -93,43 +93,43 @@ def _split(model: nn.Module, plan: Plan, holders: Holders) -> None:
     cutting = Cutting()
     for name, split in plan.splits.items():
         linear, part = model.get_submodule(name), holders.part(split)
-        assert isinstance(linear.weight, nn.Parameter)
-        bias = linear.bias
-        if isinstance(bias, nn.Parameter) and split.dim == OUTPUTS:
-            bias = nn.Parameter(part.cut(bias.detach(), 0), bias.requires_grad)
-        become_split(linear, part, holders.group, _part_of(linear.weight, part, cutting), bias)
+        for leaf, parameter in list(linear.named_parameters(recurse=False)):
+            if leaf == "weight" or split.dim == OUTPUTS:
+                linear.register_parameter(leaf, part_of(parameter, part, cutting))
+        become_split(linear, part, holders.group)
 
 
-def _part_of(weight: nn.Parameter, part: Part, cutting: Cutting) -> nn.Parameter:
-    if not isinstance(weight, QuantizedWeight):
-        own = nn.Parameter(part.cut(weight.detach(), part.split.dim), weight.requires_grad)
-        if (reason := decisions.reason_of(weight)) is not None:
+def part_of(parameter: nn.Parameter, part: Part, cutting: Cutting) -> nn.Parameter:
+    """A rank's part of a weight, in 16 or 4 bits, or of a bias along its channels."""
+    dim = min(part.split.dim, parameter.dim() - 1)
+    if not isinstance(parameter, QuantizedWeight):
+        own = nn.Parameter(part.cut(parameter.detach(), dim), parameter.requires_grad)
+        if (reason := decisions.reason_of(parameter)) is not None:
             decisions.leave_alone(own, reason)
         return own
-    kept = is_kept(weight)
-    original = part.cut(originals(weight), part.split.dim) if kept or weight._svdq_original is not None else None
-    packed = cutting.part_of(weight._svdq, part)
-    values = original if kept and original is not None else _without_memory(weight, part, packed.device)
-    state = weight._svdq_name, weight._svdq_error, weight._svdq_calibrated
-    own = nn.Parameter(values, weight.requires_grad)
+    kept = is_kept(parameter)
+    original = part.cut(originals(parameter), dim) if kept or parameter._svdq_original is not None else None
+    packed = cutting.part_of(parameter._svdq, part)
+    values = original if kept and original is not None else _without_memory(parameter, part, packed.device)
+    state = parameter._svdq_name, parameter._svdq_error, parameter._svdq_calibrated
+    own = nn.Parameter(values, parameter.requires_grad)
     return become_quantized(own, packed, *state, None if kept else original, kept)
 
 
 def put_empty(linear: nn.Module, part: Part, group: str) -> None:
     """Let a linear be the part of itself that a rank has, whose values are still to come."""
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, nn.Parameter)
-    own = nn.Parameter(_without_memory(weight, part, torch.device("meta")), weight.requires_grad)
-    if isinstance(bias, nn.Parameter) and part.split.dim == OUTPUTS:
-        bias = nn.Parameter(torch.empty(part.channels, dtype=bias.dtype, device="meta"), bias.requires_grad)
-    become_split(linear, part, group, own, bias)
+    for leaf, parameter in list(linear.named_parameters(recurse=False)):
+        if leaf == "weight" or part.split.dim == OUTPUTS:
+            own = _without_memory(parameter, part, torch.device("meta"))
+            linear.register_parameter(leaf, nn.Parameter(own, parameter.requires_grad))
+    become_split(linear, part, group)
 
 
-def _without_memory(weight: Tensor, part: Part, device: torch.device) -> Tensor:
-    """Of the shape of a part of a weight."""
-    n, k = weight.shape
-    shape = (n, part.channels) if part.split.dim == INPUTS else (part.channels, k)
-    return shell(shape, (shape[1], 1), weight.dtype, device)
+def _without_memory(parameter: Tensor, part: Part, device: torch.device) -> Tensor:
+    """Of the shape of a part."""
+    shape = list(parameter.shape)
+    shape[part.split.dim] = part.channels
+    return shell(shape, (shape[-1], 1)[2 - len(shape) :], parameter.dtype, device)
 
 
 def finish(model: nn.Module, plan: Plan, holders: Holders, progress: bool) -> None:
@@ -138,6 +138,7 @@ def finish(model: nn.Module, plan: Plan, holders: Holders, progress: bool) -> No
     """
     for name in plan.splits:
         weight = model.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
         if decisions.is_undecided(weight):
             decisions.leave_alone(weight, _SPLIT)
     for name in plan.narrowed:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .config import ALONE, WORLD, Config
 from .errors import OptionError, RankFailed, RanksApart, RanksDiffer
 from .fallback import is_out_of_memory
-from .lowering.torch_private import patience_of
+from .lowering.torch_private import has_memory, patience_of
 from .progress import Activity, show_by
 
 T = TypeVar("T")
@@ -57,6 +57,15 @@ def ranks_of(config: Config) -> "Ranks | None":
     if known not in _KNOWN:
         _KNOWN[known] = Ranks.meet(members, config.progress)
     return _KNOWN[known]
+
+
+def together(ranks: "Ranks | None") -> Callable[[Callable[[], T]], T]:
+    """What calls a function in each of some ranks, as `Ranks.each`; or here, where this process is alone."""
+    return _alone if ranks is None else ranks.each
+
+
+def _alone(make: Callable[[], T]) -> T:
+    return make()
 
 
 @dataclass
@@ -172,6 +181,50 @@ class Ranks:
 
         self.told(unpack)
         return [(parcel.said, tensors) for parcel, tensors in zip(parcels, received, strict=True)]
+
+    def summed(
+        self,
+        own: Sequence[Tensor | None],
+        shapes: Sequence[Sequence[int] | None],
+        owners: Sequence[int],
+        device: torch.device,
+    ) -> list[Tensor | None]:
+        """Of each place the ranks' tensors, added in the order of the ranks: fp32, at its owner; None at the others.
+
+        own     this rank's; None: it has nothing to add
+        shapes  the same on all ranks; None: there is nothing to sum
+
+        One place's tensors lie beside each other at a time. Raises what `exchange` does.
+        """
+        on_gpus = self.nccl and all(kind == "cuda" for kind in self.told(lambda: device.type))
+        place = device if on_gpus else torch.device("cpu")
+
+        def make_room() -> tuple[Tensor, Tensor, list[Tensor | None]]:
+            mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == self.own]
+            totals = [None if shape is None else torch.empty(*shape, device=place) for shape in mine]
+            largest = max((torch.Size(shape).numel() for shape in shapes if shape is not None), default=0)
+            return (
+                torch.zeros(largest, device=place),
+                torch.empty(self.size if mine else 0, largest, device=place),
+                totals,
+            )
+
+        buffer, landing, totals = self.each(make_room)
+        group, left = self._group_of_gpus() if on_gpus else self.words, iter(totals)
+        found: list[Tensor | None] = []
+        for tensor, shape, owner in zip(own, shapes, owners, strict=True):
+            total = next(left) if owner == self.own else None
+            if shape is not None:
+                sent = buffer[: torch.Size(shape).numel()]
+                sent.zero_() if tensor is None else sent.copy_(tensor.reshape(-1))
+                parts = None if total is None else [row[: len(sent)] for row in landing]
+                self._patiently(partial(dist.gather, sent, parts, self.members[owner], group))
+                if total is not None and parts is not None:
+                    total.copy_(parts[0].view(total.shape))
+                    for part in parts[1:]:
+                        total += part.view(total.shape)
+            found.append(total)
+        return self.each(lambda: [total if total is None else total.to(device) for total in found])
 
     def told(self, make: Callable[[], Any]) -> list[Any]:
         """What each rank makes, in their order, anything that pickle takes; where it fails on one, all raise.
@@ -294,7 +347,7 @@ def _waiting(members: Sequence[int], visible: bool) -> Iterator[None]:
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
     """Of each tensor's bytes, in their order; the same on every device. A tensor without values has 0."""
-    sums = [torch.zeros((), dtype=torch.int64, device="cpu") if t.is_meta else _checksum(t) for t in tensors]
+    sums = [_checksum(t) if has_memory(t) else torch.zeros((), dtype=torch.int64, device="cpu") for t in tensors]
     devices = {total.device for total in sums}
     by_device = {d: iter(torch.stack([s for s in sums if s.device == d]).tolist()) for d in devices}  # one wait each
     return [next(by_device[total.device]) for total in sums]

@@ -7,8 +7,8 @@
 Alone it is a loop over the tasks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import islice
 from operator import or_
@@ -45,7 +45,7 @@ def share_out(
     switches_of: Callable[[Task, Outcomes], Switches],
     config: Config,
     device: torch.device | None,
-) -> Iterator[tuple[Task, Switches | Exception]]:
+) -> Generator[tuple[Task, Switches | Exception], None, None]:
     """Each task, and the switches for what `quantize` made of it, on whichever rank; an error if memory was short. What
     else it raises is raised, on all ranks.
     """
@@ -85,8 +85,8 @@ def _round(
     device: torch.device | None,
 ) -> Iterator[tuple[Task, Switches | Exception]]:
     at = device or tasks[0].weights[0].device
-    tasks = _observed_by_all(ranks, tasks, at)
     owners = _dealt(tasks, ranks.size)
+    tasks = _observed_by_all(ranks, tasks, owners, at)
 
     def work() -> tuple[list, list[Tensor]]:
         own = [task for task, owner in zip(tasks, owners, strict=True) if owner == ranks.own]
@@ -120,34 +120,57 @@ def _round(
             yield task, reduce(or_, left, own)
 
 
-def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], at: torch.device) -> list[Task]:
-    """With the statistics of all ranks: the same rows in the same order on each."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a rank has observed of an input, as the others are told.
 
-    def observed() -> tuple[list, list[Tensor]]:
-        said, tensors = [], []
-        for own in (task.statistics for task in tasks):
-            moment = None if own.span is None else own.moment
-            said.append((own.most_rows, own.span is not None, None if moment is None else moment.rows))
-            tensors += [] if own.span is None else [own.span, own.thinned(share)]
-            tensors += [] if moment is None else [moment.sum]
-        return said, [tensor.to(at) for tensor in tensors]
+    shape, rows  of the second moment; None: it has none
+    """
 
-    def read(said: tuple, tensors: Iterator[Tensor]) -> tuple[Tensor, Tensor, Moment | None] | None:
-        _, seen, rows = said
-        if not seen:
-            return None
-        return next(tensors), next(tensors), None if rows is None else Moment(next(tensors), rows)
+    most_rows: float | None
+    has_span: bool
+    shape: torch.Size | None
+    rows: int
 
+    @classmethod
+    def of(cls, own: InputStatistics) -> "_Seen":
+        known = own.moment if own.span is not None else None
+        return cls(own.most_rows, own.span is not None, known and known.sum.shape, known.rows if known else 0)
+
+
+def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int], at: torch.device) -> list[Task]:
+    """With the statistics of all ranks: the same rows in the same order on each. Second moments, which are large, get
+    only the owners, who need them.
+    """
+    own = [task.statistics for task in tasks]
     share = max(1, MAX_ROWS // ranks.size)
-    found = [(said, iter(tensors)) for said, tensors in ranks.exchange(observed, at)]
-    together = []
-    for place, task in enumerate(tasks):
-        most = [said[place][0] for said, _ in found if said[place][0] is not None]
-        seen = [one for said, tensors in found if (one := read(said[place], tensors)) is not None]
-        spans, rows, moments = zip(*seen, strict=True) if seen else ((), (), ())
-        statistics = InputStatistics.of(spans, rows, moments, max(most, default=None))
-        together.append(replace(task, statistics=statistics))
-    return together
+
+    def observed() -> tuple[list[_Seen], list[Tensor]]:
+        tensors = [t for one in own if one.span is not None for t in (one.span, one.thinned(share))]
+        return [_Seen.of(one) for one in own], [tensor.to(at) for tensor in tensors]
+
+    found = ranks.exchange(observed, at)
+
+    def put_together() -> list[InputStatistics]:
+        queues = [iter(tensors) for _, tensors in found]
+        whole = []
+        for seen in zip(*(said for said, _ in found), strict=True):
+            pairs = [(next(queue), next(queue)) for queue, one in zip(queues, seen, strict=True) if one.has_span]
+            most = max((one.most_rows for one in seen if one.most_rows is not None), default=None)
+            whole.append(InputStatistics.of([span for span, _ in pairs], [rows for _, rows in pairs], most))
+        return whole
+
+    together = ranks.each(put_together)
+    seen = [[one for one in by_rank if one.has_span] for by_rank in zip(*(said for said, _ in found), strict=True)]
+    shapes = [ones[0].shape if ones and all(one.shape for one in ones) else None for ones in seen]
+    sums = [
+        one.moment.sum if shape and one.span is not None and one.moment else None
+        for one, shape in zip(own, shapes, strict=True)
+    ]
+    totals = ranks.summed(sums, shapes, owners, at)
+    for whole, ones, total in zip(together, seen, totals, strict=True):
+        whole.moment = None if total is None else Moment(total, sum(one.rows for one in ones))
+    return [replace(task, statistics=whole) for task, whole in zip(tasks, together, strict=True)]
 
 
 def _dealt(tasks: Sequence[Task], size: int) -> list[int]:

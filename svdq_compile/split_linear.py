@@ -51,12 +51,10 @@ class RowParallelLinear(SplitLinear):
         return y if self.bias is None else y + self.bias
 
 
-def become_split(linear: nn.Module, part: Part, group: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Let a linear be the part of itself that this rank has."""
-    linear.register_parameter("weight", weight)
-    linear.register_parameter("bias", bias)
-    linear.__dict__ = {k: v for k, v in linear.__dict__.items() if k not in ("in_features", "out_features")}
-    linear.__dict__ |= {"part": part, "group": group}
+def become_split(linear: nn.Module, part: Part, group: str) -> None:
+    """Let a linear whose parameters are the part of them that this rank has know that they are."""
+    kept = {name: value for name, value in linear.__dict__.items() if name not in ("in_features", "out_features")}
+    linear.__dict__ = kept | {"part": part, "group": group}
     linear.__class__ = RowParallelLinear if part.split.dim == INPUTS else ColumnParallelLinear
 
 

@@ -20,6 +20,7 @@ from .kernels.formats import FORMATS
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 
+COARSEST = 64  # input channels that no format parts
 OUTPUTS, INPUTS = 0, 1  # of a weight [N, K], the dimension that is split
 
 

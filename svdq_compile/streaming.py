@@ -1,9 +1,11 @@
 """From a model's 16-bit files to a quantized model, or to a quantized file, without the 16-bit model in between."""
 
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,18 @@ from .errors import OptionError
 from .filling import fill
 from .given import device_in
 from .header import VERSION, is_quantized
+from .holders import Holders
 from .journal import journal_beside
+from .keeping import InMemory, Keeper, Nowhere, Parts
+from .loading import load
 from .model_files import Source, check_dtype, empty_model, in_dtype, model_folder, opened_source
-from .reading import state_of
+from .parallelize_model import as_facts, check_splittable
+from .ranks import ranks_of, together
+from .reading import fingerprint, state_of
+from .split_plan import Plan, check_inputs, plan_for
+from .splits import COARSEST
 from .summary import tell_again, tell_to_compile
+from .task import Task
 
 
 def from_pretrained(
@@ -32,6 +42,8 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: str | int | torch.device | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    mesh: Any = None,
+    plan: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """A model of diffusers in 4 bits, from local files: one group of its linears at a time is there in 16 bits.
@@ -44,6 +56,8 @@ def from_pretrained(
     dtype            of the model; by default the 16-bit one that it is stored in, else bfloat16
     device           where the model goes, and the work is done; by default the CPU
     example_inputs   as in `quantize`
+    mesh             of torch.distributed: its ranks, which all call this, share the work, and each gets its part of the
+                     model; plan: what is split. Both as in `parallelize`, with its errors
 
     Raises FileNotFoundError, FileRefused, OptionError, NothingToQuantize, NonFiniteWeight, and SvdqError where a
     package is missing.
@@ -53,21 +67,63 @@ def from_pretrained(
     check_dtype(dtype)
     folder, _ = model_folder(Path(path), component)
     name = None if model is None else os.fspath(model)
+    if plan is not None and mesh is None:
+        raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
     if is_quantized(folder):
-        return _loaded(folder, name, target, chosen, dtype)
-    with opened_source(folder, model=name, dtype=dtype) as source:
-        fill(source.model, source.tensors, folder, chosen, example_inputs=example_inputs, at=target, place=target)
+        return _loaded(folder, name, target, chosen, dtype, mesh, plan)
+    holders = None if mesh is None else Holders.of(mesh)
+    ranks = None if holders is None else holders.ranks
+    each = together(ranks)
+    with ExitStack() as held:
+        source = each(lambda: held.enter_context(opened_source(folder, model=name, dtype=dtype)))
+        keeper: Keeper = InMemory(target)
+        check = None
+        if holders is not None and ranks is not None:
+            found = each(lambda: _planned(source.model, plan, holders.size))
+            ranks.compare(lambda: {"file": _prints(source), "split": as_facts(found)})
+            keeper = Parts(source.model, found, holders, target, chosen.progress)
+            check = partial(_check_inputs, found)
+        fill(
+            source.model,
+            source.tensors,
+            folder,
+            chosen,
+            example_inputs=example_inputs,
+            at=target,
+            place=target,
+            keeper=keeper,
+            ranks=ranks,
+            check=check,
+        )
+        each(held.close)
     tell_again(source.model, chosen.progress)
     tell_to_compile(source.model, chosen.progress)
     return source.model
 
 
-def _loaded(path: Path, name: str | None, target: torch.device, config: Config, dtype: torch.dtype | None) -> nn.Module:
+def _planned(model: nn.Module, given: Mapping[str, Any] | None, size: int) -> Plan:
+    """What is split of a model whose formats are not chosen yet."""
+    check_splittable(model)
+    return plan_for(model, given, size, defaultdict(lambda: COARSEST))
+
+
+def _check_inputs(plan: Plan, tasks: Sequence[Task]) -> None:
+    check_inputs(plan.splits, {name: place for place, task in enumerate(tasks) for name in task.names})
+
+
+def _loaded(
+    path: Path,
+    name: str | None,
+    target: torch.device,
+    config: Config,
+    dtype: torch.dtype | None,
+    mesh: Any,
+    plan: Mapping[str, Any] | None,
+) -> nn.Module:
     """The model of a folder, or of a file and the model that is named, that is in 4 bits already."""
     if replace(config, progress=True) != Config():
         raise OptionError(f"{path} is in 4 bits already, in whatever way it was quantized: leave the options out")
-    model = empty_model(name or str(path))
-    checkpoint.load(model, path, target, progress=config.progress)
+    model = load(empty_model(name or str(path)), path, target, mesh=mesh, plan=plan, progress=config.progress)
     if dtype is not None:
         in_dtype(model, dtype)
     return model
@@ -83,19 +139,40 @@ def quantize_file(
     component: str | None = None,
 ) -> str:
     """Quantize a model by its weights alone, and write it to a file. What was done before an interruption is taken up
-    by the next call with the same arguments, which ends with the same file.
+    by the next call with the same arguments, which ends with the same file, by as many ranks as there are then.
 
     Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
+    Several ranks (option group) share the work, and the first one writes the file.
 
     path, model, component  as in `opened_source`. Returns what a program would call the model.
     """
-    with ExitStack() as kept:
-        with opened_source(path, model=model, component=component) as source:
-            journal = kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
-            fill(source.model, source.tensors, source.path, config, at=device, journal=journal)
-        checkpoint.save(source.model, output, config=config, progress=config.progress)
+    ranks = ranks_of(config)
+    each, is_first = together(ranks), ranks is None or ranks.own == 0
+    with ExitStack() as kept, ExitStack() as held:
+        source = each(lambda: held.enter_context(opened_source(path, model=model, component=component)))
+        if ranks is not None:
+            ranks.compare(lambda: {"file": _prints(source)})
+
+        def keeper() -> Keeper:
+            if not is_first:
+                return Nowhere()
+            return kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
+
+        keeping = each(keeper)
+        fill(source.model, source.tensors, source.path, config, at=device, keeper=keeping, ranks=ranks)
+        each(held.close)
+
+        def save() -> None:
+            if is_first:
+                checkpoint.save(source.model, output, config=config, progress=config.progress)
+
+        each(save)
     tell_again(source.model, config.progress)
     return source.place
+
+
+def _prints(source: Source) -> list[tuple[str, str]]:
+    return [(file.name, fingerprint(file)) for file in source.files]
 
 
 def _facts(source: Source, config: Config, device: torch.device) -> dict[str, Any]:
