@@ -1,6 +1,6 @@
 """What choosing formats and ranks by a target gains over one format and rank for all linears, on the demo model.
 
-    python bench/budget.py --layers                                       errors alone, a few minutes on a CPU
+    python bench/budget.py --layers [--sizes 1]                           errors alone, some minutes on a CPU
     python bench/budget.py [--pictures 256] [--formats w4a8,int4] [--sizes 1,1.15,1.3,1.6]
 
 "uniform" is a format at rank 32 throughout; "target" has `target_bytes` of so many times its bytes. All is measured on
@@ -31,6 +31,7 @@ import svdq_compile as svdq
 from record import RESULTS, environment
 
 RANK, CALLS = 32, 4
+OF_LAYERS = {"pictures": 4, "steps": 4, "refine": 1}  # what a CPU has time for
 
 
 def quantized(todo: Job, precision: str, **options: Any) -> tuple[Any, Any, float]:
@@ -65,7 +66,9 @@ def output_error(model: nn.Module, calls: Sequence[tuple[dict[str, Any], Tensor]
     return float(torch.stack([((y - t).norm() / t.norm()) ** 2 for y, t in outputs]).mean().sqrt())
 
 
-def measure(todo: Job, formats: Sequence[str], sizes: Sequence[float], with_pictures: bool) -> list[dict[str, Any]]:
+def measure(
+    todo: Job, formats: Sequence[str], sizes: Sequence[float], refine: int, with_pictures: bool
+) -> list[dict[str, Any]]:
     stock = demo.load_pipeline(todo.device)
     truth = draw(stock, todo)
     pictures = stock.decode(truth, "pt") if with_pictures else None
@@ -75,8 +78,8 @@ def measure(todo: Job, formats: Sequence[str], sizes: Sequence[float], with_pict
     uniform: dict[str, tuple[int, Tensor | None]] = {}  # by format: bytes of linears, decibels
     quantizable: set[str] = set()
     for precision, size in track([(f, s) for f in formats for s in (None, *sizes)], "quantizing and drawing"):
-        options = {} if size is None else {"target_bytes": int(size * uniform[precision][0])}
-        pipe, report, seconds = quantized(todo, precision, **options)
+        target = {} if size is None else {"target_bytes": int(size * uniform[precision][0])}
+        pipe, report, seconds = quantized(todo, precision, refine=refine, **target)
         latents = draw(pipe, todo)
         errors = layer_errors(pipe.transformer, weights, inputs)
         quantizable |= errors.keys()
@@ -86,6 +89,7 @@ def measure(todo: Job, formats: Sequence[str], sizes: Sequence[float], with_pict
             "format": precision,
             "recipe": "uniform" if size is None else "target",
             "size": size,
+            "refine": refine,
             "linear_bytes": report.bytes_after,
             "bytes": demo.weight_bytes(pipe.transformer),
             "predicted": None if report.effect is None else round(report.effect, 5),
@@ -111,7 +115,7 @@ def measure(todo: Job, formats: Sequence[str], sizes: Sequence[float], with_pict
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", action="store_true", help="errors of 4 drawings of 4 steps, and no pictures")
+    parser.add_argument("--layers", action="store_true", help=f"no pictures, and little: {OF_LAYERS}")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--steps", type=int, default=quality.STEPS)
     parser.add_argument("--formats", default="w4a8,int4")
@@ -119,10 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    todo = quality.job(4, 4, device) if args.layers else quality.job(args.pictures, args.steps, device)
+    amount = {"pictures": args.pictures, "steps": args.steps, "refine": svdq.Config.refine}
+    amount |= OF_LAYERS if args.layers else {}
+    todo = quality.job(amount["pictures"], amount["steps"], device)
     sizes = [float(size) for size in args.sizes.split(",")]
     with torch.no_grad():
-        rows = measure(todo, args.formats.split(","), sizes, with_pictures=not args.layers)
+        rows = measure(todo, args.formats.split(","), sizes, amount["refine"], with_pictures=not args.layers)
     output = args.output or RESULTS / ("budget-layers.json" if args.layers else "budget.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")

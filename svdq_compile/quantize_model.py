@@ -79,7 +79,12 @@ def quantize(
     if not has_quantized(model) and not _eligible(tasks):
         raise NothingToQuantize(why_nothing(model))
     if recorder is not None and _eligible(tasks):
-        tasks = choose_forms(model, tasks, recorder, chosen, target)
+        try:
+            tasks = choose_forms(model, tasks, recorder, chosen, target)
+        except BaseException:  # another call begins anew
+            for task in tasks:
+                decisions.forget_statistics(task.weights)
+            raise
     convert(tasks, chosen, target)
     if was_quantized and not tasks and (options or config is not None or calibrate is not None):
         log.warning(

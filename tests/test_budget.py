@@ -149,7 +149,9 @@ def test_the_nearest_possible_target_is_named_and_is_possible() -> None:
     least = int(re.findall(r"target_bytes=(\d+) or", str(refused.value))[0])
     with pytest.raises(OptionError, match=f"give target_bytes={least} or more"):
         aimed(model, target_bytes=least - 1)
-    assert aimed(model, target_bytes=least).bytes_after == least
+    report = aimed(model, target_bytes=least)
+    assert report.bytes_after == least
+    assert report == aimed(net(), target_bytes=least), "nothing is left of what was refused"
 
 
 def test_skip_and_error_budget_hold() -> None:
