@@ -18,10 +18,11 @@ from .evaluation import Evaluation
 from .loading import load
 from .nunchaku_export import export_nunchaku
 from .parameter import packed
-from .quantize_model import quantize, restore
+from .quantize_model import observe, quantize, restore
 from .registering import serve_diffusers
 from .report import report
 from .reproduce import reproduce
+from .statistics import Statistics
 from .streaming import from_pretrained
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "Config",
     "Diagnosis",
     "Evaluation",
+    "Statistics",
     "SvdqError",
     "compile",
     "doctor",
@@ -52,6 +54,7 @@ __all__ = [
     "export_nunchaku",
     "from_pretrained",
     "load",
+    "observe",
     "packed",
     "quantize",
     "report",

@@ -25,6 +25,7 @@ from .placing import assign, put_plain
 from .progress import say
 from .quantize_model import check_given, planned
 from .report import why_nothing
+from .statistics import Statistics
 from .summary import title
 
 _CPU = torch.device("cpu")
@@ -37,11 +38,12 @@ def fill(
     config: Config,
     *,
     example_inputs: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     at: torch.device = _CPU,
     place: torch.device = _CPU,
     journal: Journal | None = None,
 ) -> None:
-    """Quantize a model, by its weights alone, while it is loaded.
+    """Quantize a model while it is loaded, by its weights alone or by what was observed of it before.
 
     model    on the meta device, in the dtypes that its tensors are to have
     tensors  its state dict; path: where it is from, for what is refused
@@ -56,7 +58,7 @@ def fill(
             "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
             "svdq_compile.quantize"
         )
-    check_given(model, None, example_inputs)
+    check_given(model, None, example_inputs, statistics)
     tensors = _fitting(model, tensors, path)
     without_memory(model)
     done = journal.take_up() if journal else set()
@@ -67,7 +69,7 @@ def fill(
     if done:
         all_of_them = len(list(model.parameters()))
         say(f"svdquant: {title(model)}: going on, {len(done)} of {all_of_them} weights are done", config.progress)
-    tasks = planned(model, example_inputs)
+    tasks = planned(model, example_inputs, statistics)
     if not has_quantized(model) and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
         raise NothingToQuantize(why_nothing(model))
     alone = replace(config, group=ALONE)  # each of several processes reads for itself, and comes to the same bits

@@ -38,10 +38,15 @@ class Moment:
     rows: int
 
     @staticmethod
+    def shape(channels: int) -> tuple[int, int, int]:
+        """Of the sum, for so many channels."""
+        blocks, size = _blocks(channels)
+        return blocks, size, size
+
+    @staticmethod
     def nbytes(channels: int) -> int:
         """How much one of so many channels takes."""
-        blocks, size = _blocks(channels)
-        return blocks * size * size * 4
+        return math.prod(Moment.shape(channels)) * 4
 
     @staticmethod
     def of(x: Tensor) -> "Moment":
@@ -97,8 +102,16 @@ class InputStatistics:
         self._add_moment(x)
         self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         self.span = span  # last: where there is a span there are rows, however far an observation came
+        self._thin_out()
+
+    def _thin_out(self) -> None:
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
             self._rows = [self.rows]
+
+    @property
+    def kept(self) -> Tensor:
+        """All rows that are kept, up to twice MAX_ROWS."""
+        return torch.cat(self._rows)
 
     @property
     def rows(self) -> Tensor:
@@ -107,7 +120,7 @@ class InputStatistics:
 
     def thinned(self, most: int) -> Tensor:
         """At most so many rows, evenly over all that were kept."""
-        rows = torch.cat(self._rows)
+        rows = self.kept
         return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
     @classmethod
@@ -125,7 +138,17 @@ class InputStatistics:
             whole._rows, whole.span = list(rows), torch.stack(list(spans)).amax(0)
             known = [moment for moment in moments if moment is not None]
             whole.moment = reduce(add, known) if len(known) == len(spans) else None
+            whole._thin_out()
         return whole
+
+    def part(self, own: int, size: int) -> "InputStatistics":
+        """What each of `size` processes that all know this is to say, so that `of` what they say is this."""
+        if self.span is None:
+            return self
+        moment = self.moment
+        if moment is not None and own > 0:
+            moment = Moment(torch.zeros_like(moment.sum), 0)
+        return self.of([self.span], [self.rows[own::size]], [moment], self.most_rows)
 
     def _add_moment(self, x: Tensor) -> None:
         """A layer is quantized without it too, if less well; so it must not take what the model's own calls need."""

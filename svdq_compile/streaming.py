@@ -20,6 +20,7 @@ from .header import VERSION, is_quantized
 from .journal import journal_beside
 from .model_files import Source, check_dtype, empty_model, in_dtype, model_folder, opened_source
 from .reading import state_of
+from .statistics import Statistics
 from .summary import tell_again, tell_to_compile
 
 
@@ -32,18 +33,19 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: str | int | torch.device | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     **options: Any,
 ) -> nn.Module:
     """A model of diffusers in 4 bits, from local files: one group of its linears at a time is there in 16 bits.
 
     path             a model folder, whole or in shards, which may be in 4 bits already; a pipeline folder; a single
                      file (safetensors, GGUF) with a model's weights, as diffusers or as the model's authors name them
-    config, options  as in `quantize`. The weights alone are looked at: no calibration
+    config, options  as in `quantize`
     model            of a single file: the folder with the model's config.json, or its class
     component        of a pipeline folder: which model; by default the transformer, else the unet
     dtype            of the model; by default the 16-bit one that it is stored in, else bfloat16
     device           where the model goes, and the work is done; by default the CPU
-    example_inputs   as in `quantize`
+    example_inputs   as in `quantize`; statistics: likewise. Without, the weights alone are looked at
 
     Raises FileNotFoundError, FileRefused, OptionError, NothingToQuantize, NonFiniteWeight, and SvdqError where a
     package is missing.
@@ -56,7 +58,8 @@ def from_pretrained(
     if is_quantized(folder):
         return _loaded(folder, name, target, chosen, dtype)
     with opened_source(folder, model=name, dtype=dtype) as source:
-        fill(source.model, source.tensors, folder, chosen, example_inputs=example_inputs, at=target, place=target)
+        known: dict[str, Any] = {"example_inputs": example_inputs, "statistics": statistics}
+        fill(source.model, source.tensors, folder, chosen, **known, at=target, place=target)
     tell_again(source.model, chosen.progress)
     tell_to_compile(source.model, chosen.progress)
     return source.model
@@ -81,9 +84,10 @@ def quantize_file(
     *,
     model: str | None = None,
     component: str | None = None,
+    statistics: Statistics | None = None,
 ) -> str:
-    """Quantize a model by its weights alone, and write it to a file. What was done before an interruption is taken up
-    by the next call with the same arguments, which ends with the same file.
+    """Quantize a model by its weights, and what was observed of it before, and write it to a file. What was done before
+    an interruption is taken up by the next call with the same arguments, which ends with the same file.
 
     Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
 
@@ -91,8 +95,10 @@ def quantize_file(
     """
     with ExitStack() as kept:
         with opened_source(path, model=model, component=component) as source:
-            journal = kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
-            fill(source.model, source.tensors, source.path, config, at=device, journal=journal)
+            facts = _facts(source, config, device)
+            facts |= {} if statistics is None else {"statistics": statistics.fingerprint()}
+            journal = kept.enter_context(journal_beside(output, source.model, facts))
+            fill(source.model, source.tensors, source.path, config, statistics=statistics, at=device, journal=journal)
         checkpoint.save(source.model, output, config=config, progress=config.progress)
     tell_again(source.model, config.progress)
     return source.place
