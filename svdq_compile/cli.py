@@ -147,6 +147,9 @@ def quantize(
         smooth=not no_smooth,
     )
     at = _device(device)
+    for file in statistics or ():
+        if file.exists() and output.exists() and output.samefile(file):
+            raise OptionError(f"{output} is among the statistics: write to another file")
     if prompt and statistics:
         raise OptionError("--statistics are of a calibration that was done: leave out --prompt")
     if prompt and model is not None:
@@ -296,7 +299,8 @@ def evaluate(
     """
     shown, others = _lines(prompt, prompts), _lines(calibrate, calibration)
     folder = pipeline_folder(source)
-    _check_output(folder, output, force)
+    for written in (output, output.with_suffix(".json")):
+        _check_output(folder, written, force)
     at = _device(device)
     with _console(stderr=True).status(f"loading {source}"):
         pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)

@@ -102,7 +102,6 @@ def observe(model: nn.Module, calibrate: Callable[[nn.Module], Any], *, progress
     Raises NotAModel, OptionError, NothingToQuantize where no linear of the model ran.
     """
     check_given(model, calibrate, None)
-    model = model_in(model, "observe")
     weights = tuple(model.parameters())
     _begin(model)
     decisions.forget_statistics(weights)  # of calls before

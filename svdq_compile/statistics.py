@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, decisions
 from .errors import FileRefused, OptionError, OtherModel
+from .given import model_in
 from .header import check_digest, parsed, part, version_in
 from .input_statistics import InputStatistics, Moment
 from .layers import matrices
@@ -98,7 +99,8 @@ class Statistics:
             )
             inputs.append((known, seen))
         others = {layer.name: decisions.reason_of(layer.weight) for layer in matrices(model)}
-        return Statistics(type(model).__name__, tuple(inputs), {name: why for name, why in others.items() if why})
+        kind = type(model_in(model, "observe")).__name__
+        return Statistics(kind, tuple(inputs), {name: why for name, why in others.items() if why})
 
     def tasks(self, model: nn.Module) -> list[Task]:
         """What is to be quantized together in a model that was not observed. Raises OtherModel."""

@@ -370,6 +370,8 @@ def test_a_quantized_file_is_what_is_evaluated(
     assert result.psnr_db == evaluated[0].psnr_db
     assert result.layers == evaluated[0].layers
     assert "Loaded from model.safetensors" in (tmp_path / "eval.html").read_text()
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        svdq.evaluate(Pipeline(), tmp_path / "eval.html", **given | {"quantized": tmp_path / "missing"})
     with pytest.raises(OptionError, match="is quantized already: leave out calibration"):
         svdq.evaluate(Pipeline(), tmp_path / "eval.html", **given, calibration=["a cat"])
     other = Pipeline()
@@ -537,7 +539,9 @@ def test_the_demo_model(tmp_path: Path, code_cache: None) -> None:
     assert {layer["precision"] for layer in found["layers"]} == {"w4a8"}
     assert not any(layer["layer"].startswith("single_transformer_blocks.0.") for layer in found["layers"])
     assert "num_inference_steps=2, guidance_scale=1.0" in output.read_text()
-    assert "exists already; --force overwrites it" in command(*given).stderr
+    assert "eval.html exists already; --force overwrites it" in command(*given).stderr
+    output.unlink()
+    assert "eval.json exists already; --force overwrites it" in command(*given).stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,6 +25,7 @@ from svdq_compile.input_statistics import MAX_ROWS, InputStatistics
 from svdq_compile.statistics import Statistics
 from zoo import make
 
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 BF16 = torch.bfloat16
 CONFIG = svdq.Config(rank=8, refine=1, precision="w4a8", progress=False)
 
@@ -379,9 +381,22 @@ def test_a_newer_file(small: Path, tmp_path: Path) -> None:
         Statistics.load(path)
 
 
+def test_svdq_observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    command = ("observe", EMOJI, tmp_path / "emoji", "--steps", 1, "--device", "cpu", "--trust-code")
+    assert "there is no prompt to draw: give --prompt or --prompts" in refused(*command)
+    assert "98 linears, 2 calls" in ok(*command, "--prompt", "dog face", "--prompt", "red apple")
+    found = Statistics.load(tmp_path / "emoji", progress=False)
+    assert found.model_class == "FluxTransformer2DModel"
+    assert all(seen.span is not None and seen.moment is not None for _, seen in found.inputs)
+    assert "exists already; --force overwrites it" in refused(*command, "--prompt", "dog face")
+
+
 def test_the_command_line_refuses(small: Path, tmp_path: Path) -> None:
     flux()[0].save_pretrained(tmp_path / "flux")  # type: ignore[operator]
     command = ("quantize", tmp_path / "flux", tmp_path / "out", "--statistics", small)
     assert "these statistics are of another model: they have a linear blocks.0.0" in refused(*command)
+    assert "is among the statistics" in refused(*command[:2], small, *command[3:], "--force")
     assert "--statistics are of a calibration that was done" in refused(*command, "--prompt", "a dog")
     assert not (tmp_path / "out").exists()
