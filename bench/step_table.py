@@ -129,8 +129,12 @@ def main(results: Path, document: Path) -> None:
         return
     text = document.read_text()
     for name, make in TABLES.items():
-        filled = f"<!-- table: {name} -->\n{make(rows)}\n<!-- end -->"
-        text = re.sub(
-            rf"<!-- table: {name} -->\n.*?<!-- end -->", lambda match, filled=filled: filled, text, flags=re.S
-        )
+        text = filled(text, name, make(rows))
     document.write_text(text)
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """A document with this between the markers of a table of this name, where it has some."""
+    return re.sub(
+        rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL
+    )

@@ -19,10 +19,11 @@ from .loading import load
 from .nunchaku_export import export_nunchaku
 from .parallelize_model import parallelize
 from .parameter import packed
-from .quantize_model import quantize, restore
+from .quantize_model import observe, quantize, restore
 from .registering import serve_diffusers
 from .report import report
 from .reproduce import reproduce
+from .statistics import Statistics
 from .streaming import from_pretrained
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "Diagnosis",
     "Evaluation",
+    "Statistics",
     "SvdqError",
     "compile",
     "doctor",
@@ -53,6 +55,7 @@ __all__ = [
     "export_nunchaku",
     "from_pretrained",
     "load",
+    "observe",
     "packed",
     "parallelize",
     "quantize",

@@ -213,9 +213,9 @@ def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     part = torch.arange(len(rows), device=rows.device) * PARTS // max(len(rows), PARTS)
     fitting, held = rows[part % 2 == 0], rows[part % 2 == 1]
     if not len(held):
-        return InputStatistics.of((), (), (), seen.most_rows), rows
+        return InputStatistics.of((), (), seen.most_rows), rows
     moment = None if seen.moment is None else Moment.of(fitting)
-    return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], [moment], seen.most_rows), held
+    return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], seen.most_rows, moment), held
 
 
 def _errors(results: Sequence[Quantized], held: Tensor | None, truths: Sequence[Tensor]) -> Iterator[float]:

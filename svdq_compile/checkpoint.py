@@ -125,7 +125,7 @@ def on_host(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def write(files: Mapping[Path, dict[str, Tensor]], metadata: dict[str, str]) -> None:
     """Files that say the same and hold these tensors."""
-    checksums = {name: _checksum(tensor) for tensors in files.values() for name, tensor in tensors.items()}
+    checksums = {name: checksum(tensor) for tensors in files.values() for name, tensor in tensors.items()}
     for file, tensors in files.items():
         save_file(tensors, file, metadata | {"digest": UNSEALED, "checksums": json.dumps(checksums)})
         seal(file)
@@ -220,7 +220,7 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
     )
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -240,7 +240,10 @@ def load(
     with unchanged(path, files_of(path)):
         header = read_header(path)
         check_fit(model, header, path)
-        tensors = {name: tensor.to(target) for name, tensor in intact(header, f"loading {path}", progress)}
+        tensors = {
+            name: tensor.to(target)
+            for name, tensor in intact(header.files, header.checksums, f"loading {path}", progress)
+        }
         check_tensors(model, header, tensors, path)
     put(model, header, tensors)
     settle(model, target)
@@ -278,15 +281,15 @@ def put(model: nn.Module, header: Header, tensors: dict[str, Tensor]) -> None:
 
 
 def intact(
-    header: Header, doing: str, progress: bool, among: Iterable[str] | None = None
+    places: Mapping[str, Path], checksums: Mapping[str, int], doing: str, progress: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors as they were saved, all or those among some. Raises FileRefused."""
+    """The tensors as they were saved. places: tensor -> its file. Raises FileRefused."""
     with ExitStack() as held:
-        files = {path: held.enter_context(opened(path)) for path in set(header.files.values())}
-        for name in steps(header.checksums if among is None else among, doing, progress):
-            file = files[header.files[name]]
+        files = {path: held.enter_context(opened(path)) for path in {places[name] for name in checksums}}
+        for name in steps(checksums, doing, progress):
+            file = files[places[name]]
             tensor = file.get(name)
-            if _checksum(tensor) != header.checksums[name]:
+            if checksum(tensor) != checksums[name]:
                 raise FileRefused(file.path, f"tensor {name} is damaged: its checksum differs")
             yield name, tensor
 

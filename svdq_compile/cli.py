@@ -1,4 +1,6 @@
-"""The command line: `svdq quantize`, `svdq eval`, `svdq inspect`, `svdq convert`, `svdq doctor`, `svdq demo`."""
+"""The command line: `svdq quantize`, `svdq observe`, `svdq eval`, `svdq inspect`, `svdq convert`, `svdq doctor`,
+`svdq demo`.
+"""
 
 import importlib.util
 import json
@@ -127,6 +129,10 @@ def quantize(
         typer.Option(help="Calibrate on drawing this; needs a pipeline folder. Repeatable. Without: by weights alone."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")] = DEFAULT.calibration_steps,
+    statistics: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Calibrate by what svdq observe has written. Repeatable: they are merged."),
+    ] = None,
     component: Annotated[
         str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
     ] = None,
@@ -142,7 +148,8 @@ def quantize(
     """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16.
 
     Without --prompt a layer at a time is read and quantized, so the model may be larger than the memory; cut off, the
-    same command goes on where it was. Under torchrun the processes share the work, and the first writes the file.
+    same command goes on where it was. With --statistics it is calibrated all the same. Under torchrun the processes
+    share the work, and the first writes the file.
     """
     _check_output(source, output, force)
     config = Config(
@@ -158,6 +165,11 @@ def quantize(
     if not prompt and config.has_target:
         raise OptionError("--target-bytes and --target-error are met by measuring what is drawn: give --prompt")
     at = _device(device)
+    for file in statistics or ():
+        if file.exists() and output.exists() and output.samefile(file):
+            raise OptionError(f"{output} is among the statistics: write to another file")
+    if prompt and statistics:
+        raise OptionError("--statistics are of a calibration that was done: leave out --prompt")
     is_first = _join_others(at, bool(prompt))
     if prompt and model is not None:
         raise OptionError("--model is for a single file of weights, which draws nothing: leave out --prompt")
@@ -168,7 +180,9 @@ def quantize(
         svdq.save(pipeline.model, output, config=config)
         place = pipeline.place
     else:
-        place = quantize_file(source, output, config, torch.device(at), model=model, component=component)
+        known = svdq.Statistics.merge(*map(svdq.Statistics.load, statistics)) if statistics else None
+        where = torch.device(at)
+        place = quantize_file(source, output, config, where, model=model, component=component, statistics=known)
     if not is_first:
         return
     console = _console()
@@ -223,6 +237,42 @@ def _calibration(pipeline: Pipeline, prompts: list[str], steps: int) -> Callable
             pipeline.draw(prompt=prompt, num_inference_steps=steps)
 
     return calibrate
+
+
+@app.command()
+def observe(
+    source: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or its name on the hub.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file of statistics to write.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Observe drawing this. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Observe these too: a text file with a prompt in each line.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")] = DEFAULT.calibration_steps,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Where it is drawn; by default cuda if there is one.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the Python files that a pipeline folder brings.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+) -> None:
+    """Watch what a model reads while it draws, and write it to a file, for svdq quantize --statistics."""
+    shown = _lines(prompt, prompts)
+    if not shown:
+        raise OptionError("there is no prompt to draw: give --prompt or --prompts")
+    folder = pipeline_folder(source)
+    _check_output(folder, output, force)
+    at = _device(device)
+    with _console(stderr=True).status(f"loading {source}"):
+        pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)
+    found = svdq.observe(pipeline.model, _calibration(pipeline, shown, steps))
+    found.save(output)
+    _console().print(repr(found), soft_wrap=True)
 
 
 @app.command("eval")
@@ -283,7 +333,8 @@ def evaluate(
     """
     shown, others = _lines(prompt, prompts), _lines(calibrate, calibration)
     folder = pipeline_folder(source)
-    _check_output(folder, output, force)
+    for written in (output, output.with_suffix(".json")):
+        _check_output(folder, written, force)
     at = _device(device)
     with _console(stderr=True).status(f"loading {source}"):
         pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)

@@ -55,7 +55,7 @@ class Drawing:
             with opened(path) as file:
                 timesteps = tuple(json.loads(file.metadata["timesteps"]))
                 return Drawing(file.get("frames"), file.get("latents"), timesteps, json.loads(file.metadata["seconds"]))
-        except (FileNotFoundError, FileRefused):
+        except (FileNotFoundError, FileRefused, KeyError, ValueError):
             return None
 
 

@@ -92,6 +92,13 @@ class NothingToQuantize(SvdqError):
     """The model has no linear layer that can be quantized."""
 
 
+class OtherModel(SvdqError, ValueError):
+    """Statistics are of another model than the one they are given for, or to be merged with those of another."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"these statistics are of another model: {reason}")
+
+
 class FileRefused(SvdqError):
     """A file is not a quantized model, is damaged, or is too new."""
 

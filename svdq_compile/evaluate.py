@@ -197,7 +197,7 @@ def _checked_output(output: str | os.PathLike) -> Path:
 def _facts(job: _Job) -> dict[str, Any]:
     """All that the result depends on."""
     options = {k: v for k, v in job.config.to_dict().items() if k not in ("progress", "fallback", "group")}
-    parts = {name: part for name, part in vars(job.pipe).items() if isinstance(part, nn.Module)}
+    parts = {name: part for name, part in getattr(job.pipe, "__dict__", {}).items() if isinstance(part, nn.Module)}
     scheduler = getattr(job.pipe, "scheduler", None)
     return {
         "versions": {name: version(name) for name in ("svdq-compile", "torch")},

@@ -29,6 +29,7 @@ from .progress import say
 from .quantize_model import check_given, planned
 from .ranks import Ranks, together
 from .report import why_nothing
+from .statistics import Statistics
 from .summary import title
 from .task import Task
 
@@ -42,13 +43,14 @@ def fill(
     config: Config,
     *,
     example_inputs: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     at: torch.device = _CPU,
     place: torch.device = _CPU,
     keeper: Keeper | None = None,
     ranks: Ranks | None = None,
     check: Callable[[Sequence[Task]], None] | None = None,
 ) -> None:
-    """Quantize a model, by its weights alone, while it is loaded.
+    """Quantize a model while it is loaded, by its weights alone or by what was observed of it before.
 
     model    on the meta device, in the dtypes that its tensors are to have
     tensors  its state dict; path: where it is from, for what is refused
@@ -70,7 +72,7 @@ def fill(
         raise OptionError(
             "option weights='offload' does not go with several ranks, none of which has all 16-bit values"
         )
-    check_given(model, None, example_inputs)
+    check_given(model, None, example_inputs, statistics)
     each = together(ranks)
     tensors = each(lambda: _fitting(model, tensors, path))
     without_memory(model)
@@ -85,7 +87,7 @@ def fill(
     if done:
         all_of_them = len(list(model.parameters()))
         say(f"svdquant: {title(model)}: going on, {len(done)} of {all_of_them} weights are done", config.progress)
-    tasks = planned(model, example_inputs)
+    tasks = planned(model, example_inputs, statistics, ranks)
     if not done and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
         raise NothingToQuantize(why_nothing(model))
     if check is not None:

@@ -132,39 +132,45 @@ def _read_shard(path: Path) -> Header:
             "this is a safetensors file, but svdq_compile.save did not write it; load 16-bit weights into the model "
             "as ever, then give it to svdq_compile.quantize",
         )
-    version = metadata.get("format_version", "")
-    if not (version.isascii() and version.isdigit() and len(version) < 9):
-        raise FileRefused(path, f"its format version is {version!r:.40}, which is no number")
-    if int(version) > VERSION:
-        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {VERSION}: update it")
-    if "digest" in metadata or int(version) > 1:
-        _check_digest(path, metadata.get("digest", ""))
+    version = version_in(path, metadata, VERSION)
+    if "digest" in metadata or version > 1:
+        check_digest(path, metadata.get("digest", ""))
     return Header(
-        version=int(version),
-        model_class=_part(path, metadata, "model_class"),
-        config=_parsed(path, metadata, "config"),
-        layers=_parsed(path, metadata, "layers"),
-        others=_parsed(path, metadata, "others"),
-        tied=_parsed(path, metadata, "tied"),
-        calibrated=_parsed(path, {"calibrated": "{}", **metadata}, "calibrated"),
-        checksums=_parsed(path, metadata, "checksums"),
+        version=version,
+        model_class=part(path, metadata, "model_class"),
+        config=parsed(path, metadata, "config"),
+        layers=parsed(path, metadata, "layers"),
+        others=parsed(path, metadata, "others"),
+        tied=parsed(path, metadata, "tied"),
+        calibrated=parsed(path, {"calibrated": "{}", **metadata}, "calibrated"),
+        checksums=parsed(path, metadata, "checksums"),
         nbytes=path.stat().st_size,
         files=dict.fromkeys(tensors, path),
     )
 
 
-def _part(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> str:
+def version_in(path: str | os.PathLike, metadata: Mapping[str, str], newest: int) -> int:
+    """The format version that a file says. Raises FileRefused for what is none, or newer than this program."""
+    version = metadata.get("format_version", "")
+    if not (version.isascii() and version.isdigit() and len(version) < 9):
+        raise FileRefused(path, f"its format version is {version!r:.40}, which is no number")
+    if int(version) > newest:
+        raise FileRefused(path, f"it has format version {version}; this svdq-compile reads up to {newest}: update it")
+    return int(version)
+
+
+def part(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> str:
     if key not in metadata:
         raise FileRefused(path, f"its metadata is damaged: it has no {key!r}")
     return metadata[key]
 
 
-def _parsed(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> Any:
-    """A part of the metadata that is JSON, in the types that `Header` says."""
+def parsed(path: str | os.PathLike, metadata: Mapping[str, str], key: str, kind: type | None = None) -> Any:
+    """A part of the metadata that is JSON, in the types that `kind` says of its fields; by default `Header`."""
     from pydantic import ValidationError
 
     try:
-        return _schemas()[key].validate_json(_part(path, metadata, key), strict=True)
+        return _schemas(kind or Header)[key].validate_json(part(path, metadata, key), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         at = "".join(f"[{step!r:.40}]" for step in first["loc"])
@@ -172,10 +178,10 @@ def _parsed(path: str | os.PathLike, metadata: Mapping[str, str], key: str) -> A
 
 
 @cache
-def _schemas() -> dict[str, Any]:
+def _schemas(kind: type) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
-    return {key: TypeAdapter(kind) for key, kind in get_type_hints(Header).items()}
+    return {key: TypeAdapter(hint) for key, hint in get_type_hints(kind).items()}
 
 
 def seal(path: Path) -> None:
@@ -193,7 +199,8 @@ def seal(path: Path) -> None:
         file.write(ordered.replace(UNSEALED.encode(), hashlib.sha256(ordered).hexdigest().encode()))
 
 
-def _check_digest(path: str | os.PathLike, digest: str) -> None:
+def check_digest(path: str | os.PathLike, digest: str) -> None:
+    """That a file's header is as it was sealed. Raises FileRefused."""
     raw, place = _raw(path), digest.encode()
     if len(digest) != len(UNSEALED) or raw.count(place) != 1:
         raise FileRefused(path, "its metadata is damaged: it has no digest")

@@ -37,10 +37,15 @@ class Moment:
     rows: int
 
     @staticmethod
+    def shape(channels: int) -> tuple[int, int, int]:
+        """Of the sum, for so many channels."""
+        blocks, size = _blocks(channels)
+        return blocks, size, size
+
+    @staticmethod
     def nbytes(channels: int) -> int:
         """How much one of so many channels takes."""
-        blocks, size = _blocks(channels)
-        return blocks * size * size * 4
+        return math.prod(Moment.shape(channels)) * 4
 
     @staticmethod
     def of(x: Tensor) -> "Moment":
@@ -96,8 +101,16 @@ class InputStatistics:
         self._add_moment(x)
         self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         self.span = span  # last: where there is a span there are rows, however far an observation came
+        self._thin_out()
+
+    def _thin_out(self) -> None:
         if sum(r.shape[0] for r in self._rows) > 2 * MAX_ROWS:
             self._rows = [self.rows]
+
+    @property
+    def kept(self) -> Tensor:
+        """All rows that are kept, up to twice MAX_ROWS."""
+        return torch.cat(self._rows)
 
     @property
     def rows(self) -> Tensor:
@@ -106,17 +119,30 @@ class InputStatistics:
 
     def thinned(self, most: int) -> Tensor:
         """At most so many rows, evenly over all that were kept."""
-        rows = torch.cat(self._rows)
+        rows = self.kept
         return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
     @classmethod
-    def of(cls, spans: Sequence[Tensor], rows: Sequence[Tensor], most_rows: float | None) -> "InputStatistics":
-        """Of an input that several have observed, each a part of its rows; without a moment."""
+    def of(
+        cls, spans: Sequence[Tensor], rows: Sequence[Tensor], most_rows: float | None, moment: Moment | None = None
+    ) -> "InputStatistics":
+        """Of an input that several have observed, each a part of its rows. moment: of all of them."""
         whole = cls()
         whole.most_rows = most_rows
         if spans:
             whole._rows, whole.span = list(rows), torch.stack(list(spans)).amax(0)
+            whole.moment = moment
+            whole._thin_out()
         return whole
+
+    def part(self, own: int, size: int) -> "InputStatistics":
+        """What each of `size` processes that all know this is to say, so that `of` what they say is this."""
+        if self.span is None:
+            return self
+        moment = self.moment
+        if moment is not None and own > 0:
+            moment = Moment(torch.zeros_like(moment.sum), 0)
+        return self.of([self.span], [self.rows[own::size]], self.most_rows, moment)
 
     def _add_moment(self, x: Tensor) -> None:
         """A layer is quantized without it too, if less well; so it must not take what the model's own calls need."""

@@ -44,7 +44,7 @@ class Journal:
         for part in self._parts():
             try:
                 header = read_header(part)
-                for _ in checkpoint.intact(header, f"looking at {part}", progress=False):
+                for _ in checkpoint.intact(header.files, header.checksums, f"looking at {part}", progress=False):
                     pass
             except FileRefused:  # the machine was cut off, not only the process
                 part.unlink()

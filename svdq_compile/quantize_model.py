@@ -26,10 +26,11 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
-from .ranks import ranks_of
+from .ranks import Ranks, ranks_of
 from .replays import Recorder
 from .report import Report, report, why_nothing
 from .roots import find_weights
+from .statistics import Statistics
 from .summary import forget, tell_again, tell_to_compile
 from .task import Task
 
@@ -41,6 +42,7 @@ def quantize(
     config: Config | Mapping[str, Any] | None = None,
     *,
     calibrate: Callable[[nn.Module], Any] | None = None,
+    statistics: Statistics | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     **options: Any,
@@ -50,32 +52,32 @@ def quantize(
     config, options  a Config or a dict of options, and options by name, which count more
     calibrate       runs the model on what it is for, as in `lambda model: pipe("a dog")`; it runs in 16-bit while the
                     inputs of its layers are observed. The best picture.
+    statistics      what `observe` has seen of this model, instead: the same result, to the bit
     example_inputs  keyword arguments of the model's forward, for their shapes only: the model is traced on the meta
                     device, nothing is computed. Shows which layers share an input and which read few rows.
-                    Without either, every layer is quantized by its weights alone and none shares its input.
+                    Without any of these, every layer is quantized by its weights alone and none shares its input.
     device          where the work is done and the model ends up. From CPU weights to a GPU this way, the GPU never
                     holds more 16-bit weights than one group of layers.
 
-    Returns the report. Raises NotAModel, OptionError, NothingToQuantize, NonFiniteWeight, UnsupportedDevice.
+    Returns the report. Raises NotAModel, OptionError, OtherModel, NothingToQuantize, NonFiniteWeight,
+    UnsupportedDevice.
     """
-    check_given(model, calibrate, example_inputs)
+    check_given(model, calibrate, example_inputs, statistics)
     chosen = Config.of(config, options)
     target = None if device is None else device_in(device)
     warn_of_skip([model], chosen)
     was_quantized = has_quantized(model)
-    decisions.ask_again(model)
-    decisions.place(model)
-    stages.begin_anew(model)
+    _begin(model)
     if (ranks := ranks_of(chosen)) is not None:
         chosen.refuse_target("is met by one process, and several ranks would choose differently: give it group='alone'")
         ranks.agree([[pair] for pair in _named(model)], chosen)
+        ranks.compare(lambda: {"file": [] if statistics is None else [("statistics", statistics.fingerprint())]})
     recorder = Recorder() if chosen.has_target else None
     if calibrate is None:
         chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
-        tasks = planned(model, example_inputs)
+        tasks = planned(model, example_inputs, statistics, ranks)
     else:
-        tasks = _observed(model, calibrate, chosen.progress, recorder)
-        tasks += _by_weights_alone(model, tasks)
+        tasks = _with_unreached(model, _observed(model, calibrate, chosen.progress, recorder))
     if not has_quantized(model) and not _eligible(tasks):
         raise NothingToQuantize(why_nothing(model))
     if recorder is not None and _eligible(tasks):
@@ -101,11 +103,48 @@ def quantize(
     return outcome
 
 
-def check_given(model: Any, calibrate: Any, example_inputs: Any) -> None:
+def observe(model: nn.Module, calibrate: Callable[[nn.Module], Any], *, progress: bool = True) -> Statistics:
+    """Watch what the linears of a 16-bit model read, and leave the model as it is: for `quantize(model, statistics=)`,
+    here or elsewhere, now or from a file.
+
+        seen = svdq.observe(pipe.transformer, lambda model: pipe("a dog"))
+        seen.save("flux.statistics.safetensors")
+
+    calibrate  runs the model on what it is for, as for `quantize`
+    progress   show how far it has come
+
+    Raises NotAModel, OptionError, NothingToQuantize where no linear of the model ran.
+    """
+    check_given(model, calibrate, None)
+    weights = tuple(model.parameters())
+    _begin(model)
+    decisions.forget_statistics(weights)  # of calls before
+    try:
+        return Statistics.of(model, _observed(model, calibrate, progress))
+    finally:
+        decisions.forget_statistics(weights)
+        _begin(model)
+
+
+def _begin(model: nn.Module) -> None:
+    """Let it be decided anew what becomes of the layers of a model."""
+    decisions.ask_again(model)
+    decisions.place(model)
+    stages.begin_anew(model)
+
+
+def check_given(model: Any, calibrate: Any, example_inputs: Any, statistics: Any = None) -> None:
     """What was given beside the options. Raises NotAModel, OptionError."""
     inner = model_in(model, "quantize")
     if calibrate is not None and example_inputs is not None:
         raise OptionError("give calibrate or example_inputs, not both: calibrating shows the shapes too")
+    if statistics is not None and not (calibrate is None and example_inputs is None):
+        raise OptionError("give statistics alone, without calibrate and example_inputs: they were observed already")
+    if not isinstance(statistics, Statistics | None):
+        raise OptionError(
+            f"statistics={statistics!r:.60} are none: give those of svdq_compile.observe(model, calibrate), or of a "
+            "file, by svdq_compile.Statistics.load(path)"
+        )
     if calibrate is not None and not _can_be_called(calibrate, model):
         raise OptionError(
             f"calibrate={calibrate!r:.60} is no function of the model: "
@@ -211,12 +250,39 @@ def _observed(
     return list(watch.tasks.values())
 
 
-def planned(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> list[Task]:
-    """What is known without running the model: by a twin on the meta device, which shows shapes and who shares an
-    input, and of the layers that it does not run, or without inputs for it, by the weights alone.
+def planned(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | None,
+    statistics: Statistics | None = None,
+    ranks: Ranks | None = None,
+) -> list[Task]:
+    """What is known without running the model: by what was observed of it; or by a twin on the meta device, which shows
+    shapes and who shares an input. Of the layers that neither has reached, by the weights alone.
+
+    ranks  those that quantize the model together: all know the statistics, and each has seen a part
     """
+    if statistics is not None:
+        tasks = _with_unreached(model, statistics.tasks(model))
+        if ranks is None:
+            return tasks
+        return [replace(task, statistics=task.statistics.part(ranks.own, ranks.size)) for task in tasks]
     tasks = [] if example_inputs is None else _traced(model, example_inputs)
     return tasks + _by_weights_alone(model, tasks)
+
+
+def _with_unreached(model: nn.Module, observed: list[Task]) -> list[Task]:
+    """And the layers that no call has reached, by their weights alone: which is told."""
+    alone = _by_weights_alone(model, observed)
+    empty = [task for task in observed if task.statistics.span is None and not task.expanded]
+    unseen = [name for task in empty + alone for _, name in task.undecided]
+    if unseen:
+        log.warning(
+            "svdquant: calibration has not reached %d linears, which are quantized by their weights alone: %s%s",
+            len(unseen),
+            ", ".join(unseen[:5]),
+            " and so on" if len(unseen) > 5 else "",
+        )
+    return observed + alone
 
 
 def _traced(model: nn.Module, example_inputs: Mapping[str, Any]) -> list[Task]:

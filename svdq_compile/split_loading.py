@@ -53,7 +53,7 @@ def load_part(
 
     def read() -> dict[str, Tensor]:
         with unchanged(path, files_of(path)):
-            for _ in checkpoint.intact(header, f"looking at {path}", progress, _share(header, holders)):
+            for _ in checkpoint.intact(header.files, _share(header, holders), f"looking at {path}", progress):
                 pass
             return _parts(header, found.splits, holders, target, f"loading {path}", progress)
 
@@ -84,9 +84,9 @@ def _planned(
     return header, plan
 
 
-def _share(header: Header, holders: Holders) -> list[str]:
-    """The tensors that this rank looks at."""
-    return sorted(header.checksums)[holders.rank :: holders.size]
+def _share(header: Header, holders: Holders) -> dict[str, int]:
+    """The tensors that this rank looks at, and their checksums."""
+    return dict(sorted(header.checksums.items())[holders.rank :: holders.size])
 
 
 def _parts(

@@ -29,6 +29,7 @@ from .ranks import ranks_of, together
 from .reading import fingerprint, state_of
 from .split_plan import Plan, check_inputs, plan_for
 from .splits import COARSEST
+from .statistics import Statistics
 from .summary import tell_again, tell_to_compile
 from .task import Task
 
@@ -44,18 +45,19 @@ def from_pretrained(
     example_inputs: Mapping[str, Any] | None = None,
     mesh: Any = None,
     plan: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
     **options: Any,
 ) -> nn.Module:
     """A model of diffusers in 4 bits, from local files: one group of its linears at a time is there in 16 bits.
 
     path             a model folder, whole or in shards, which may be in 4 bits already; a pipeline folder; a single
                      file (safetensors, GGUF) with a model's weights, as diffusers or as the model's authors name them
-    config, options  as in `quantize`. The weights alone are looked at: no calibration
+    config, options  as in `quantize`
     model            of a single file: the folder with the model's config.json, or its class
     component        of a pipeline folder: which model; by default the transformer, else the unet
     dtype            of the model; by default the 16-bit one that it is stored in, else bfloat16
     device           where the model goes, and the work is done; by default the CPU
-    example_inputs   as in `quantize`
+    example_inputs   as in `quantize`; statistics: likewise. Without, the weights alone are looked at
     mesh             of torch.distributed: its ranks, which all call this, share the work, and each gets its part of the
                      model; plan: what is split. Both as in `parallelize`, with its errors
 
@@ -80,7 +82,7 @@ def from_pretrained(
         check = None
         if holders is not None and ranks is not None:
             found = each(lambda: _planned(source.model, plan, holders.size))
-            ranks.compare(lambda: {"file": _prints(source), "split": as_facts(found)})
+            ranks.compare(lambda: {"file": _prints(source, statistics), "split": as_facts(found)})
             keeper = Parts(source.model, found, holders, target, chosen.progress)
             check = partial(_check_inputs, found)
         fill(
@@ -89,6 +91,7 @@ def from_pretrained(
             folder,
             chosen,
             example_inputs=example_inputs,
+            statistics=statistics,
             at=target,
             place=target,
             keeper=keeper,
@@ -137,9 +140,11 @@ def quantize_file(
     *,
     model: str | None = None,
     component: str | None = None,
+    statistics: Statistics | None = None,
 ) -> str:
-    """Quantize a model by its weights alone, and write it to a file. What was done before an interruption is taken up
-    by the next call with the same arguments, which ends with the same file, by as many ranks as there are then.
+    """Quantize a model by its weights, and what was observed of it before, and write it to a file. What was done before
+    an interruption is taken up by the next call with the same arguments, which ends with the same file, by as many ranks
+    as there are then.
 
     Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
     Several ranks (option group) share the work, and the first one writes the file.
@@ -151,15 +156,26 @@ def quantize_file(
     with ExitStack() as kept, ExitStack() as held:
         source = each(lambda: held.enter_context(opened_source(path, model=model, component=component)))
         if ranks is not None:
-            ranks.compare(lambda: {"file": _prints(source)})
+            ranks.compare(lambda: {"file": _prints(source, statistics)})
 
         def keeper() -> Keeper:
             if not is_first:
                 return Nowhere()
-            return kept.enter_context(journal_beside(output, source.model, _facts(source, config, device)))
+            facts = _facts(source, config, device)
+            facts |= {} if statistics is None else {"statistics": statistics.fingerprint()}
+            return kept.enter_context(journal_beside(output, source.model, facts))
 
         keeping = each(keeper)
-        fill(source.model, source.tensors, source.path, config, at=device, keeper=keeping, ranks=ranks)
+        fill(
+            source.model,
+            source.tensors,
+            source.path,
+            config,
+            statistics=statistics,
+            at=device,
+            keeper=keeping,
+            ranks=ranks,
+        )
         each(held.close)
 
         def save() -> None:
@@ -171,8 +187,9 @@ def quantize_file(
     return source.place
 
 
-def _prints(source: Source) -> list[tuple[str, str]]:
-    return [(file.name, fingerprint(file)) for file in source.files]
+def _prints(source: Source, statistics: Statistics | None) -> list[tuple[str, Any]]:
+    known = [] if statistics is None else [("statistics", statistics.fingerprint())]
+    return [*((file.name, fingerprint(file)) for file in source.files), *known]
 
 
 def _facts(source: Source, config: Config, device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import svdq_compile as svdq
+from snippets import hub
 from svdq_compile.cli import app
 from svdq_compile.drawing import Drawer, Drawing
 from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, OptionError
@@ -369,6 +370,8 @@ def test_a_quantized_file_is_what_is_evaluated(
     assert result.psnr_db == evaluated[0].psnr_db
     assert result.layers == evaluated[0].layers
     assert "Loaded from model.safetensors" in (tmp_path / "eval.html").read_text()
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        svdq.evaluate(Pipeline(), tmp_path / "eval.html", **given | {"quantized": tmp_path / "missing"})
     with pytest.raises(OptionError, match="is quantized already: leave out calibration"):
         svdq.evaluate(Pipeline(), tmp_path / "eval.html", **given, calibration=["a cat"])
     other = Pipeline()
@@ -536,7 +539,9 @@ def test_the_demo_model(tmp_path: Path, code_cache: None) -> None:
     assert {layer["precision"] for layer in found["layers"]} == {"w4a8"}
     assert not any(layer["layer"].startswith("single_transformer_blocks.0.") for layer in found["layers"])
     assert "num_inference_steps=2, guidance_scale=1.0" in output.read_text()
-    assert "exists already; --force overwrites it" in command(*given).stderr
+    assert "eval.html exists already; --force overwrites it" in command(*given).stderr
+    output.unlink()
+    assert "eval.json exists already; --force overwrites it" in command(*given).stderr
 
 
 @pytest.mark.parametrize(
@@ -582,3 +587,28 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert "brings its own code" in command("some/emoji", "x.html", "--prompt", "a dog").stderr
     assert asked == ["no/such", "some/emoji"]
+
+
+# ** pipelines of diffusers **
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "size"),
+    [
+        ("black-forest-labs/FLUX.1-dev", 1, 64),
+        ("stabilityai/stable-diffusion-xl-base-1.0", 1, 64),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 2, 32),
+    ],
+)
+def test_diffusers_pipelines(tmp_path: Path, name: str, frames: int, size: int) -> None:
+    """Packed latents, a unet that is called by position, a video."""
+    pipe = hub.PIPELINES[name]().to(torch.bfloat16)
+    call: dict[str, Any] = {"num_inference_steps": 2, "height": size, "width": size}
+    call |= {"num_frames": 5} if frames > 1 else {}
+    result = svdq.evaluate(pipe, tmp_path / "eval.html", prompts=["a dog"], calibration=["a cat"], call=call, **OPTIONS)
+    assert len(Outline((tmp_path / "eval.html").read_text()).found["img"]) == 2 * frames
+    assert len(result.steps) == len(result.timesteps) == 2
+    assert all(step.timestep is not None and 0 < step.error.mean < 0.5 for step in result.steps + result.timesteps)
+    assert all(0 < layer.error < 0.3 for layer in result.layers)
+    assert len(result.layers) > 5
+    assert pipe._progress_bar_config == {}
