@@ -3,8 +3,8 @@
     y = attention_of_heads([q, w, k, v], [0, 1, 2, 1, 3], "heads(x, a0: D); ... | heads(x, a0: D); ... | heads(x)",
                            [1, 1], False, None, order, "fp8")
 
-The text has the parts of q, of k and of v one after another (heads.py); `counts` says how many are q's and how many
-k's. `reads` has the operands of all, as places in the list of tensors: what q and k share is there once, since one tensor
+The text has the parts of q, of k and of v one after another (heads.py); `counts` says how many are q's and how many are
+k's. `reads` has the operands of all, as places in the list of tensors: what q and k share is there once, since a tensor
 that is two operands keeps a call from being replayed. What follows is svdq::attention's.
 
 In one, because who attends decides what heads should be: 16 bits, or codes and scales, which nobody should have to make

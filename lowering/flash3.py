@@ -93,10 +93,11 @@ def attention_fp8(heads: Sequence[Sequence[Part]], is_causal: bool, scale: float
 
     parts = [[(region, values) for region, values in each if values["x"].numel()] for each in heads]
     regions, values = zip(*(part for each in parts for part in each), strict=True)
-    q, k, v = ([values["x"] for _, values in each] for each in parts)
-    *codes, q_scale, k_scale, v_scale = attention_codes((q, k, v), GeneratedParts(*bind_parts(regions, values)))
-    o = Attention(*(code.transpose(1, 2) for code in codes), is_causal, scale, order)
-    return o.in_order(_forward(o, (q_scale, k_scale, v_scale)).to(q[0].dtype))  # of codes it makes bf16
+    xs = tuple([values["x"] for _, values in each] for each in parts)
+    *codes, q_scale, k_scale, v_scale = attention_codes(xs, GeneratedParts(*bind_parts(regions, values)))
+    q, k, v = (code.transpose(1, 2) for code in codes)
+    o = Attention(q, k, v, is_causal, scale, order)
+    return o.in_order(_forward(o, (q_scale, k_scale, v_scale)).to(xs[0][0].dtype))  # of codes it makes bf16
 
 
 def _forward(o: Attention, scales: tuple) -> Tensor:
