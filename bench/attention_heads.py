@@ -73,7 +73,7 @@ def microseconds(call: Callable[[], object], repeats: int) -> float:
 
 def measure(case: str, repeats: int) -> dict:
     given = operands(*CASES[case])
-    o = of_heads._record(*given)
+    o = of_heads.record(*given)
     exact, coded = (row for row in of_heads.ATTENTION_OF_HEADS.rows if row.name in ("exact_heads", "flash3_fp8_heads"))
     reason = coded.refuses(o)
     if reason is not None:

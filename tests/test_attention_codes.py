@@ -126,8 +126,9 @@ def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict,
         for _, axes in region.operands[1:]:
             extra += {"D": ["*bf16"], "BTD": ["*fp32", "i32", "i32"]}[axes]
     width = 1 << (d - 1).bit_length()
-    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": 6, "INTERLEAVED": text != PLAIN, "EARLY": capability >= 90,
-                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused}  # fmt: skip
+    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": 6, "INTERLEAVED": text != PLAIN,
+                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused,
+                  "EARLY": capability >= 90}  # fmt: skip
 
     def source(kernel, signature, constants, even):
         at = kernel.arg_names.index("extra")

@@ -75,12 +75,12 @@ def operands(texts: list[str], lengths: list[list[int]], b: int, h: int, d: int,
 
 def heads_in_torch(given: tuple) -> list[Tensor]:
     """q, k and v [B, S, H, D] in fp32."""
-    o = of_heads._record(*given, False, None, BSHD, "fp8")
+    o = of_heads.record(*given, False, None, BSHD, "fp8")
     return [torch.cat([region.evaluate(values) for region, values in each], 1) for each in o.parts]
 
 
 def codes_of(given: tuple) -> tuple[Tensor, ...]:
-    o = of_heads._record(*given, False, None, BSHD, "fp8")
+    o = of_heads.record(*given, False, None, BSHD, "fp8")
     regions, values = zip(*(part for each in o.parts for part in each), strict=True)
     xs = [[values["x"] for _, values in each] for each in o.parts]
     return ac.attention_codes(xs, ac.GeneratedParts(*generate_heads.bind_parts(regions, values)))
@@ -140,7 +140,7 @@ def check(y: Tensor, given: tuple, is_causal: bool, scale: float | None, least: 
 )
 def test_both_ways(texts: list[str], lengths: list, is_causal: bool, d: int, order: list[int]) -> None:
     given = operands(texts, lengths, 2, 4, d)
-    o = of_heads._record(*given, is_causal, None, order, "fp8")
+    o = of_heads.record(*given, is_causal, None, order, "fp8")
     for kernel in of_heads.ATTENTION_OF_HEADS.rows:
         assert kernel.refuses(o) is None
         y = kernel.run(o)
@@ -155,7 +155,7 @@ def test_by_plans_and_graphs() -> None:
     texts = [ROTATED, ROTATED, str(PLAIN)]
     given = operands(texts, [[512, 4096]] * 3, 1, 24, 128)
     results = [site(*given, False, None, BSHD, "fp8") for _ in range(6)]
-    o = of_heads._record(*given, False, None, BSHD, "fp8")
+    o = of_heads.record(*given, False, None, BSHD, "fp8")
     assert of_heads.ATTENTION_OF_HEADS.choose(o).name == "flash3_fp8_heads"
     assert all(torch.equal(results[0], y) for y in results)
     other = operands(texts, [[512, 4096]] * 3, 1, 24, 128)
