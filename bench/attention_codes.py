@@ -1,6 +1,6 @@
 """How q, k and v should be scaled for attention in e4m3: errors of a few ways, emulated in plain torch.
 
-python bench/attention_codes.py            needs no GPU; half a minute. Writes bench/results/attention-codes.json
+python bench/attention_codes.py            needs no GPU; a minute or two. Writes bench/results/attention-codes.json
 
 The heads are made as models make them: a linear's result with what all tokens share, RMS norm with a weight, rotation;
 values with tokens that are far larger than the others. The product is FlashAttention-3's: codes of q, k and v, and
@@ -129,8 +129,8 @@ def measure(tokens: int, channels: int, count: int) -> Iterator[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=48)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--out", type=Path, default=RESULTS / "attention-codes.json")
     args = parser.parse_args()

@@ -3,8 +3,8 @@
     y = attention_of_heads([q, w, k, v], [0, 1, 2, 1, 3], "heads(x, a0: D); ... | heads(x, a0: D); ... | heads(x)",
                            [1, 1], False, None, order, "fp8")
 
-The text has the parts of q, of k and of v one after another (heads.py); `counts` says how many are q's and how many
-k's. `reads` has the operands of all, as places in the list of tensors: what q and k share is there once, since one tensor
+The text has the parts of q, of k and of v one after another (heads.py); `counts` says how many are q's and how many are
+k's. `reads` has the operands of all, as places in the list of tensors: what q and k share is there once, since a tensor
 that is two operands keeps a call from being replayed. What follows is svdq::attention's.
 
 In one, because who attends decides what heads should be: 16 bits, or codes and scales, which nobody should have to make
@@ -95,20 +95,20 @@ def attention_of_heads(
     arithmetic: str,
 ) -> Tensor:
     """By the way that was fastest, its result in this order."""
-    of_one_kind = [t if t.ndim != 4 or t.stride(3) == 1 else t.contiguous() for t in operands]
-    o = _record(of_one_kind, reads, region, counts, is_causal, scale, order, arithmetic)
+    o = record(operands, reads, region, counts, is_causal, scale, order, arithmetic)
     with launch.on_device(o.first.device):
         return ATTENTION_OF_HEADS.run(o)
 
 
 def empty_result(operands: list[Tensor], *more: Any) -> Tensor:
     """A tensor for the result; also the operator's shape function."""
-    o = _record(operands, *more)
+    o = record(operands, *more)
     q, _, v = o.shapes()
     return empty_in_order(o.first, (*q[:3], v[3]), o.order)
 
 
-def _record(operands: list[Tensor], reads: list[int], region: str, counts: list[int], *more: Any) -> OfHeads:
+def record(operands: list[Tensor], reads: list[int], region: str, counts: list[int], *more: Any) -> OfHeads:
+    """The operator's arguments, put in order."""
     parts = heads.with_values([operands[i] for i in reads], region)
     q, k = counts
     return OfHeads(parts[0][1]["x"], (parts[:q], parts[q : q + k], parts[q + k :]), *more)

@@ -126,8 +126,9 @@ def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict,
         for _, axes in region.operands[1:]:
             extra += {"D": ["*bf16"], "BTD": ["*fp32", "i32", "i32"]}[axes]
     width = 1 << (d - 1).bit_length()
-    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": 6, "INTERLEAVED": text != PLAIN, "EARLY": True,
-                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused}  # fmt: skip
+    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": 6, "INTERLEAVED": text != PLAIN,
+                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused,
+                  "EARLY": capability >= 90}  # fmt: skip
 
     def source(kernel, signature, constants, even):
         at = kernel.arg_names.index("extra")
@@ -159,10 +160,11 @@ def test_compiles_without_spills(capability: int, text: str, d: int, tmp_path, m
     tiled = {"TOKENS": tile.tokens, "HEADS": tile.heads}
     built = compiled_kernel(ac._attention_codes_kernel, capability, text, d, tiled, tile.warps)
     assert not built.spilled
-    assert built.registers <= 96
+    assert built.registers <= 80
     assert WIDE.search(built.ptx)
     assert "cvt.rn.satfinite.e4m3x2.f32" in built.ptx
-    assert {"min.NaN.f32", "max.NaN.f32"} <= set(built.ptx.split()), "what is no number stays so"
+    assert "min.NaN" in built.ptx, "what is no number stays so"
+    assert not built.shared
     assert capability < 90 or waits_first(built.ptx)
     built = compiled_kernel(ac._attention_samples_kernel, capability, text, d, {"COUNT": ac.SAMPLES}, 8)
     assert not built.spilled

@@ -157,9 +157,7 @@ def _attention_codes_kernel(
         block -= tl.cdiv(rows, TOKENS)
 
 
-def attention_codes(
-    parts: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], generated: GeneratedParts
-) -> tuple[Tensor, ...]:
+def attention_codes(parts: Sequence[Sequence[Tensor]], generated: GeneratedParts) -> tuple[Tensor, ...]:
     """-> qq, kq, vq, and their scales [B, H], as above.
 
     parts: the x of q, of k and of v, none empty; D a power of two, or with regions that do nothing a multiple of 16

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from svdq_compile.kernels.operands import Attention
-from svdq_compile.kernels.portable.attention_codes import attention_codes
 from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering import flash3, kernel_table, launch, ops
 from svdq_compile.lowering.inductor import compile_with_inductor
@@ -292,24 +291,6 @@ def test_a_compiled_model_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 needs_flash3 = pytest.mark.skipif(flash3.missing() is not None, reason="needs fa3-fwd")
 
 
-@pytest.mark.parametrize(("s", "t", "channels"), [(1, 1, 64), (300, 300, 64), (77, 1000, 128), (515, 64, 96)])
-@pytest.mark.parametrize("order", [BSHD, BHSD, SBHD], ids=["BSHD", "BHSD", "SBHD"])
-def test_codes(s: int, t: int, channels: int, order: list[int]) -> None:
-    """Each value within half a step of e4m3, k less its mean."""
-    torch.manual_seed(0)
-    q, k, v = (normal(order, 2, 3, n, channels) for n in (s, t, t))
-    k += 3 * torch.randn(1, 3, 1, channels, device="cuda", dtype=torch.bfloat16)
-    v[0, 0] = 0
-    *codes, sq, sk, sv = attention_codes(q, k, v)
-    for x, code, scale in zip((q, k, v), codes, (sq, sk, sv), strict=True):
-        expected = x.float() - x.float().mean(2, keepdim=True) * (x is k)
-        most = expected.abs().amax((2, 3))
-        torch.testing.assert_close(scale, torch.where(most > 0, most / 448, 1.0), rtol=1e-4, atol=1e-6 if t == 1 else 0)
-        expected, steps = expected.transpose(1, 2), scale[:, None, :, None]
-        off = (code.float() * steps - expected).abs()
-        assert (off <= expected.abs() * (1.001 / 16) + steps * 2**-9).all()
-
-
 @needs_flash3
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("lies", [BSHD, BHSD], ids=["BSHD", "BHSD"])
@@ -319,7 +300,8 @@ def test_eight_bits(lies: list[int], is_causal: bool) -> None:
     q, k, v = (normal(BSHD, 2, 4, 700, 128) for _ in range(3))
     k += 20 * torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
     o = Attention(q, k, v, is_causal, None, lies, "fp8")
-    y = flash3.attention_fp8(o)
+    (row,) = [kernel for kernel in ATTENTION.rows if kernel.name == "flash3_fp8"]
+    y = row.run(o)
     planned = o.empty_result()
     assert (y.shape, y.stride(), y.dtype) == (planned.shape, planned.stride(), planned.dtype)
     assert 0.01 < error(y, o) < 0.09
