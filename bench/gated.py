@@ -3,9 +3,9 @@
     python bench/gated.py [--out bench/results/gated-h200.json]
     python bench/gated.py --step sdxl       a step of a model instead, its gates fused and not (sdxl or sd1.5)
 
-A row is GEGLU and the next linear's quantize: "apart", where the GEMM stores both halves and quantize multiplies them as
-it reads them, and "gated", where the GEMM does. Random data, results compared before they are timed, medians with a
-cold L2. Then quantize alone on short rows, against a copy of as many bytes. A step is the whole model as one CUDA graph,
+A row is GEGLU and the next linear's quantize: "apart", where the GEMM stores both halves and quantize multiplies them
+as it reads them, and "gated", where the GEMM does. Random data, results compared before they are timed, medians with
+a cold L2. Then quantize alone on short rows, against a copy of as many bytes. A step is the whole model, a CUDA graph,
 its weights quantized without calibration: times only.
 """
 
