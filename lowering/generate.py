@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.portable import tanh as triton_math
+from ..kernels.portable import erf, tanh
 from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
 from .region import GIVEN, Region, Step, parse
@@ -41,7 +41,7 @@ _CALLS = {
     "abs": "tl.abs({0})",
     "exp": "tl.exp({0})",
     "tanh": "tanh({0})",
-    "erf": "tl.erf({0})",
+    "erf": "erf({0})",
     "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "tl.rsqrt({0})",
@@ -161,8 +161,10 @@ def python_file(regions: Sequence[Region], functions: dict[str, list[str]], impo
     drawing = "\n\n".join("\n".join(f"    {line}" for line in lines) for lines in drawings)
     code = "\n".join(f"\n\n@triton.jit\ndef {signature}:\n" + "\n".join(f"    {line}" for line in lines)
                      for signature, lines in functions.items())  # fmt: skip
-    if "tanh(" in code:
-        imports += f"from {triton_math.__name__} import tanh\n"
+    for module in (erf, tanh):
+        name = module.__name__.rpartition(".")[2]
+        if f"{name}(" in code:
+            imports += f"from {module.__name__} import {name}\n"
     imports = f"\n{imports}" if imports else ""
     return f'"""A fused region.\n\n{drawing}\n"""\n\nimport triton\nimport triton.language as tl\n{imports}{code}\n'
 

@@ -37,7 +37,8 @@ def built(capability, tile, epilogue=None, extra=(), auxiliary=False):
     from svdq_compile.kernels.ampere.gemm_w4a8 import _gemm_kernel
 
     constants = {"TM": tile.tm, "TN": tile.tn, "STAGES": tile.stages, "WARPS_M": tile.warps_m, "WARPS_N": tile.warps_n,
-                 "GROUP": 8, "LOW_RANK": True, "BIAS": True, "EPILOGUE": epilogue, "AUXILIARY": auxiliary}  # fmt: skip
+                 "GROUP": 8, "LOW_RANK": True, "BIAS": True, "EPILOGUE": epilogue, "AUXILIARY": auxiliary,
+                 "GATES": False}  # fmt: skip
     types = POINTERS | {"extra": extra}
     return compile_for(_gemm_kernel, capability, constants, tile.warps, types, source=GluonASTSource)
 

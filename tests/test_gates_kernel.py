@@ -13,6 +13,7 @@ from kernel_testing import HALF, builds, compile_for, compiled, error, interpret
 
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.kernels.operands import Gemm
+from svdq_compile.kernels.portable.erf import erf
 from svdq_compile.kernels.runtime.generated import Generated
 from svdq_compile.kernels.runtime.target import SHARED_MEMORY
 from svdq_compile.lowering import reference
@@ -73,6 +74,22 @@ def test_interpreted_gemm(m, n, k, rank, precision):
 
 
 @interpreted
+def test_interpreted_generated_gate():
+    """As the pass writes it: GEGLU with a factor for each channel, and something to add for each element."""
+    from svdq_compile.kernels.portable import gemm as triton_gemm
+    from svdq_compile.lowering import generate
+    from svdq_compile.lowering.region import parse
+
+    text = ("gate(y, right, a0: C, a1: BTC); t0 = mul(right, 0.7071067811865476); t1 = erf(t0); t2 = add(t1, 1.0); "
+            "t3 = mul(right, t2); t4 = mul(t3, a0); t5 = mul(y, t4); t6 = add(t5, a1)")  # fmt: skip
+    o, values = operands("w4a8", 21, 80, 128, 16), {"a0": torch.randn(40).to(HALF), "a1": torch.randn(21, 40).to(HALF)}
+    y = triton_gemm.gemm(o, generate.bind(text, values, torch.Size((21,)), 40))
+    plain = layout.to_plain(o.precision, o.weight, o.qx.shape[1])
+    left, right = reference.gemm(*o._replace(weight=list(plain))).chunk(2, -1)
+    assert error(y, parse(text).evaluate(values | {"y": left, "right": right})) < 1e-5
+
+
+@interpreted
 @pytest.mark.parametrize("tile", [(32, 64, 64, False), (128, 128, 128, True)])
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(1, 16, 16, 0), (17, 48, 192, 16), (40, 272, 100, 48)])
 def test_interpreted_nvfp4(m, n, k, rank, tile):
@@ -119,7 +136,7 @@ def test_launchers_say_what_is_wrong_int4():
 
 @triton.jit
 def geglu(left, right, features, tokens, live, extra):
-    return left * right * 0.5 * (1.0 + tl.erf(right * 0.7071067811865476))
+    return left * right * 0.5 * (1.0 + erf(right * 0.7071067811865476))
 
 
 def described(blocks, features):

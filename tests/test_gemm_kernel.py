@@ -221,7 +221,7 @@ def gluon_gemm_for(tile, epilogue=None, extra=(), auxiliary=False, low_rank=True
         for name, (kind, _, rows, columns) in blocks.items()
     }
     constants = {"TM": tm, "TN": tn, "STAGES": tile.stages, "GROUP": 8, "LOW_RANK": low_rank, "BIAS": True,
-                 "EPILOGUE": epilogue, "AUXILIARY": auxiliary, "WARPS": tile.warps}  # fmt: skip
+                 "EPILOGUE": epilogue, "AUXILIARY": auxiliary, "GATES": False, "WARPS": tile.warps}  # fmt: skip
     types = POINTERS | descriptors | {"partial": "*i32", "counters": "*i32", "extra": extra}
     return compile_for(gluon_gemm._gemm_kernel, 90, constants, tile.warps, types, source=GluonASTSource)
 

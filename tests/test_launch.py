@@ -264,13 +264,14 @@ def test_a_profiler_sees_the_launch(driver, monkeypatch):
 
 def test_kernels_make_each_layout_once():
     """`launch` knows a layout by its identity: one made anew in each call would be compiled for in each call."""
-    from svdq_compile.kernels.hopper.descriptors import describe, plain
-    from svdq_compile.kernels.hopper.quantize import describe_down
+    from svdq_compile.kernels.hopper.descriptors import describe, of_both_halves, plain
+    from svdq_compile.kernels.hopper.quantize import Tile, describe_down
 
     down = torch.zeros(96, 64, dtype=torch.bfloat16)
     for made in (
-        lambda: describe_down(down, 8, 2)[0],
+        lambda: describe_down(down, Tile(8, 2))[0],
         lambda: describe(down, 2, 64, plain(16)),
         lambda: describe(down, 64, 64),
+        lambda: of_both_halves(describe(down, 64, 64), 0),
     ):
         assert made().layout is made().layout

@@ -228,8 +228,10 @@ def test_compiles_without_spills(capability, precision, rank, warps, stages):
     # On Blackwell for one more program on a multiprocessor, or, at rank 256, not to read `down` twice as often.
     assert spilled <= (16 if capability >= 100 else 0)
     if precision == "w4a8":
-        constants = {"DTYPE": tl.bfloat16, "TM": 8, "TK": 1024, "PARTS": 8, "JOINED": False, "PROLOGUE": None}
-        assert not compile_for(tq._codes_kernel, capability, constants, 4, types).spilled
+        for kp in (3072, 640, 320):
+            tm, tk = tq.codes_tile(kp)
+            constants = {"DTYPE": tl.bfloat16, "TM": tm, "TK": tk, "PARTS": 8, "JOINED": False, "PROLOGUE": None}
+            assert not compile_for(tq._codes_kernel, capability, constants, 4, types).spilled
 
 
 @builds
@@ -242,23 +244,39 @@ def test_variants_compile_without_spills(changes):
     assert not compile_for(tq._measure_kernel, 90, constants | changes, 4, types).spilled
 
 
+@compiled
+def test_codes_are_written_in_tiles_that_fill_rows():
+    tiles = {kp: tq.codes_tile(kp)[1] for kp in (64, 128, 320, 640, 960, 1152, 1280, 2048, 3072, 15360)}
+    assert tiles == {64: 64, 128: 128, 320: 64, 640: 128, 960: 1024, 1152: 256, 1280: 256, 2048: 1024, 3072: 1024,
+                     15360: 1024}  # fmt: skip
+    assert all(tm * tk == 8192 for tm, tk in map(tq.codes_tile, tiles))
+
+
 PROLOGUE_TYPES = ("*fp32", "*fp32", "*bf16", "*bf16", "i32", "i32")
 
 
-def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608):
+def on_h200(m, k, rank, precision="w4a8", width=None):
+    """What quantize reads, and its second part if the first has only `width` columns: shapes without memory."""
+    x = torch.empty(m, width or k, dtype=torch.bfloat16, device="meta")
+    down = torch.empty(rank, k, dtype=torch.bfloat16, device="meta")
+    o = Quantize(x, None, down, precision, float(precision == "int4"))
+    return o, torch.empty(m, k - width, device="meta") if width else None
+
+
+def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608, choice=0):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels.hopper import quantize as gq
 
-    width = 3072 if joined else k
-    values = gq.constants(m, k, rank, precision, float(precision == "int4"), width, prologue and Generated(prologue))
+    o, right = on_h200(m, k, rank, precision, 3072 if joined else None)
+    prologue = prologue and Generated(prologue)
+    tile = gq.candidates(o, prologue, right)[choice]
+    values = gq.constants(tile, o, prologue, right)
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
-    types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue is modulated else ()}
+    types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue and prologue.function is modulated else ()}
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
-    boxes, slots, *_ = values
-    x = gq.describe(torch.empty(m, width, dtype=torch.bfloat16), 64, 64 * boxes)
-    down = torch.empty(rank, k, dtype=torch.bfloat16)
-    first, rest = gq.describe_down(down, boxes, slots) if rank else (x, x)
+    x = gq.describe(o.x, 64, 64 * tile.boxes)
+    first, rest = gq.describe_down(o.down, tile) if rank else (x, x)
     for name, block in (("x", x), ("right", x), ("down", first), ("rest", rest)):
         types[name] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
     return compile_for(gq._quantize_kernel, 90, constants, 4, types, source=GluonASTSource)
@@ -292,6 +310,41 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, prologu
     assert built.spilled <= (8 if rank == 256 else 0)  # a register pair with Triton 3.6, none with 3.7
     assert built.registers * 128 * 2 <= 65536
     assert "cp.async.bulk.tensor" in built.ptx
+
+
+@builds
+@pytest.mark.parametrize("prologue", [None, modulated])
+@pytest.mark.parametrize("k", [320, 640, 1280])
+def test_the_single_kernel_on_short_rows(k, prologue, monkeypatch):
+    """Twice as many programs share a multiprocessor."""
+    from svdq_compile.kernels.hopper import quantize as gq
+
+    monkeypatch.setattr(gq, "processors", lambda device: 132)
+    wide, narrow = (compile_gluon(32, k, prologue=prologue, choice=choice) for choice in (0, 1))
+    assert wide.spilled == narrow.spilled == 0
+    assert 8 * (narrow.shared + 1024) <= 227 * 1024
+    assert 8 * 128 * narrow.registers <= 65536
+    assert waits_first(narrow.ptx)
+
+
+@compiled
+def test_tiles_of_the_single_kernel(monkeypatch):
+    """What long rows and high ranks get is not measured; no tile of two parts straddles them."""
+    from svdq_compile.kernels.hopper import quantize as gq
+
+    monkeypatch.setattr(gq, "processors", lambda device: 132)
+
+    def boxes(*given, **more):
+        o, right = on_h200(*given, **more)
+        return [t.boxes for t in gq.candidates(o, None, right)]
+
+    assert boxes(8192, 320, 32) == boxes(2048, 1280, 64) == boxes(16, 2048, 32) == [4, 2]
+    assert boxes(8192, 640, 32, "int4") == [4, 2]
+    assert boxes(4608, 3072, 32) == boxes(512, 3072, 32) == [4]
+    assert boxes(4608, 15360, 32) == [8]
+    assert boxes(8192, 640, 96) == [8]
+    assert boxes(8192, 640, 32, width=384) == [2, 1]
+    assert boxes(8192, 640, 32, width=320) == [1]
 
 
 @compiled

@@ -22,6 +22,7 @@ t7 = fp16(t6)""".replace("\n", "; ")
 RESIDUAL = """epilogue(y, a0: C, auxiliary: BTC)
 t0 = mul(a0, y)
 t1 = add(auxiliary, t0)""".replace("\n", "; ")
+GATE = "gate(y, right, a0: C); t0 = mul(right, a0); t1 = erf(t0); t2 = add(t1, 1.0); t3 = mul(y, t2)"
 EVERYTHING = (
     "prologue(x, a0: BTC); "
     "t0 = tanh(x); t1 = erf(x); t2 = exp(a0); t3 = sigmoid(x); t4 = relu(a0); t5 = abs(x); t6 = add(t5, 0.5); "
@@ -31,7 +32,9 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.parametrize("text", [MODULATE, RESIDUAL, EVERYTHING, "prologue(x, right)", "epilogue(y); t0 = bf16(y)"])
+@pytest.mark.parametrize(
+    "text", [MODULATE, RESIDUAL, EVERYTHING, "prologue(x, right)", "epilogue(y); t0 = bf16(y)", GATE]
+)
 def test_what_is_written_is_read_back(text: str) -> None:
     assert str(parse(text)) == text
     compile(generate.source(parse(text)), "region.py", "exec")
@@ -94,6 +97,20 @@ def run_function(region: Region, block: Tensor, values: dict[str, Tensor], sampl
         block, y, other, m, c, generated.operands, generated.function, generated.auxiliary is not None, is_epilogue
     )
     return y
+
+
+@interpreted
+def test_interpreted_erf() -> None:
+    """Also near zero, where one minus something is not exact, and at the ends."""
+    inf = float("inf")
+    x = torch.cat([torch.linspace(-6, 6, 2048), torch.logspace(-30, 30, 1022), -torch.logspace(-30, 30, 1022)])
+    x = torch.cat([x, torch.tensor([0.0, inf, -inf, float("nan")])])
+    y = run_function(parse("prologue(x); t0 = erf(x)"), x.view(32, 128), {}, 1, False).flatten()
+    off = (y - torch.erf(x.double())).abs()[:-4]
+    assert (off / torch.erf(x.double()).abs()[:-4]).max() < 2**-16
+    assert off.max() < 2e-6
+    assert y[-4:].tolist()[:3] == [0, 1, -1]
+    assert y[-1].isnan()
 
 
 # The interpreter cuts bf16 off instead of rounding it: fp16 stands for both.

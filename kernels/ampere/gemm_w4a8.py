@@ -35,7 +35,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ..operands import Gemm
-from ..portable.gates import feature, halves
+from ..portable.gates import feature, split_halves
 from ..portable.gemm import check_auxiliary, check_gemm, sibling_features, stored_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
@@ -310,7 +310,7 @@ def _gemm_kernel(
             live = (features < N) & (tokens < M)
             out = out0 if h == 0 else out1
             if GATES:
-                y_left, y_right = halves(out)
+                y_left, y_right = split_halves(out)
                 y_left, y_right = gl.convert_layout(y_left, out_layout), gl.convert_layout(y_right, out_layout)
                 out = EPILOGUE(y_left, y_right, features, tokens, live, extra)
             else:

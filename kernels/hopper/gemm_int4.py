@@ -37,7 +37,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..formats.layout import to_words
 from ..operands import Gemm
-from ..portable.gates import feature, halves
+from ..portable.gates import feature, split_halves
 from ..portable.gemm import check_scales, sibling_features, stored_features
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch
@@ -145,7 +145,7 @@ def _multiply(
             slot, phase = ring.next(slot, phase)
         if GATES:
             n0 = n0 // 2
-            y_left, y_right = halves(out)
+            y_left, y_right = split_halves(out)
             rn = n0 + gl.arange(0, TN // 2, gl.SliceLayout(1, y_left.type.layout))
             rm = m0 + gl.arange(0, TM, gl.SliceLayout(0, y_left.type.layout))
             live = (rn < N // 2)[:, None] & (rm < M)[None, :]

@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from ..operands import Gemm
-from ..portable.gates import feature, halves
+from ..portable.gates import feature, split_halves
 from ..portable.gemm import check_auxiliary, check_gemm, sibling_features, stored_features
 from ..portable.unpack import FOUR_8, FOUR_128, SCALED_CONSTRAINTS, SCALED_HIGH, SCALED_LOW
 from ..runtime.generated import Generated
@@ -231,7 +231,7 @@ class Result:
         right = out
         N = self.N
         if GATES:
-            out, right = halves(out)
+            out, right = split_halves(out)
             n0 = n0 // 2
             N = N // 2
         layout: gl.constexpr = out.type.layout

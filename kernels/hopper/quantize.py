@@ -21,6 +21,8 @@ anywhere, or a new number of tokens would be a new kernel: a prologue reads besi
 comes of it is not stored.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -41,12 +43,14 @@ from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
+from ..runtime.tuning import choose_tile
 from ..runtime.versions import barrier, load, view
 from .descriptors import describe
 
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(4)
 MAX_RANK = {"int8": 256, "int4": 240}  # more would not fit into registers
+SHORT = 2048  # channels
 MAX_BLOCKS = COUNTERS // (ROWS.value + 2)
 # One thread counts or polls: an atomic of Triton's has every warp wait for its result, and polls disturb the loads of
 # others. `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
@@ -318,30 +322,48 @@ def _quantize_kernel(
         _leave_peaks(here, S, peaks)
 
 
-def _boxes(m: int, k: int, r: int, width: int, precision: str, prologue: Generated | None) -> tuple[int, int]:
-    """Boxes of x, and buffers for those of `down`, as measured best on an H200; two programs share a multiprocessor.
+@dataclass(frozen=True)
+class Tile:
+    """What one program takes: boxes of 64 channels, and buffers for those of `down`."""
 
-    width  columns of the first of two parts, else k
+    boxes: int
+    slots: int
+
+    def programs(self, k: int) -> int:
+        """Of a row block."""
+        return -(-k // (64 * self.boxes))
+
+
+def candidates(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tile, ...]:
+    """Tiles worth trying, best guess first: as measured best on an H200 for long rows; two programs share a
+    multiprocessor.
 
     Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
+    On short rows half as wide ones may be faster. They fill a row that is no multiple of the wide ones (640 channels),
+    and where the wide ones are few twice as many share a multiprocessor, for a quarter more instructions.
     """
-    rank, alone = sum(_pieces(r)), not codes_of(precision).by_block and prologue is None
+    (r, k), (m, width) = o.down.shape, o.x.shape
+    rank, alone = sum(_pieces(r)), not codes_of(o.precision).by_block and prologue is None
     if rank > 64:
         boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
     elif alone and m > 1024 and k > 8192:
         boxes, slots = (8, 8) if rank <= 32 else (8, 4)
     else:
         boxes, slots = 4, 4
-    while width < k and width % (64 * boxes):
+    while right is not None and width % (64 * boxes):
         boxes //= 2
-    return boxes, min(boxes, slots)
+    best = Tile(boxes, min(boxes, slots))
+    half = Tile(max(boxes // 2, 1), max(boxes // 2, 1))
+    return (best, half) if k <= SHORT and rank <= 64 and half != best and _fits(half, o) else (best,)
+
+
+def _fits(t: Tile, o: Quantize) -> bool:
+    """Whether a row block's programs take half of the multiprocessors at most: the rest is another stream's."""
+    return t.programs(o.down.shape[1]) * 2 <= processors(o.x.device)
 
 
 def can_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> bool:
-    """Whether TMA can copy the rows, and a row block's programs run at once.
-
-    Half the multiprocessors for one row block leaves room for another stream's.
-    """
+    """Whether TMA can copy the rows, and a row block's programs run at once."""
     (r, k), (m, width) = o.down.shape, o.x.shape
     if k % 8 or o.down.data_ptr() % 16 or r > MAX_RANK[codes_of(o.precision).name] or m > ROWS.value * MAX_BLOCKS:
         return False
@@ -350,19 +372,18 @@ def can_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) 
     for part in (o.x, right):
         if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8 or part.stride(0) < part.shape[1]):
             return False
-    boxes, _ = _boxes(m, k, r, width, o.precision, prologue)
-    return -(-k // (64 * boxes)) * 2 <= processors(o.x.device)
+    return _fits(candidates(o, prologue, right)[0], o)
 
 
-def constants(m: int, k: int, r: int, precision: str, shift: float, width: int, prologue: Generated | None) -> tuple:
+def constants(t: Tile, o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple:
     """The kernel's compile-time parameters."""
-    boxes, slots = _boxes(m, k, r, width, precision, prologue)
-    programs = -(-k // (64 * boxes))
+    r, k = o.down.shape
+    programs = t.programs(k)
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
-    exact = k % (64 * boxes) == 0
-    codes = codes_of(precision).name
-    return (boxes, slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(shift), exact,
-            width < k, None if prologue is None else prologue.function)  # fmt: skip
+    exact = k % (64 * t.boxes) == 0
+    codes = codes_of(o.precision).name
+    return (t.boxes, t.slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(o.shift), exact,
+            right is not None, None if prologue is None else prologue.function)  # fmt: skip
 
 
 def _pieces(r: int) -> tuple[int, int]:
@@ -372,10 +393,10 @@ def _pieces(r: int) -> tuple[int, int]:
     return (2 * first, 0) if rest == first else (first, rest)
 
 
-def describe_down(down: Tensor, boxes: int, slots: int) -> tuple[Descriptor, Descriptor]:
+def describe_down(down: Tensor, t: Tile) -> tuple[Descriptor, Descriptor]:
     """Both pieces; where there is no second one, the first again."""
     first, rest = _pieces(down.shape[0])
-    columns = 64 * boxes if slots == boxes else 64
+    columns = 64 * t.boxes if t.slots == t.boxes else 64
     return describe(down, first, columns), describe(down, rest or first, columns)
 
 
@@ -384,20 +405,31 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As portable/quantize.py does it, for operands that `can_quantize`."""
     codes = check_quantize(o, right, fp8)
-    x, smooth, down, precision, shift = o
-    qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
-    (r, k), (m, kp) = down.shape, qx.shape
+    results = allocate_results(o.x, o.smooth.shape[0], o.down.shape[0], codes, fp8)
+    (r, k), (m, width) = o.down.shape, o.x.shape
     if m == 0:
-        return qx, ascales, xd
-    width = x.shape[1]
-    parameters = constants(m, k, r, precision, shift, width, prologue)
-    boxes, slots, *_ = parameters
-    blocks, programs = -(-m // ROWS.value), -(-k // (64 * boxes))
+        return results
+
+    def run(t: Tile) -> None:
+        _launch(t, o, prologue, right, results)
+
+    layer = (codes.name, k, r, width, prologue is not None)
+    run(choose_tile("gluon_quantize", m, layer, candidates(o, prologue, right), run, o.x.device))
+    return results
+
+
+def _launch(
+    t: Tile, o: Quantize, prologue: Generated | None, right: Tensor | None, results: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, smooth, down, _, shift = o
+    qx, ascales, xd = results
+    (r, k), (m, kp) = down.shape, qx.shape
+    blocks, programs = -(-m // ROWS.value), t.programs(k)
     work = torch.empty(blocks * programs * ROWS.value * r, device=x.device, dtype=torch.float32)
-    left = describe(x, ROWS.value, 64 * boxes)
-    arguments = (left, left if right is None else describe(right, ROWS.value, 64 * boxes), smooth,
-                 *(describe_down(down, boxes, slots) if r else (left, left)), qx, ascales, xd, work,
+    left = describe(x, ROWS.value, 64 * t.boxes)
+    arguments = (left, left if right is None else describe(right, ROWS.value, 64 * t.boxes), smooth,
+                 *(describe_down(down, t) if r else (left, left)), qx, ascales, xd, work,
                  zeroed_counters(x.device, blocks * (ROWS.value + 2)), () if prologue is None else prologue.operands,
-                 m, k, kp, programs, width, *ascales.stride(), float(shift))  # fmt: skip
+                 m, k, kp, programs, x.shape[1], *ascales.stride(), float(shift))  # fmt: skip
+    parameters = constants(t, o, prologue, right)
     launch(_quantize_kernel, (programs, blocks, 1), arguments, parameters, num_warps=WARPS.value, launch_pdl=True)
-    return qx, ascales, xd

@@ -20,7 +20,7 @@ def feature(row, half):
 
 
 @triton.jit
-def halves(tile):
+def split_halves(tile):
     """[TN, TM] -> the rows of the left half and those of the right one, [TN/2, TM] each."""
     TN: tl.constexpr = tile.shape[0]
     TM: tl.constexpr = tile.shape[1]

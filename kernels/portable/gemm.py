@@ -31,7 +31,7 @@ from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.target import amd_architecture
-from .gates import feature, halves
+from .gates import feature, split_halves
 from .unpack import WITHOUT_PTX, nibble, scaled
 
 # 16 (u - 8) for four codes at a time: in place in the high half of a byte, made two's complement by one exclusive or.
@@ -140,7 +140,7 @@ def _gemm_kernel(
         live_n = (rn < N)[:, None]
     live = live_m & live_n
     if GATES:
-        left, right = halves(out)
+        left, right = split_halves(out)
         out = EPILOGUE(left, right, rn[:, None], rm[None, :], live, extra)
     elif AUXILIARY:
         t = tl.load(auxiliary + wide_m * auxiliary_stride + rn[:, None], mask=live, other=0.0).to(tl.float32)

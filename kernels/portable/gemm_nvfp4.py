@@ -32,7 +32,7 @@ from ..operands import Gemm
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_low_rank, check_tensor, launch
 from ..runtime.tuning import choose_tile
-from .gates import feature, halves
+from .gates import feature, split_halves
 from .gemm import stored_features, tile_of
 from .unpack import INTERPRETED, nibble
 
@@ -154,7 +154,7 @@ def _gemm_kernel(
         N = N // 2
         rn = pn * (TN // 2) + tl.arange(0, TN // 2)
         live_n = (rn < N)[:, None]
-        left, right = halves(out)
+        left, right = split_halves(out)
         out = EPILOGUE(left, right, rn[:, None], rm[None, :], live_m & live_n, extra)
     elif EPILOGUE is not None:
         out = EPILOGUE(out, rn[:, None], rm[None, :], live_m & live_n, extra)

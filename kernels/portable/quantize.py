@@ -237,8 +237,18 @@ def quantize(
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
     if codes.by_block:
         return qx, ascales, xd
-    tm, tk = 8, min(1024, triton.next_power_of_2(kp))
+    tm, tk = codes_tile(kp)
     arguments = (bits, more, smooth, qx, scales, peaks, m, k, kp, splits, w, bits.stride(0), more.stride(0), extra)
     launch(_codes_kernel, (triton.cdiv(m, tm), triton.cdiv(kp, tk), 1), arguments,
            (dtype, tm, tk, triton.next_power_of_2(splits), right is not None, function), num_warps=4)  # fmt: skip
     return qx, ascales, xd
+
+
+def codes_tile(kp: int) -> tuple[int, int]:
+    """Rows and channels of a program that writes int8's codes, 8192 numbers: as many channels as leave no more than an
+    eighth of them past a row's end.
+    """
+    tk = 1024
+    while padded(kp, tk) * 8 > kp * 9:
+        tk //= 2
+    return 8192 // tk, tk

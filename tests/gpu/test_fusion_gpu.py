@@ -35,10 +35,10 @@ MIXED = "epilogue(y, a0: BC, a1: BT, a2: BTC, auxiliary: BTC, a3: 1); t0 = mul(y
     "t2 = maximum(t1, a2); t3 = add(t2, auxiliary); t4 = mul(t3, a3)"  # fmt: skip
 
 
-def linear(n: int, k: int, precision: str) -> PackedLinear:
+def linear(n: int, k: int, precision: str, rank: int = 32) -> PackedLinear:
     torch.manual_seed(n + k)
     weight = (torch.randn(n, k) * k**-0.5).to("cuda", BF16)
-    config = Config(precision=precision, rank=32, refine=1)
+    config = Config(precision=precision, rank=rank, refine=1)
     return quantize_group([weight], ["layer"], precision, config, InputStatistics())[0].packed
 
 
@@ -69,6 +69,38 @@ def test_prologue(text: str, lead: tuple[int, ...], k: int, precision: str) -> N
     quantized = ops.fused_quantize(inputs, shared.smooth, shared.down, precision, 0.0, text)
     result = ops.gemm(*quantized, list(packed.weight), packed.up, None, None, precision, BF16)
     assert error(result, expected) < FLIPS
+
+
+GEGLU = "gate(y, right); t0 = mul(right, 0.7071067811865476); t1 = erf(t0); t2 = add(t1, 1.0); " \
+    "t3 = mul(right, 0.5); t4 = mul(t3, t2); t5 = mul(y, t4)"  # fmt: skip
+SCALED = "gate(y, right, a0: C, a1: BTC); t0 = sigmoid(y); t1 = mul(t0, right); t2 = mul(t1, a0); t3 = add(t2, a1)"
+
+
+@pytest.mark.parametrize("kernels", ["", "ampere_gemm_w4a8", "portable_gemm"])
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+@pytest.mark.parametrize("text", [GEGLU, SCALED])
+@pytest.mark.parametrize(
+    ("lead", "features", "k", "rank"),
+    [((2, 77), 80, 192, 32), ((1, 333), 2560, 640, 16), ((4, 1), 96, 320, 0), ((2, 4096), 2560, 640, 32),
+     ((1, 16), 5120, 1280, 48), ((2, 1024), 5120, 1280, 32)],
+)  # fmt: skip
+def test_gate(
+    text: str, lead: tuple[int, ...], features: int, k: int, rank: int, precision: str, kernels: str, monkeypatch
+) -> None:
+    """Both halves of the features in one tile, by every kernel; halves that end within a tile."""
+    monkeypatch.setenv("SVDQ_KERNELS", kernels)
+    packed = linear(2 * features, k, precision, rank)
+    x = torch.randn(*lead, k, device="cuda").to(BF16)
+    quantized = ops.quantize(x, packed.shared.smooth, packed.shared.down, precision, 0.0)
+    plain = (*quantized, list(packed.weight), packed.up, None, None, precision)
+    left, right = ops.gemm(*plain, torch.float32).chunk(2, -1)
+    inputs = operands(text, lead, features)
+    named = parse(text).named(inputs)
+    expected = parse(text).evaluate(named | {"y": left, "right": right})
+    for _ in range(3):
+        y = ops.fused_gemm(*plain, BF16, inputs, text)
+        assert y.shape == (*lead, features)
+        assert error(y, expected) < 4e-3
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
