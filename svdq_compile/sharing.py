@@ -135,7 +135,7 @@ class _Seen:
     @classmethod
     def of(cls, own: InputStatistics) -> "_Seen":
         known = own.moment if own.span is not None else None
-        return cls(own.most_rows, own.span is not None, known and known.sum.shape, known.rows if known else 0)
+        return cls(own.most_rows, own.span is not None, known.sum.shape if known else None, known.rows if known else 0)
 
 
 def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int], at: torch.device) -> list[Task]:

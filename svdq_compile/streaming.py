@@ -143,8 +143,8 @@ def quantize_file(
     statistics: Statistics | None = None,
 ) -> str:
     """Quantize a model by its weights, and what was observed of it before, and write it to a file. What was done before
-    an interruption is taken up by the next call with the same arguments, which ends with the same file, by as many ranks
-    as there are then.
+    an interruption is taken up by the next call with the same arguments, which ends with the same file, by as many
+    ranks as there are then.
 
     Neither the 16-bit model nor the quantized one is in memory: what is done is on the disk, twice for a moment.
     Several ranks (option group) share the work, and the first one writes the file.
