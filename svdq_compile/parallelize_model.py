@@ -88,6 +88,7 @@ def _weights(model: nn.Module) -> list[tuple[str, Any]]:
     return list(zip(named, checksums(values), strict=True))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _split(model: nn.Module, plan: Plan, holders: Holders) -> None:
     cutting = Cutting()
