@@ -76,6 +76,8 @@ def build(name: str, head: int = 32) -> nn.Module:
     """A small model whose heads, of so many channels, four ranks can share."""
     spec = step_models.MODELS[MODELS[name]]
     config = spec.tiny_config | {"num_attention_heads": 4, "attention_head_dim": head}
+    if "caption_projection_dim" in config:
+        config["caption_projection_dim"] = 4 * head
     if "axes_dims_rope" in config:
         config["axes_dims_rope"] = (head // 4, head * 3 // 8, head * 3 // 8)
     with mock.patch.dict(step_models.MODELS, {"small": replace(spec, tiny_config=config)}):

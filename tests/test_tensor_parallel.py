@@ -401,7 +401,7 @@ def test_plans(results: list[dict]) -> None:
     for result in results:
         same, (given, own), left, whole, refused = result["plans"]
         assert same[0] == same[1] == same[2]
-        assert "blocks.0.attn has heads=3, which 2 ranks cannot share" in given
+        assert "plan: blocks.0.attn has 3 heads, which 2 ranks cannot share" in given
         assert own == ""
         assert len(left) == 1
         assert "4 linears are whole on every rank: blocks.0.attn has 3 heads" in left[0]
