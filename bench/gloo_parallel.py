@@ -213,7 +213,7 @@ def main() -> None:
                     print(row, flush=True)
                     key = ("model", "ranks", "kind")
                     rows = [*(r for r in rows if any(r[part] != row[part] for part in key)), row]
-    record.write(options.out, rows)
+                    record.write(options.out, rows)
 
 
 if __name__ == "__main__":
