@@ -1,14 +1,16 @@
-"""One denoising step on one GPU and over several, by Ulysses: ours, compiled 16-bit and torchao's fp8.
+"""One denoising step on one GPU and over several, by Ulysses: ours, compiled 16-bit and torchao's fp8; and ours with
+its weights split (svdq_compile.parallelize), method ours-tensor.
 
     python bench/multi_gpu.py                                 # on 1 and on all GPUs: results/multi-gpu-h200.json
     python bench/multi_gpu.py --models flux --methods ours    # a part; rows of the file that it does not measure stay
+    python bench/multi_gpu.py --models flux --methods ours-tensor --ranks 2 --limit 190
     python bench/multi_gpu.py --killed                        # one rank ends: how long until the others do, and how
 
     ms           a step, the median, of the slowest rank; ms_all of the first
     gib          the most that was allocated while stepping, of the fullest rank
     comm_share   the part of a step in which some exchange between GPUs runs, waiting for the other rank included
     packs_equal  the checksums of all packs, over all ranks; null where nothing is packed
-    rel_err      the output against the same weights on one GPU, run eagerly
+    rel_err      the output against the same weights on one GPU, run eagerly; of ours-tensor, before they were split
     predicted_ms what the model of the cost below says, from one GPU's ms; rows of kind "predicted" are nothing else
 
 Cost of a step over P ranks: one GPU's time, what does not depend on tokens taken out, by P; and that; and for each
@@ -34,13 +36,16 @@ import torch.distributed as dist
 import torch.multiprocessing
 from step_times import milliseconds
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import record
+import svdq_compile as svdq
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
 
 MODELS = {"flux": (57, 4608, 3072), "qwen-image": (60, 4352, 3072), "wan2.1-14b-81": (40, 32760, 5120)}
-METHODS = ("ours", "compile", "torchao-fp8")
+TENSOR = "ours-tensor"
+METHODS = ("ours", "compile", "torchao-fp8", TENSOR)
 EXTRAPOLATED = (2, 4, 8, 16)
 # Bytes a second that leave a GPU, 3/4 of what NVLink 4 has; beyond 8 GPUs by the network, one 400 Gbit/s card each.
 RATE, NETWORK = 0.75 * 450e9, 0.75 * 50e9
@@ -65,13 +70,17 @@ def measured(name: str, method: str, tiny: bool) -> dict[str, Any]:
     model = step_models.build(name, tiny, device)
     call, other = (step_models.inputs(name, tiny, model, device, seed=seed) for seed in (1, 2))
     begun = time.perf_counter()
-    if size > 1:
+    single: torch.Tensor | None = None
+    if method == TENSOR:
+        single, sums = _split(model, call, other)
+    elif size > 1:
         from diffusers import ContextParallelConfig
 
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
         model(**other)  # diffusers' hooks look up arguments then, which Dynamo cannot
-    serial = _serial_seconds(model, method, other)
-    prepared(model, method, other)
+    serial = 0.0 if method == TENSOR else _serial_seconds(model, method, other)
+    if method != TENSOR:
+        prepared(model, method, other)
     model(**call)
     first = time.perf_counter() - begun
     _reset_peak()
@@ -80,26 +89,45 @@ def measured(name: str, method: str, tiny: bool) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     share = _share_of_exchanges(model, call)
     output = model(**call)[0].float()
-    packs = [w._svdq for w in model.parameters() if isinstance(w, QuantizedWeight)]
-    sums = [checksums([*p.plain_tensors().values(), p.shared.smooth, p.down]) for p in packs]
-    error = float((output - (single := _on_one(model, call))).norm() / single.norm())
+    if single is None:
+        single, sums = _on_one(model, call), _sums(model)
+    error = float((output - single).norm() / single.norm())
     found: list[Any] = [None] * size
     dist.all_gather_object(found, (statistics.median(times), peak, error, sums))
     slowest, gib, worst, all_sums = zip(*found, strict=True)
     return {
         "model": name,
         "ranks": size,
-        "kind": "ulysses" if size > 1 else "one GPU",
+        "kind": _kind(method, size),
         "method": method,
         "ms": max(slowest),
         "ms_all": times,
         "gib": max(gib),
         "comm_share": share,
-        "packs_equal": all(own == all_sums[rank] for own in all_sums) if packs else None,
+        "packs_equal": all(own == all_sums[rank] for own in all_sums) if sums else None,
         "rel_err": max(worst),
         "serial_ms": 1e3 * serial,
         "first_step_s": first,
     }
+
+
+def _split(model: nn.Module, call: dict[str, Any], other: dict[str, Any]) -> tuple[torch.Tensor, list[list[int]]]:
+    """Quantized by all ranks, and of it each its part, to be compiled. Returns what the whole gives, and its packs."""
+    svdq.quantize(model, calibrate=lambda model: model(**other), precision="w4a8", progress=False)
+    single, sums = model(**call)[0].float(), _sums(model)
+    mesh = init_device_mesh(_device().type, (dist.get_world_size(),))
+    svdq.parallelize(model, mesh, progress=False)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, **step_methods._ours())
+    return single, sums
+
+
+def _sums(model: nn.Module) -> list[list[int]]:
+    packs = [w._svdq for w in model.parameters() if isinstance(w, QuantizedWeight)]
+    return [checksums([*p.plain_tensors().values(), p.shared.smooth, p.down]) for p in packs]
+
+
+def _kind(method: str, ranks: int) -> str:
+    return "one GPU" if ranks == 1 else "tensor" if method == TENSOR else "ulysses"
 
 
 def _device() -> torch.device:
@@ -236,12 +264,12 @@ def main() -> None:
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     for name in options.models:
         for method in options.methods:
-            for ranks in options.ranks:
+            for ranks in [ranks for ranks in options.ranks if method != TENSOR or ranks > 1]:
                 begun = time.monotonic()
                 common = {
                     "model": name,
                     "ranks": ranks,
-                    "kind": "ulysses" if ranks > 1 else "one GPU",
+                    "kind": _kind(method, ranks),
                     "method": method,
                 }
                 try:

@@ -137,7 +137,7 @@ class RanksApart(SvdqError):
 
     def __init__(self, members: str, reason: str) -> None:
         super().__init__(
-            f"ranks {members} did not all come to quantize the layers of one model: a rank has ended, has not called "
+            f"ranks {members} did not all come to quantize, load or split one model: a rank has ended, has not called "
             f"the model as often, or has it quantized already. {OF_THEIR_OWN} ({reason})"
         )
 

@@ -143,13 +143,8 @@ class _Filling:
 
     def _keep(self, weights: Mapping[str, nn.Parameter]) -> None:
         if self._keeper.keeps:  # what another rank has looked at, and left 16-bit
-            self._fetch(
-                {
-                    name: weight
-                    for name, weight in weights.items()
-                    if not (isinstance(weight, QuantizedWeight) or has_memory(weight))
-                }
-            )
+            plain = {name: weight for name, weight in weights.items() if not isinstance(weight, QuantizedWeight)}
+            self._fetch({name: weight for name, weight in plain.items() if not has_memory(weight)})
         self._done |= weights.keys()
         self._keeper.add(weights)
 

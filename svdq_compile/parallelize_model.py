@@ -83,11 +83,18 @@ def _kind(weight: Tensor) -> str:
 
 
 def _weights(model: nn.Module) -> list[tuple[str, Any]]:
-    named = dict(model.named_parameters())
-    values = [w._svdq.plain_weight[0] if isinstance(w, QuantizedWeight) else w for w in named.values()]
-    return list(zip(named, checksums(values), strict=True))
+    names, values = [], []
+    for name, weight in model.named_parameters():
+        own: dict[str, Tensor] = {"": weight}
+        if isinstance(weight, QuantizedWeight):
+            packed = weight._svdq
+            own = packed.plain_tensors() | {"smooth": packed.shared.smooth, "down": packed.down}
+        names += [f"{name} {field}".rstrip() for field in own]
+        values += checksums(own.values())
+    return list(zip(names, values, strict=True))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _split(model: nn.Module, plan: Plan, holders: Holders) -> None:
     cutting = Cutting()

@@ -203,11 +203,8 @@ class Ranks:
             mine = [shape for shape, owner in zip(shapes, owners, strict=True) if owner == self.own]
             totals = [None if shape is None else torch.empty(*shape, device=place) for shape in mine]
             largest = max((torch.Size(shape).numel() for shape in shapes if shape is not None), default=0)
-            return (
-                torch.zeros(largest, device=place),
-                torch.empty(self.size if mine else 0, largest, device=place),
-                totals,
-            )
+            rows = self.size if mine else 0
+            return torch.empty(largest, device=place), torch.empty(rows, largest, device=place), totals
 
         buffer, landing, totals = self.each(make_room)
         group, left = self._group_of_gpus() if on_gpus else self.words, iter(totals)

@@ -32,11 +32,22 @@ class _Asker:
 _FUSING = ("merge", "unmerge", "merge_and_unload", "merge_adapter", "fuse_lora", "unfuse_lora")
 _AT_ONCE = "It need not be: linears that read one input are one product here. Or fuse before the model is quantized."
 _GROUPS = "Leave out offload_to_disk_path."
+_SMALLER = (
+    "Its linears are smaller than the adapter's. A model that is split over ranks takes none: fuse it into the 16-bit "
+    "model before that is quantized."
+)
 _LORA = "A LoRA need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."
 _ASKERS = (
     _Asker("peft", "dora.py", (), "a DoRA adapter", "Fuse it into the 16-bit model, then quantize what comes out."),
     _Asker("peft", "", _FUSING, "fusing an adapter", _LORA),
     _Asker("diffusers", "", _FUSING, "fusing an adapter", _LORA),
+    _Asker(
+        "diffusers",
+        "lora_pipeline.py",
+        ("_maybe_expand_transformer_param_shape_or_error_",),
+        "enlarging a linear for an adapter",
+        _SMALLER,
+    ),
     _Asker("diffusers", "", ("fuse_projections", "fuse_qkv_projections"), "fusing q, k and v", _AT_ONCE),
     _Asker("diffusers", "group_offloading.py", (), "group offloading through a file", _GROUPS),
     _Asker("accelerate", "offload.py", (), "a device_map to disk", "Give it no module for disk, but for the CPU."),

@@ -29,7 +29,8 @@ _OUTPUTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _INPUTS = ("to_out", "to_out.0", "to_add_out")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What an attention is told of its heads, from which its processor takes the sizes of q, k and v.
-_SIZES = ("heads", "num_heads", "kv_heads", "inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_dim")
+_SIZES = ("heads", "num_heads", "n_heads", "num_attention_heads", "kv_heads", "num_kv_heads", "num_key_value_heads")
+_SIZES += ("inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_dim")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def plan_for(model: nn.Module, given: Mapping[str, Any] | None, size: int, steps
     whole: dict[str, str] = {}
     for unit in units:
         reason = next((r for name in unit if (r := _why_not(model, name, unit[name], size, steps))), None)
-        reason = reason or (None if given is not None else _why_not_heads(model, unit, size))
+        reason = reason or _why_not_heads(model, unit, size)
         if reason is None:
             splits |= unit
         elif given is not None:
@@ -139,12 +140,12 @@ def _why_not_heads(model: nn.Module, unit: Splits, size: int) -> str | None:
     for name in unit:
         parent, _, leaf = name.rpartition(".")
         holder = model.get_submodule(parent)
-        heads = getattr(holder, "heads", None)
-        if leaf not in _OUTPUTS or not isinstance(heads, int):
+        heads, q = getattr(holder, "heads", None), getattr(holder, "to_q", None)
+        if leaf not in _OUTPUTS or not isinstance(heads, int) or not isinstance(q, nn.Linear):
             continue
         if heads % size:
             return f"{parent} has {heads} heads, which {size} ranks cannot share"
-        width = _linear(model, f"{parent}.to_q").weight.shape[0] // heads
+        width = q.weight.shape[0] // heads
         if _linear(model, name).weight.shape[0] % (width * size):
             return f"{name} has other heads than q, which {size} ranks cannot share"
         for norm in _NORMS:

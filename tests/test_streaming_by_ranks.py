@@ -3,6 +3,8 @@ where it was, by however many; or each rank ends up with its part of the model, 
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -211,3 +213,16 @@ def test_each_rank_keeps_its_part(results: list[dict]) -> None:
         assert share < 0.8  # norms, embedders and modulations are whole
         assert loaded
     assert not set(results[0]["by_parts"][0]) & set(results[1]["by_parts"][0])
+
+
+def test_the_command_line(folder: Path, tmp_path: Path) -> None:
+    options = ["--rank", "8", "--refine", "0", "--precision", "int4", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "svdq_compile", "quantize", str(folder / "source"), str(tmp_path / "out"), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Next: svdq_compile.load") == 1
+    empty = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "source"))
+    svdq.save(svdq.load(empty, tmp_path / "out", progress=False), tmp_path / "again", config=CONFIG, progress=False)
+    assert (tmp_path / "again").read_bytes() == (folder / "expected").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["again", "out"]

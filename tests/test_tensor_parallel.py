@@ -4,6 +4,7 @@ the output is the whole's within rounding, eagerly and compiled; what cannot be 
 
 import copy
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -205,8 +206,11 @@ def graphs(folder: Path) -> Any:
         return gm.forward
 
     inductor, compiled.compile_with_inductor = compiled.compile_with_inductor, count
-    parts = split(quantized(), PLAN)
+    parts = quantized()
     parts.compile(backend="svdquant", fullgraph=True, options=quiet())
+    parts(*inputs())
+    counts.clear()
+    split(parts, PLAN)  # compiled code looks at what it is given
     output = parts(*inputs())
     compiled.compile_with_inductor = inductor
     return counts, relative_error(output, quantized()(*inputs()))
@@ -397,7 +401,7 @@ def test_plans(results: list[dict]) -> None:
     for result in results:
         same, (given, own), left, whole, refused = result["plans"]
         assert same[0] == same[1] == same[2]
-        assert "blocks.0.attn has heads=3, which 2 ranks cannot share" in given
+        assert "plan: blocks.0.attn has 3 heads, which 2 ranks cannot share" in given
         assert own == ""
         assert len(left) == 1
         assert "4 linears are whole on every rank: blocks.0.attn has 3 heads" in left[0]
@@ -470,3 +474,27 @@ def test_files_that_are_refused(results: list[dict]) -> None:
     assert first["missing"].startswith("RankFailed: rank 1 failed")
     assert "plan" in first["plan"]
     assert "give the mesh" in first["mesh"]
+
+
+def on_four(folder: Path) -> Any:
+    """Two models, each on two ranks of four; one on all; and at the end one that is alone."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "parts"))
+    whole, rank = quantized(), dist.get_rank()
+    expected = whole(*inputs())
+    halves = svdq.parallelize(copy.deepcopy(whole), both["parts"], progress=False)
+    quarters = split(whole)
+    shapes = [tuple(m.blocks[0].attn.to_out[0].weight.shape) for m in (halves, quarters)]
+    outputs = [m(*inputs()) for m in (halves, quarters)]
+    if rank == 3:
+        return None
+    begun = time.monotonic()
+    told = message(lambda: split(quantized()))
+    return [relative_error(y, expected) for y in outputs], shapes, told, time.monotonic() - begun
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    for errors, shapes, told, seconds in on_ranks(4, on_four, tmp_path, tmp_path)[:3]:
+        assert max(errors) < ROUNDING["w4a8"]
+        assert shapes == [(WIDTH, WIDTH // 2), (WIDTH, WIDTH // 4)]
+        assert told.startswith("RanksApart: ranks 0, 1, 2, 3 did not all come")
+        assert seconds < 25, "that a process ends is noticed"
