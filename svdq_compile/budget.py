@@ -98,15 +98,17 @@ def choose_forms(
         replays = _replays(model, recorder, len(members), config)
         doing = f"{title(model)}: measuring formats and ranks for {len(members)} groups of linears"
         groups = [_measured(task, own, replays, config, device) for task, own in steps(members, doing, config.progress)]
+    is_known = any(group.effect is not None for group in groups)
+    if replays is not None and not is_known:
+        _go_by_layers(model, "the calls that were made again read none of the weights that can be quantized", config)
     effects = _effects(groups)
     names = {group.task.names[i] for group in groups for i in group.members}
     others = sum(row.bytes_after for row in report(model) if row.name not in names)
     solution = _solved(model, groups, effects, others, config)
-    _tell(model, groups, solution, others, replays, config)
-    known = [effect if replays else None for effect in effects]
+    _tell(model, solution, others, is_known, config)
     forms = {
-        id(group.task): group.form(pick, effect)
-        for group, pick, effect in zip(groups, solution.picks, known, strict=True)
+        id(group.task): group.form(pick, effect if is_known else None)
+        for group, pick, effect in zip(groups, solution.picks, effects, strict=True)
     }
     return [replace(task, form=forms.get(id(task))) for task in tasks]
 
@@ -142,27 +144,35 @@ def _replays(model: nn.Module, recorder: Recorder, groups: int, config: Config) 
     try:
         return Replays(model, recorder.calls(max(1, MAX_REPLAYS // max(groups, 1))))
     except CannotReplay as no:
-        why = str(no)
+        _go_by_layers(model, str(no), config)
     except Exception as error:
         go_on(error, f"calling {title(model)} again", "the errors of its layers alone decide", config)
-        why = f"{type(error).__name__}: {error}"
+        _go_by_layers(model, f"{type(error).__name__}: {error}", config)
+    return None
+
+
+def _go_by_layers(model: nn.Module, why: str, config: Config) -> None:
+    """Say that nothing is known of the output; which a target for it cannot do without."""
+    kind = type(model).__name__
     if config.target_error is not None:
         raise OptionError(
-            f"option target_error={config.target_error}: the error of this {type(model).__name__}'s output cannot be "
-            f"measured, for {why}. Give target_bytes, for which the errors of its layers will do"
+            f"option target_error={config.target_error}: the error of this {kind}'s output cannot be measured, for "
+            f"{why}. Give target_bytes, for which the errors of its layers will do"
         )
     log.warning(
         "svdquant: what each layer does to the output of this %s cannot be measured, so the layers' own errors decide: "
         "%s",
-        type(model).__name__,
+        kind,
         why,
     )
-    return None
 
 
 def _measured(
     task: Task, members: tuple[int, ...], replays: Replays | None, config: Config, device: torch.device | None
 ) -> _Group:
+    """A group's candidates, of which those that cannot be made or are above error_budget are left out, and its effect.
+    A group whose cheapest candidate leaves an output that is not finite has no other than 16 bits.
+    """
     weights = [task.weights[i] for i in members]
     fitting, held = _halves(task.statistics)
     at = device or weights[0].device
@@ -234,7 +244,12 @@ def _effects(groups: Sequence[_Group]) -> list[float]:
     known = [group.effect for group in groups if group.effect is not None]
     if not known:
         return [math.sqrt(len(group.members)) for group in groups]
-    unknown = [name for group in groups if group.effect is None for name in group.task.names]
+    unknown = [
+        group.task.names[i]
+        for group in groups
+        if group.effect is None and len(group.candidates) > 1
+        for i in group.members
+    ]
     if unknown:
         log.warning(
             "svdquant: no replayed call shows what these layers do to the output, so they count like the middle of the "
@@ -272,21 +287,27 @@ def _solved(
     return solution
 
 
-def _tell(
-    model: nn.Module, groups: Sequence[_Group], solution: Solution, others: int, replays: Replays | None, config: Config
-) -> None:
+def _tell(model: nn.Module, solution: Solution, others: int, is_known: bool, config: Config) -> None:
     """What was chosen, and how near it is to the best that could be."""
     if config.target_error is not None:
         text = (
-            f"target_error {100 * config.target_error:.3g} %: {_mib(others + solution.loss)} of linears, predicted "
-            f"{100 * math.sqrt(solution.cost):.3g} % (no choice takes less than {_mib(others + solution.bound)})"
+            f"target_error {_percent(config.target_error**2)}: {_mib(others + solution.loss)} of linears, predicted "
+            f"{_percent(solution.cost)} (no choice takes less than {_mib(others + solution.bound)})"
         )
     else:
-        text = f"target_bytes {_mib(int(config.target_bytes or 0))}: {_mib(others + solution.cost)} of linears"
-        if replays is not None:
-            error, bound = (100 * math.sqrt(max(square, 0.0)) for square in (solution.loss, solution.bound))
-            text += f", predicted error of the output {error:.3g} % (no choice has below {bound:.3g} %)"
+        assert isinstance(config.target_bytes, int)
+        text = f"target_bytes {_mib(config.target_bytes)}: {_mib(others + solution.cost)} of linears"
+        if is_known:
+            text += (
+                f", predicted error of the output {_percent(solution.loss)} (no choice has below "
+                f"{_percent(solution.bound)})"
+            )
     say(f"svdquant: {title(model)}: {text}", config.progress)
+
+
+def _percent(square: float) -> str:
+    """Of a squared error, which may have come out below 0."""
+    return f"{100 * math.sqrt(max(square, 0.0)):.3g} %"
 
 
 def _mib(count: float) -> str:

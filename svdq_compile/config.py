@@ -42,7 +42,8 @@ class Config:
 
     precision          a name in kernels.formats.FORMATS, as "w4a8" (4-bit weights, int8 activations) or "int4" (W4A4),
                        or "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
-                       norms) is always w4a16: it waits for weight bytes, so rounding its input would gain nothing.
+                       norms) is always w4a16, but for a target: it waits for weight bytes, so rounding its input would
+                       gain nothing.
                        The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding

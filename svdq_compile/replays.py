@@ -129,9 +129,6 @@ class Replays:
         if not self.error({}) <= SAME:
             raise CannotReplay("called again with the same inputs it gives another output, or none of finite numbers")
 
-    def __len__(self) -> int:
-        return len(self._calls)
-
     def error(self, packs: Mapping[int, PackedLinear]) -> float:
         """How far the output is off with these packs, by id of the weights that they are of: relative, the mean square
         over the calls. NaN or Inf if the output is not finite.
