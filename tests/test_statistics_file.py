@@ -400,3 +400,14 @@ def test_the_command_line_refuses(small: Path, tmp_path: Path) -> None:
     assert "is among the statistics" in refused(*command[:2], small, *command[3:], "--force")
     assert "--statistics are of a calibration that was done" in refused(*command, "--prompt", "a dog")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bench_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import observe
+
+    observe.main(["--tiny", "--output", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["observe", "calibrate", "statistics"]
+    assert rows[-1]["same_bits"] is True
+    assert 0 < rows[0]["file_gib"] < 1
