@@ -142,7 +142,7 @@ class Statistics:
             for name in names:
                 if owner.setdefault(name, names) != names:
                     raise OtherModel(f"{name} shares its input with {', '.join(owner[name])} in some, not in others")
-        others = {name: reason for one in parts for name, reason in one.others.items() if name not in owner}
+        others = {name: reason for one in parts for name, reason in one.others.items()}
         return Statistics(parts[0].model_class, tuple(_merged(same) for same in together.values()), others)
 
     def save(self, path: str | os.PathLike, *, progress: bool = True) -> None:

@@ -24,7 +24,7 @@ import svdq_compile as svdq
 from snippets import hub
 from svdq_compile.cli import app
 from svdq_compile.drawing import Drawer, Drawing
-from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, OptionError
+from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, NothingToQuantize, OptionError
 from svdq_compile.evaluation import Mean, weight_bytes
 from svdq_compile.evaluation_page import SHOWN
 from svdq_compile.recording import layer_errors, record
@@ -441,6 +441,12 @@ class NoPictures(Pipeline):
         return SimpleNamespace(audios=torch.zeros(1, 100))
 
 
+class Small(Pipeline):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Sequential(nn.Linear(8, 8))  # type: ignore[assignment]
+
+
 class NoPrompt(Pipeline):
     def __call__(self, class_labels: list[int]) -> Any:  # type: ignore[override]
         raise AssertionError
@@ -466,6 +472,7 @@ def compiled_already() -> Pipeline:
         (lambda: "no/such-pipeline", {}, NotAModel, "is a path, not a model"),
         (NoPictures, {}, OptionError, "NoPictures gives no pictures that could be compared"),
         (NoPrompt, {}, OptionError, "NoPrompt takes no prompt, but class_labels"),
+        (Small, {}, NothingToQuantize, "Sequential has no linear layer that can be quantized"),
         (quantized_already, {}, OptionError, "transformer is quantized already"),
         (compiled_already, {}, OptionError, "transformer is compiled"),
         (Pipeline, {"component": "unet"}, OptionError, "component='unet': this Pipeline has transformer"),
@@ -478,6 +485,7 @@ def compiled_already() -> Pipeline:
         (Pipeline, {"seeds": [True]}, OptionError, "whole numbers from 0"),
         (Pipeline, {"calibration": ["A Dog."]}, OptionError, "'A Dog.' is among the prompts that are evaluated"),
         (Pipeline, {"call": {"num_inference_step": 2}}, OptionError, "did you mean 'num_inference_steps'?"),
+        (Pipeline, {"call": ["steps"]}, OptionError, "call=['steps']: must be a dict of arguments"),
         (Pipeline, {"call": {"generator": None}}, OptionError, "generator is not to be given"),
         (Pipeline, {"rnak": 3}, OptionError, "did you mean 'rank'?"),
         (Pipeline, {"quantized": "missing.safetensors"}, OptionError, "leave out calibration"),

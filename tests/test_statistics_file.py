@@ -214,6 +214,23 @@ def test_nothing_was_reached() -> None:
         svdq.observe(Halves(), lambda model: None, progress=False)
 
 
+def test_a_quantized_model_is_not_observed() -> None:
+    model = Halves()
+    svdq.quantize(model, CONFIG)
+    with pytest.raises(OptionError, match="this Halves is quantized already: observe it before that, in 16 bits"):
+        svdq.observe(model, lambda model: None)
+
+
+def test_what_must_stay_16_bit_in_one_part_stays_so() -> None:
+    """Another product than a linear's may read a weight in some calls only."""
+    model = Halves()
+    seen = svdq.observe(model, lambda model: model(torch.randn(1, 64, 128)), progress=False)
+    merged = Statistics.merge(seen, replace(seen, inputs=(), others={"blocks.0.1": "it is a table too"}))
+    report = {row.name: row for row in svdq.quantize(model, CONFIG, statistics=merged)}
+    assert report["blocks.0.0"].precision == "w4a8"
+    assert (report["blocks.0.1"].precision, report["blocks.0.1"].reason) == ("float32", "it is a table too")
+
+
 # ** what is refused **
 
 
