@@ -56,6 +56,8 @@ def from_pretrained(
     folder, _ = model_folder(Path(path), component)
     name = None if model is None else os.fspath(model)
     if is_quantized(folder):
+        if statistics is not None:
+            raise OptionError(f"{folder} is in 4 bits already: leave statistics out")
         return _loaded(folder, name, target, chosen, dtype)
     with opened_source(folder, model=name, dtype=dtype) as source:
         known: dict[str, Any] = {"example_inputs": example_inputs, "statistics": statistics}

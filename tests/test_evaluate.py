@@ -555,7 +555,7 @@ def test_the_demo_model(tmp_path: Path, code_cache: None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((EMOJI, "eval.html"), "prompts: there is none to draw"),
+        ((EMOJI, "eval.html"), "there is no prompt to draw: give --prompt or --prompts"),
         ((EMOJI, "eval.html", "--prompts", "empty.txt"), "empty.txt: there is no prompt in it"),
         ((EMOJI, "eval.html", "--prompts", "binary.txt"), "binary.txt is no text file in UTF-8"),
         ((EMOJI, "eval.html", "--prompts", "missing.txt"), "No such file or directory: 'missing.txt'"),
@@ -591,7 +591,7 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert (
         "no/such: there is no such folder, and the hub does not give it (no/such is not"
-        in command("no/such", "x.html").stderr
+        in command("no/such", "x.html", "--prompt", "a dog").stderr
     )
     assert "brings its own code" in command("some/emoji", "x.html", "--prompt", "a dog").stderr
     assert asked == ["no/such", "some/emoji"]

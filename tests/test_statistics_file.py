@@ -176,6 +176,9 @@ def test_streaming_by_the_command_line(whole: Statistics, calibrated: dict[str, 
     assert read_header(out).calibration == "calibrated, on inputs that were observed"
     streamed = svdq.from_pretrained(tmp_path / "flux", CONFIG, statistics=whole)
     assert same(file_of(streamed), calibrated)
+    streamed.save_pretrained(tmp_path / "4-bit")  # type: ignore[operator]
+    with pytest.raises(OptionError, match="is in 4 bits already: leave statistics out"):
+        svdq.from_pretrained(tmp_path / "4-bit", statistics=whole)
 
 
 # ** what was not reached **
