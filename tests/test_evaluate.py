@@ -209,6 +209,18 @@ def test_linears_and_convolutions_are_recorded_without_their_bias() -> None:
     assert all(0 < error < 0.03 for error in errors.values())
 
 
+def test_calls_that_cannot_be_repeated_are_not_kept() -> None:
+    class Odd(Denoiser):
+        def forward(self, x: Tensor, control: object) -> Any:  # type: ignore[override]
+            result = super().forward(x, torch.zeros(1), torch.zeros(WIDTH))[0]
+            return SimpleNamespace(sample=result) if control is None else result
+
+    model, x = Odd(), torch.randn(1, 4, WIDTH)
+    recorded = record(model, lambda: [model(x, control=control) for control in (object(), None, 1.0)])
+    assert [kwargs for _, kwargs, _ in recorded.calls] == [{"control": 1.0}]
+    assert all(rows.shape == (12, k) for (rows, _), k in zip(recorded.layers.values(), (128, 256) * 2, strict=True))
+
+
 def test_measures() -> None:
     a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(psnr(a + 0.1, a), torch.full((2,), 20.0))
@@ -256,7 +268,10 @@ def test_a_page_of_many_shows_the_worst_and_the_best(tmp_path: Path) -> None:
 
 
 def test_of_a_video_the_first_and_the_middle_frame(tmp_path: Path) -> None:
-    result = run(Pipeline(frames=5), tmp_path / "eval.html", prompts=["a dog"], seeds=[1])
+    pipe = Pipeline(frames=5)
+    pipe.transformer_2 = Denoiser()  # type: ignore[attr-defined]
+    result = run(pipe, tmp_path / "eval.html", prompts=["a dog"], seeds=[1])
+    assert "Its transformer_2 stayed in 16 bits." in (tmp_path / "eval.html").read_text()
     assert len(Outline((tmp_path / "eval.html").read_text()).found["img"]) == 2 * 2
     drawing = Drawer(Pipeline(frames=5), {}).draw("a dog", 1, bits=16)
     assert drawing.frames.shape == (2, 8, 8, 3)
