@@ -262,9 +262,7 @@ def observe(
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
 ) -> None:
     """Watch what a model reads while it draws, and write it to a file, for svdq quantize --statistics."""
-    shown = _lines(prompt, prompts)
-    if not shown:
-        raise OptionError("there is no prompt to draw: give --prompt or --prompts")
+    shown = _to_draw(prompt, prompts)
     folder = pipeline_folder(source)
     _check_output(folder, output, force)
     at = _device(device)
@@ -331,7 +329,7 @@ def evaluate(
 
     Cut off, the same command goes on where it was.
     """
-    shown, others = _lines(prompt, prompts), _lines(calibrate, calibration)
+    shown, others = _to_draw(prompt, prompts), _lines(calibrate, calibration)
     folder = pipeline_folder(source)
     for written in (output, output.with_suffix(".json")):
         _check_output(folder, written, force)
@@ -351,6 +349,14 @@ def evaluate(
         config=Config(precision=precision, rank=rank, refine=refine, skip=tuple(skip or ())),
     )
     _console().print(str(result), soft_wrap=True)
+
+
+def _to_draw(given: list[str] | None, file: Path | None) -> list[str]:
+    """As `_lines`, where there must be some."""
+    found = _lines(given, file)
+    if not found:
+        raise OptionError("there is no prompt to draw: give --prompt or --prompts")
+    return found
 
 
 def _lines(given: list[str] | None, file: Path | None) -> list[str]:

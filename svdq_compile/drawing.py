@@ -69,6 +69,8 @@ class Drawer:
     """
 
     def __init__(self, pipe: Any, options: Mapping[str, Any]) -> None:
+        if not isinstance(options, Mapping):
+            raise OptionError(f"call={options!r:.60}: must be a dict of arguments, as in {{'num_inference_steps': 28}}")
         self._pipe, self.options = pipe, dict(options)
         self._kind = type(pipe).__name__
         if not callable(pipe):
@@ -111,8 +113,8 @@ class Drawer:
             result = self._pipe(prompt=prompt, **self.options, **named)
         frames = _frames(result, self._kind)
         seconds = time.perf_counter() - start
-        alike = [one for one in latents if one.shape == latents[-1].shape]
-        steps = torch.stack(alike) if len(alike) == len(latents) > 0 else torch.empty(0)
+        are_alike = len({one.shape for one in latents}) == 1
+        steps = torch.stack(latents) if are_alike else torch.empty(0)
         if not bool(np.isfinite(frames).all()) or not bool(steps.isfinite().all()):
             raise NonFinitePicture(prompt, seed, bits)
         bytes_ = torch.from_numpy(np.round(frames.clip(0, 1) * 255).astype(np.uint8, order="C"))

@@ -11,6 +11,7 @@ What is done is kept beside the page until it is there (unfinished.py).
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +27,13 @@ from . import checkpoint
 from .compile_model import compile as compile_model
 from .config import Config
 from .drawing import Drawer, Drawing
-from .errors import NotAModel, OptionError
+from .errors import NotAModel, NothingToQuantize, OptionError
 from .evaluation import Evaluation, Picture, weight_bytes
 from .evaluation_page import page
 from .filling import without_memory
 from .given import denoisers
 from .header import read_header
+from .layers import layers
 from .loading import load
 from .nunchaku_file import is_nunchaku
 from .parameter import has_quantized
@@ -40,6 +42,7 @@ from .quantize_model import quantize
 from .reading import state_of
 from .recording import Recorded, call_error, layer_errors, record
 from .replacing import replacing
+from .report import why_nothing
 from .unfinished import unfinished_folder
 
 RECORDED = 2  # pictures, the first ones: what a model reads differs more by timestep than by prompt
@@ -121,10 +124,10 @@ def evaluate(
     target = _checked_output(output)
     with unfinished_folder(target, _facts(job), "evaluating to") as folder, _quietly(pipe):
         result = _measured(job, folder)
-        pairs = [(_kept(folder, 16, i).frames, _kept(folder, 4, i).frames) for i in range(len(job.shown))]
         with replacing(target.with_suffix(".json")) as numbers_file, replacing(target) as page_file:
             numbers_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-            page_file.write_text(page(result, pairs), encoding="utf-8")
+            html = page(result, lambda i: (_kept(folder, 16, i).frames, _kept(folder, 4, i).frames))
+            page_file.write_text(html, encoding="utf-8")
     say(f"svdquant: {result}; see {target}", job.config.progress)
     return result
 
@@ -139,6 +142,8 @@ def _denoiser(pipe: Any, component: str | None) -> tuple[str, nn.Module]:
         raise OptionError(f"component={component!r}: this {type(pipe).__name__} has {', '.join(found)}")
     if has_quantized(model):
         raise OptionError(f"{place} is quantized already: give the pipeline as it is loaded, in 16 bits")
+    if not any(layer.reason is None for layer in layers(model)):
+        raise NothingToQuantize(why_nothing(model))
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         raise OptionError(f"{place} is compiled: give the pipeline as it is loaded, its 4-bit model is compiled here")
     return place, model
@@ -200,7 +205,11 @@ def _facts(job: _Job) -> dict[str, Any]:
     parts = {name: part for name, part in getattr(job.pipe, "__dict__", {}).items() if isinstance(part, nn.Module)}
     scheduler = getattr(job.pipe, "scheduler", None)
     return {
-        "versions": {name: version(name) for name in ("svdq-compile", "torch")},
+        "versions": [
+            version("svdq-compile"),
+            torch.__version__,
+            getattr(sys.modules.get("diffusers"), "__version__", ""),
+        ],
         "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
         "pipeline": f"{type(job.pipe).__qualname__}, {job.place}",
         "weights": {name: _fingerprint(part) for name, part in parts.items()},
@@ -250,14 +259,13 @@ def _measured(job: _Job, folder: Path) -> Evaluation:
         compile_model(job.model, job.config)
         job.drawer.draw(*job.shown[0], bits=4)
     _draw(job, folder, 4)
-    drawn = [(_kept(folder, 16, i), _kept(folder, 4, i)) for i in range(len(job.shown))]
     calls = steps(recorded.calls, "comparing calls of the model", job.config.progress)
     return Evaluation.of(
         job.model,
         facts=_sentences(job),
         nbytes=(before, after),
-        pictures=[Picture.of(*one, *pair) for one, pair in zip(job.shown, drawn, strict=True)],
-        timesteps=drawn[0][0].timesteps,
+        pictures=[Picture.of(*one, _kept(folder, 16, i), _kept(folder, 4, i)) for i, one in enumerate(job.shown)],
+        timesteps=_kept(folder, 16, 0).timesteps,
         calls=[call_error(job.model, call) for call in calls],
         layers=layer_errors(job.model, recorded.layers),
     )
@@ -322,6 +330,8 @@ def _sentences(job: _Job) -> Iterator[str]:
         yield f"Calibrated on {len(job.calibration)} other prompts, from other noise: {prompts}."
     else:
         yield "Quantized by its weights alone: calibration on other prompts would make it better."
+    for place in denoisers(job.pipe, "evaluate").keys() - {job.place}:
+        yield f"Its {place} stayed in 16 bits."
     if not job.is_compiled:
         yield "The 4-bit model ran eagerly, an operator at a time: compiled code is faster."
     if job.device.type == "cpu":

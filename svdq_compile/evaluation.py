@@ -65,7 +65,7 @@ class StepError:
 
 @dataclass(frozen=True)
 class LayerError:
-    """error: of its output, on inputs that calibrated nothing."""
+    """error: of its output, on inputs of the first pictures."""
 
     layer: str
     precision: str

@@ -1,6 +1,6 @@
 """The page of an evaluation: one HTML file that needs nothing but itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from torch import Tensor
@@ -11,8 +11,11 @@ from .page_parts import curve, document, png
 SHOWN = 24  # pictures at most, evenly from the worst to the best: a page of hundreds could not be opened
 
 
-def page(result: Evaluation, frames: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """frames: of each picture [F, H, W, 3] uint8, in 16 bits and in 4"""
+Frames = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def page(result: Evaluation, frames: Frames) -> str:
+    """frames: of a picture, by its number, [F, H, W, 3] uint8 in 16 bits and in 4"""
     body = (_head(result), _numbers(result), _pictures(result, frames), _charts(result), _layers(result), _foot(result))
     return document(f"{result.model} in 4 bits", "\n".join(body), STYLE)
 
@@ -22,8 +25,7 @@ def _head(result: Evaluation) -> str:
     return f"""<header>
 <p class="eyebrow">svdq-compile</p>
 <h1>{escape(result.model)} in 4 bits</h1>
-<p class="lead">{count} picture{"s" * (count != 1)}, each drawn in 16 bits and in 4 from the same noise. Nothing that is
-shown or measured here has calibrated the model, as far as this page was asked to calibrate it.</p>
+<p class="lead">{count} picture{"s" * (count != 1)}, each drawn in 16 bits and in 4 from the same noise.</p>
 </header>"""
 
 
@@ -51,14 +53,13 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _pictures(result: Evaluation, frames: Sequence[tuple[Tensor, Tensor]]) -> str:
+def _pictures(result: Evaluation, frames: Frames) -> str:
     order = sorted(range(len(result.pictures)), key=lambda i: result.pictures[i].psnr_db)
     if len(order) > SHOWN:
         order = [order[i * (len(order) - 1) // (SHOWN - 1)] for i in range(SHOWN)]
-    shown = "\n".join(_compared(result.pictures[i], a, b) for i in order for a, b in zip(*frames[i], strict=True))
-    which = (
-        f"{len(order)} of {len(result.pictures)}, evenly from the worst" if len(order) < len(frames) else "The worst"
-    )
+    shown = "\n".join(_compared(result.pictures[i], a, b) for i in order for a, b in zip(*frames(i), strict=True))
+    many = len(result.pictures)
+    which = f"{SHOWN} of {many}, evenly from the worst" if many > SHOWN else "The worst"
     return f"""<section>
 <h2>The pictures</h2>
 <p>{which} first. Left of the line is 16-bit, right of it 4-bit: move it.</p>
@@ -111,7 +112,7 @@ def _layers(result: Evaluation) -> str:
     return f"""<section>
 <details>
 <summary>All {len(result.layers)} quantized linears</summary>
-<p class="hint">Errors of outputs, on inputs of pictures that calibrated nothing.</p>
+<p class="hint">Errors of outputs, on what each linear read in the first two pictures.</p>
 <table>
 <thead><tr><th>Linear</th><th>Precision</th><th>Rank</th><th>Error</th></tr></thead>
 <tbody>

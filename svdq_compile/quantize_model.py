@@ -116,6 +116,8 @@ def observe(model: nn.Module, calibrate: Callable[[nn.Module], Any], *, progress
     Raises NotAModel, OptionError, NothingToQuantize where no linear of the model ran.
     """
     check_given(model, calibrate, None)
+    if has_quantized(model):
+        raise OptionError(f"this {type(model).__name__} is quantized already: observe it before that, in 16 bits")
     weights = tuple(model.parameters())
     _begin(model)
     decisions.forget_statistics(weights)  # of calls before

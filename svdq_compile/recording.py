@@ -46,16 +46,17 @@ class Recorded:
 
 
 def record(model: nn.Module, draw: Callable[[], Any]) -> Recorded:
-    """Run `draw` and remember what the model reads. Arguments that are no tensors or plain values are not kept, and
-    nor is the call.
+    """Run `draw` and remember what the model reads. A call with arguments that are no tensors or plain values, or
+    without a tensor as its result, is not kept.
     """
     calls: list[Call] = []
     rows: dict[str, list[Tensor]] = {}
 
     def called(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if _is_plain((args, kwargs)):
+        given = _first_tensor(output)
+        if _is_plain((args, kwargs)) and given is not None:
             before = calls[-1][:2] if calls else None
-            calls.append((*_shared(_on_host((args, kwargs)), before), _on_host(_first_tensor(output))))
+            calls.append((*_shared(_on_host((args, kwargs)), before), _on_host(given)))
 
     linears = dict(_linears(model))
     with ExitStack() as hooks, torch.no_grad():
@@ -76,6 +77,7 @@ def call_error(model: nn.Module, call: Call) -> tuple[float | None, float]:
     with torch.no_grad():
         args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         actual = _first_tensor(model(*args, **kwargs))
+    assert actual is not None, "it gave one when the call was recorded"
     return _timestep(model, args, kwargs), relative_error(actual.cpu(), expected)
 
 
@@ -139,8 +141,8 @@ def _thinned(rows: Tensor, most: int) -> Tensor:
     return rows[torch.linspace(0, rows.shape[0] - 1, most, device=rows.device).round().long()]
 
 
-def _first_tensor(output: Any) -> Tensor:
-    return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+def _first_tensor(output: Any) -> Tensor | None:
+    return next((leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)), None)
 
 
 def _is_plain(values: Any) -> bool:

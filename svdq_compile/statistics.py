@@ -86,36 +86,37 @@ class Statistics:
     @staticmethod
     def of(model: nn.Module, tasks: Iterable[Task]) -> "Statistics":
         """Of a model whose calls were observed."""
+        names = {id(layer.weight): layer.name for layer in matrices(model)}
         inputs = []
         for task in tasks:
-            seen = task.statistics
-            known = ObservedInput(
-                task.names,
-                tuple(tuple(weight.shape) for weight in task.weights),
-                task.few_rows,
-                float(task.shift),
-                task.expanded,
-                seen.calls,
-                None if seen.most_rows is None else float(seen.most_rows),
-                None if seen.moment is None or seen.span is None else seen.moment.rows,
-            )
-            inputs.append((known, seen))
-        others = {layer.name: decisions.reason_of(layer.weight) for layer in matrices(model)}
-        kind = type(model_in(model, "observe")).__name__
-        return Statistics(kind, tuple(inputs), {name: why for name, why in others.items() if why})
+            own, seen = [weight for weight in task.weights if id(weight) in names], task.statistics
+            if own:
+                known = ObservedInput(
+                    tuple(names[id(weight)] for weight in own),
+                    tuple(tuple(weight.shape) for weight in own),
+                    task.few_rows,
+                    float(task.shift),
+                    task.expanded,
+                    seen.calls,
+                    None if seen.most_rows is None else float(seen.most_rows),
+                    None if seen.moment is None or seen.span is None else seen.moment.rows,
+                )
+                inputs.append((known, seen))
+        reasons = {layer.name: decisions.reason_of(layer.weight) for layer in matrices(model)}
+        others = {name: reason for name, reason in reasons.items() if reason is not None}
+        return Statistics(type(model_in(model, "observe")).__name__, tuple(inputs), others)
 
     def tasks(self, model: nn.Module) -> list[Task]:
         """What is to be quantized together in a model that was not observed. Raises OtherModel."""
         weights = {layer.name: layer.weight for layer in matrices(model)}
+        for name in (*(name for known, _ in self.inputs for name in known.names), *self.others):
+            if name not in weights:
+                raise OtherModel(f"they have a linear {name}, a {self.model_class}'s, which this model has not")
         for known, _ in self.inputs:
             for name, shape in zip(known.names, known.shapes, strict=True):
-                if name not in weights:
-                    raise OtherModel(f"they have a linear {name}, a {self.model_class}'s, which this model has not")
                 if tuple(weights[name].shape) != shape:
                     raise OtherModel(f"{name} is {shape} in them, {tuple(weights[name].shape)} in this model")
         for name, reason in self.others.items():
-            if name not in weights:
-                raise OtherModel(f"they have a linear {name}, a {self.model_class}'s, which this model has not")
             if decisions.is_undecided(weights[name]):
                 decisions.leave_alone(weights[name], reason)
         found = [
@@ -128,8 +129,8 @@ class Statistics:
     def merge(*parts: "Statistics") -> "Statistics":
         """Of one model, what several have observed: other calls, or other layers. Raises OtherModel, OptionError.
 
-        Spans, counts and the order of rows are those of one observation of all calls; so are the rows, up to 1024 of
-        each input, of which more are thinned out. Second moments are, but for the rounding of their sums in float32.
+        Spans and counts are those of one observation of all calls; so are the rows, up to 1024 of each input, of which
+        more are thinned out. Second moments are too, but for the rounding of their sums in float32.
         """
         if not parts:
             raise OptionError("Statistics.merge() was given no statistics")
@@ -144,7 +145,7 @@ class Statistics:
             for name in names:
                 if owner.setdefault(name, names) != names:
                     raise OtherModel(f"{name} shares its input with {', '.join(owner[name])} in some, not in others")
-        others = {name: reason for one in parts for name, reason in one.others.items() if name not in owner}
+        others = {name: reason for one in parts for name, reason in one.others.items()}
         return Statistics(parts[0].model_class, tuple(_merged(same) for same in together.values()), others)
 
     def save(self, path: str | os.PathLike, *, progress: bool = True) -> None:

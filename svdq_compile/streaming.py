@@ -72,6 +72,8 @@ def from_pretrained(
     if plan is not None and mesh is None:
         raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
     if is_quantized(folder):
+        if statistics is not None:
+            raise OptionError(f"{folder} is in 4 bits already: leave statistics out")
         return _loaded(folder, name, target, chosen, dtype, mesh, plan)
     holders = None if mesh is None else Holders.of(mesh)
     ranks = None if holders is None else holders.ranks

@@ -24,7 +24,7 @@ import svdq_compile as svdq
 from snippets import hub
 from svdq_compile.cli import app
 from svdq_compile.drawing import Drawer, Drawing
-from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, OptionError
+from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, NothingToQuantize, OptionError
 from svdq_compile.evaluation import Mean, weight_bytes
 from svdq_compile.evaluation_page import SHOWN
 from svdq_compile.recording import layer_errors, record
@@ -209,6 +209,18 @@ def test_linears_and_convolutions_are_recorded_without_their_bias() -> None:
     assert all(0 < error < 0.03 for error in errors.values())
 
 
+def test_calls_that_cannot_be_repeated_are_not_kept() -> None:
+    class Odd(Denoiser):
+        def forward(self, x: Tensor, control: object) -> Any:  # type: ignore[override]
+            result = super().forward(x, torch.zeros(1), torch.zeros(WIDTH))[0]
+            return SimpleNamespace(sample=result) if control is None else result
+
+    model, x = Odd(), torch.randn(1, 4, WIDTH)
+    recorded = record(model, lambda: [model(x, control=control) for control in (object(), None, 1.0)])
+    assert [kwargs for _, kwargs, _ in recorded.calls] == [{"control": 1.0}]
+    assert all(rows.shape == (12, k) for (rows, _), k in zip(recorded.layers.values(), (128, 256) * 2, strict=True))
+
+
 def test_measures() -> None:
     a = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(psnr(a + 0.1, a), torch.full((2,), 20.0))
@@ -256,7 +268,10 @@ def test_a_page_of_many_shows_the_worst_and_the_best(tmp_path: Path) -> None:
 
 
 def test_of_a_video_the_first_and_the_middle_frame(tmp_path: Path) -> None:
-    result = run(Pipeline(frames=5), tmp_path / "eval.html", prompts=["a dog"], seeds=[1])
+    pipe = Pipeline(frames=5)
+    pipe.transformer_2 = Denoiser()  # type: ignore[attr-defined]
+    result = run(pipe, tmp_path / "eval.html", prompts=["a dog"], seeds=[1])
+    assert "Its transformer_2 stayed in 16 bits." in (tmp_path / "eval.html").read_text()
     assert len(Outline((tmp_path / "eval.html").read_text()).found["img"]) == 2 * 2
     drawing = Drawer(Pipeline(frames=5), {}).draw("a dog", 1, bits=16)
     assert drawing.frames.shape == (2, 8, 8, 3)
@@ -441,6 +456,12 @@ class NoPictures(Pipeline):
         return SimpleNamespace(audios=torch.zeros(1, 100))
 
 
+class Small(Pipeline):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Sequential(nn.Linear(8, 8))  # type: ignore[assignment]
+
+
 class NoPrompt(Pipeline):
     def __call__(self, class_labels: list[int]) -> Any:  # type: ignore[override]
         raise AssertionError
@@ -466,6 +487,7 @@ def compiled_already() -> Pipeline:
         (lambda: "no/such-pipeline", {}, NotAModel, "is a path, not a model"),
         (NoPictures, {}, OptionError, "NoPictures gives no pictures that could be compared"),
         (NoPrompt, {}, OptionError, "NoPrompt takes no prompt, but class_labels"),
+        (Small, {}, NothingToQuantize, "Sequential has no linear layer that can be quantized"),
         (quantized_already, {}, OptionError, "transformer is quantized already"),
         (compiled_already, {}, OptionError, "transformer is compiled"),
         (Pipeline, {"component": "unet"}, OptionError, "component='unet': this Pipeline has transformer"),
@@ -478,6 +500,7 @@ def compiled_already() -> Pipeline:
         (Pipeline, {"seeds": [True]}, OptionError, "whole numbers from 0"),
         (Pipeline, {"calibration": ["A Dog."]}, OptionError, "'A Dog.' is among the prompts that are evaluated"),
         (Pipeline, {"call": {"num_inference_step": 2}}, OptionError, "did you mean 'num_inference_steps'?"),
+        (Pipeline, {"call": ["steps"]}, OptionError, "call=['steps']: must be a dict of arguments"),
         (Pipeline, {"call": {"generator": None}}, OptionError, "generator is not to be given"),
         (Pipeline, {"rnak": 3}, OptionError, "did you mean 'rank'?"),
         (Pipeline, {"quantized": "missing.safetensors"}, OptionError, "leave out calibration"),
@@ -547,7 +570,7 @@ def test_the_demo_model(tmp_path: Path, code_cache: None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((EMOJI, "eval.html"), "prompts: there is none to draw"),
+        ((EMOJI, "eval.html"), "there is no prompt to draw: give --prompt or --prompts"),
         ((EMOJI, "eval.html", "--prompts", "empty.txt"), "empty.txt: there is no prompt in it"),
         ((EMOJI, "eval.html", "--prompts", "binary.txt"), "binary.txt is no text file in UTF-8"),
         ((EMOJI, "eval.html", "--prompts", "missing.txt"), "No such file or directory: 'missing.txt'"),
@@ -583,7 +606,7 @@ def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert (
         "no/such: there is no such folder, and the hub does not give it (no/such is not"
-        in command("no/such", "x.html").stderr
+        in command("no/such", "x.html", "--prompt", "a dog").stderr
     )
     assert "brings its own code" in command("some/emoji", "x.html", "--prompt", "a dog").stderr
     assert asked == ["no/such", "some/emoji"]

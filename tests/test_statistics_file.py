@@ -176,6 +176,9 @@ def test_streaming_by_the_command_line(whole: Statistics, calibrated: dict[str, 
     assert read_header(out).calibration == "calibrated, on inputs that were observed"
     streamed = svdq.from_pretrained(tmp_path / "flux", CONFIG, statistics=whole)
     assert same(file_of(streamed), calibrated)
+    streamed.save_pretrained(tmp_path / "4-bit")  # type: ignore[operator]
+    with pytest.raises(OptionError, match="is in 4 bits already: leave statistics out"):
+        svdq.from_pretrained(tmp_path / "4-bit", statistics=whole)
 
 
 # ** what was not reached **
@@ -212,6 +215,23 @@ def test_layers_that_calibration_has_not_reached_are_named(by_statistics: bool) 
 def test_nothing_was_reached() -> None:
     with pytest.raises(NothingToQuantize, match="calibrate never ran a linear"):
         svdq.observe(Halves(), lambda model: None, progress=False)
+
+
+def test_a_quantized_model_is_not_observed() -> None:
+    model = Halves()
+    svdq.quantize(model, CONFIG)
+    with pytest.raises(OptionError, match="this Halves is quantized already: observe it before that, in 16 bits"):
+        svdq.observe(model, lambda model: None)
+
+
+def test_what_must_stay_16_bit_in_one_part_stays_so() -> None:
+    """Another product than a linear's may read a weight in some calls only."""
+    model = Halves()
+    seen = svdq.observe(model, lambda model: model(torch.randn(1, 64, 128)), progress=False)
+    merged = Statistics.merge(seen, replace(seen, inputs=(), others={"blocks.0.1": "it is a table too"}))
+    report = {row.name: row for row in svdq.quantize(model, CONFIG, statistics=merged)}
+    assert report["blocks.0.0"].precision == "w4a8"
+    assert (report["blocks.0.1"].precision, report["blocks.0.1"].reason) == ("float32", "it is a table too")
 
 
 # ** what is refused **
@@ -400,3 +420,14 @@ def test_the_command_line_refuses(small: Path, tmp_path: Path) -> None:
     assert "is among the statistics" in refused(*command[:2], small, *command[3:], "--force")
     assert "--statistics are of a calibration that was done" in refused(*command, "--prompt", "a dog")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bench_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    import observe
+
+    observe.main(["--tiny", "--output", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["observe", "calibrate", "statistics"]
+    assert rows[-1]["same_bits"] is True
+    assert 0 < rows[0]["file_gib"] < 1
