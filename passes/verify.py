@@ -31,8 +31,12 @@ from ..lowering.torch_private import fake_mode_of
 from .subgraphs import invocations, placeholders
 from .vocabulary import same_shape
 
-KINDS = {ops.fused_gemm: ("epilogue", "gate"), ops.fused_quantize: ("prologue",), ops.head_region: ("heads",),
-         ops.attention_of_heads: ("heads",)}  # fmt: skip
+KINDS = {
+    ops.fused_gemm: ("epilogue", "gate"),
+    ops.fused_quantize: ("prologue",),
+    ops.head_region: ("heads",),
+    ops.attention_of_heads: ("heads",),
+}
 
 
 class BrokenGraph(AssertionError):

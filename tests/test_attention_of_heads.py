@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from kernel_testing import compiled, interpreted, run_interpreted
 from test_heads import CHANNELS, FLUX, HALVES, HEADS, NORM, norm, operands, rotated
 from torch import Tensor, nn
 
-from conftest import WIDTH, relative_error
+from conftest import WIDTH, quiet, relative_error
 from svdq_compile.kernels.runtime import target
 from svdq_compile.lowering import attention_of_heads as of_heads
-from svdq_compile.lowering import flash3, launch, ops, replay
+from svdq_compile.lowering import flash3, launch, ops, replay, sequences
 from svdq_compile.lowering.heads import parts
 from svdq_compile.lowering.kernel_table import REFERENCE
 
 BSHD, BHSD = [0, 2, 1, 3], [0, 1, 2, 3]
 PLAIN = "heads(x)"
+PASSES = ("svdq_compile.passes.replace_attention", "svdq_compile.passes.group_sequences")
 BOUND = 4e-3  # q, k and the result in bf16
 
 
@@ -28,9 +30,10 @@ BOUND = 4e-3  # q, k and the result in bf16
 
 @pytest.fixture
 def a_choice_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass takes the CPU for a device with kernels; its graphs run by the reference."""
-    rewrite = importlib.import_module("svdq_compile.passes.replace_attention")
+    """Passes take the CPU for a device with kernels; their graphs run by the reference."""
+    rewrite, group = map(importlib.import_module, PASSES)
     monkeypatch.setattr(rewrite, "has_kernels", lambda device: True)
+    monkeypatch.setattr(group, "has_kernels", lambda device: True)
     on_the_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     monkeypatch.setattr(rewrite, "TORCHS_ATTENTIONS", {on_the_cpu})
 
@@ -80,11 +83,9 @@ class Attention(nn.Module):
         (lambda q, k, v: (q, k, torch.cat([v[..., 5:], v[..., :5]], 3), ()), {}, True, 1),  # not of tokens
         (lambda q, k, v: (q, k, v.transpose(1, 2).contiguous().transpose(1, 2), ()), {}, True, 1),
         (lambda q, k, v: (q, k, v, (v,)), {}, True, 1),  # it is there anyway
-        (lambda q, k, v: (q, k, torch.tanh(v), ()), {}, True, 1),
         (lambda q, k, v: (q, k, w := torch.cat([v[:, 5:], v[:, :5]], 1), (w,)), {}, True, 1),  # put together anyway
         # q or k are read by others, or are no region's: they are stored as they were.
         (lambda q, k, v: (q, k, v, (q,)), {}, False, 0),
-        (lambda q, k, v: (q, k, v, (k,)), {}, False, 0),
         (lambda q, k, v: (q, torch.tanh(v), v, ()), {}, False, 0),
         (lambda q, k, v: (q[:, :7], k, v, ()), {}, False, 0),
         (lambda q, k, v: (q.flip(1), k, v, ()), {}, False, 0),
@@ -111,6 +112,38 @@ def test_near_misses(
         assert counts == [1, 1]
         assert [str(part) for part in parts(text)[2:]] == [PLAIN] * values
     assert relative_error(*outputs) < BOUND
+
+
+@compiled
+@pytest.mark.usefixtures("a_choice_on_the_cpu")
+@pytest.mark.parametrize("more", [(), ("siblings", "sequences")], ids=["alone", "in a sequence"])
+def test_compiled_code_of_any_size_calls_it(more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Inductor, whose text has the operator's lists and, for two sizes, one graph."""
+    lengths: list[int] = []
+    programs: list[str] = []
+    run_exact, read_program = of_heads._exact, sequences._compiled
+    monkeypatch.setattr(sequences, "_compiled", lambda text: programs.append(text) or read_program(text))
+
+    def counted(o: of_heads.OfHeads) -> Tensor:
+        lengths.append(o.shapes()[0][2])
+        return run_exact(o)
+
+    row = replace(of_heads.ATTENTION_OF_HEADS.rows[-1], run=counted)
+    monkeypatch.setattr(of_heads.ATTENTION_OF_HEADS, "rows", [row])
+    g = torch.Generator().manual_seed(0)
+    calls = [(torch.randn(2, n, WIDTH, generator=g).bfloat16(), *torch.randn(2, n, 1, CHANNELS, generator=g))
+             for n in (24, 24, 7, 24)]  # fmt: skip
+    torch._dynamo.reset()
+    model = Attention(lambda q, k, v: (q, k, torch.cat([v[:, 5:], v[:, :5]], 1), ()), {})
+    model = model.bfloat16().eval().requires_grad_(False)
+    options = quiet(rank=16, refine=1, precision="w4a8", fuse=("heads", "attention", *more), attention="fp8")
+    call = torch.compile(model, backend="svdquant", dynamic=True, options=options)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        outputs = [call(*inputs) for inputs in calls][1:]
+    assert lengths == [24, 7, 24]
+    assert any("svdq.attention_of_heads.default(" in text for text in programs) == bool(more)
+    expected = [model(*inputs) for inputs in calls[1:]]  # eagerly, in 4 bits
+    assert max(relative_error(a, b) for a, b in zip(outputs, expected, strict=True)) < 2 * BOUND
 
 
 # ** the operator **
