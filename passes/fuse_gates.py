@@ -45,7 +45,7 @@ def _halves(gemm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     parts: dict[range, fx.Node] = {}
     if len(users) == 1 and len(users[0].users) == 2 and users[0].target in _SPLITS:
         sizes, along = [*users[0].args[1:], 0][:2]
-        if sizes in (half, [half, half]) and along in (dim, -1):  # type: ignore[operator]
+        if sizes in (half, [half, half]) and along in (dim, -1):
             parts = {wanted[node.args[1]]: node for node in users[0].users}  # type: ignore[index]
     elif len(users) == 2 and all(node.target is aten.slice.Tensor for node in users):
         kept = {node: kept_by(node) for node in users}
