@@ -82,6 +82,24 @@ def test_rocm_build_of_gemm(family, grouped):
 
 
 @rocm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rocm_build_of_a_gate(family):
+    from svdq_compile.kernels.portable import gemm
+    from svdq_compile.lowering import generate
+
+    region = "gate(y, right); t0 = erf(right); t1 = add(t0, 1.0); t2 = mul(right, t1); t3 = mul(y, t2)"
+    tm, tn, warps, stages = gemm.tile_for(4608, 5120, False, True)
+    constants = {"TM": tm, "TN": tn, "GROUP": 8, "RANK": 32, "GROUPED": False, "BIAS": True, "OFFSET": False,
+                 "EPILOGUE": generate.function(region), "AUXILIARY": False, "GATES": True}  # fmt: skip
+    types = {"qx": "*i8", "qweight": "*i8", "subscales": "*i16", "ascales": "*fp32", "wscales": "*fp32",
+             "offset": "*fp32", "xd": "*bf16", "up": "*bf16", "bias": "*bf16", "y": "*bf16", "auxiliary": "*bf16",
+             "extra": ()}  # fmt: skip
+    text = assembly(gemm._gemm_kernel, family, constants, types, warps, stages)
+    assert INT8[family] in text
+    assert spilled(text) == 0
+
+
+@rocm
 @pytest.mark.parametrize("codes", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rocm_build_of_quantize(family, codes):

@@ -397,7 +397,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, sibling, y, epilogue, t, t.programs(room) * processors(qx.device))
 
     if tile is None:
-        layer = (n, qx.shape[1], "gates") if gates else (n, qx.shape[1])
+        layer = (n, y.shape[1], qx.shape[1])
         tile = choose_tile("ampere_gemm", m, layer, candidates(m, room), run, qx.device)
     run(tile)
     return y

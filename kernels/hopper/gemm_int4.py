@@ -259,8 +259,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, by_group, sibling, y, epilogue, t)
 
     if tile is None:
-        layer = (n, o.qx.shape[1], "gates") if gates else (n, o.qx.shape[1])
-        tile = choose_tile("gluon_int4", m, layer, candidates(m), run, o.qx.device)
+        tile = choose_tile("gluon_int4", m, (n, y.shape[1], o.qx.shape[1]), candidates(m), run, o.qx.device)
     run(tile)
     return y
 

@@ -436,8 +436,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, tile: Tile | None = None) -
         _launch(o, sibling, y, epilogue, t)
 
     if tile is None:
-        layer = (n, qx.shape[1], "gates") if gates else (n, qx.shape[1])
-        tile = choose_tile("gluon_gemm", m, layer, candidates(m), run, qx.device)
+        tile = choose_tile("gluon_gemm", m, (n, y.shape[1], qx.shape[1]), candidates(m), run, qx.device)
     run(tile)
     return y
 

@@ -401,7 +401,11 @@ def describe_down(down: Tensor, t: Tile) -> tuple[Descriptor, Descriptor]:
 
 
 def quantize(
-    o: Quantize, prologue: Generated | None = None, right: Tensor | None = None, fp8: bool = False
+    o: Quantize,
+    prologue: Generated | None = None,
+    right: Tensor | None = None,
+    fp8: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As portable/quantize.py does it, for operands that `can_quantize`."""
     codes = check_quantize(o, right, fp8)
@@ -413,8 +417,10 @@ def quantize(
     def run(t: Tile) -> None:
         _launch(t, o, prologue, right, results)
 
-    layer = (codes.name, k, r, width, prologue is not None)
-    run(choose_tile("gluon_quantize", m, layer, candidates(o, prologue, right), run, o.x.device))
+    if tile is None:
+        layer = (codes.name, k, r, width, prologue is not None)
+        tile = choose_tile("gluon_quantize", m, layer, candidates(o, prologue, right), run, o.x.device)
+    run(tile)
     return results
 
 

@@ -26,5 +26,5 @@ def erf(x):
         rest = 1.0 / p
     else:
         rest = tl.inline_asm_elementwise(_RECIPROCAL, "=f,f", [p], dtype=tl.float32, is_pure=True, pack=1)
-    far = tl.where(x < 0.0, rest - 1.0, 1.0 - rest)
-    return tl.where(z < 0.1, x * (1.1283791671 - 0.3761263890 * x * x), far)
+    y = tl.where(z < 0.1, z * (1.1283791671 - 0.3761263890 * z * z), 1.0 - rest)
+    return tl.where(x < 0.0, -y, y)

@@ -203,7 +203,7 @@ def gemm(o: Gemm, epilogue: Generated | None = None, config: Tile | None = None)
         grid = (triton.cdiv(m, t.tokens) * triton.cdiv(n, t.features), 1, 1)
         launch(_gemm_kernel, grid, arguments, constants, num_warps=t.warps, num_stages=t.stages)
 
-    run(config or choose_tile("nvfp4 gemm", m, (n, kp), candidates(m, target), run, qx.device))
+    run(config or choose_tile("nvfp4 gemm", m, (n, y.shape[1], kp), candidates(m, target), run, qx.device))
     return y
 
 
