@@ -105,6 +105,9 @@ def quantize(
         float, typer.Option(help="A layer with a larger relative error stays 16-bit.")
     ] = DEFAULT.error_budget,
     no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Do not move outliers into the weights.")] = False,
+    no_rotate: Annotated[
+        bool, typer.Option("--no-rotate", help="int4: do not rotate inputs, as for Nunchaku.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
     ] = None,
@@ -138,6 +141,7 @@ def quantize(
         skip=tuple(skip or ()),
         error_budget=error_budget,
         smooth=not no_smooth,
+        rotate=not no_rotate,
     )
     at = _device(device)
     if prompt and model is not None:

@@ -2,25 +2,25 @@
 
     x W^T = T(x) T'(W)^T       T(x) = rotate(x / smooth),   T'(W) = rotate(W diag(smooth))
 
-Smoothing moves an input's outliers into the weight, rotation spreads them over 64 neighbours. How much of each is best
-differs from layer to layer, so there are several candidates, which the quantizer tries.
+Smoothing moves an input's outliers into the weight, rotation spreads them over 64 neighbours. Which is best differs
+from layer to layer; where it matters the quantizer tries several (`choose`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .config import Config
-from .input_statistics import InputStatistics
 from .kernels.formats import FORMATS, can_rotate
 from .kernels.formats.rotation import rotate
 
-# smooth = (input span)^a / (weight span)^b. The first is for inputs that were not observed, and is kept where no other
-# is better by MARGIN: 0.3 beats SmoothQuant's 0.5 in W4A8, since the branch takes what the weight gets.
-EXPONENTS = ((0.3, 0.7), (0.5, 0.5), (0.5, 0.2), (0.7, 0.3), (0.15, 0.15))
-MARGIN = 0.01
+# smooth = (input span)^a / (weight span)^b. The first serves where nothing is tried: 0.3 beats SmoothQuant's 0.5 in
+# W4A8, since the branch takes what the weight gets. (0.7, 0.3) betters most layers of int4 on the demo model, and its
+# velocity at other prompts gets worse.
+EXPONENTS = ((0.3, 0.7), (0.3, 0.3), (0.5, 0.5))
+MARGIN = 0.01  # by so much another transform must be better than the one it replaces
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,55 @@ class Transform:
         return rotate(t) if self.rotate else t
 
 
-def candidates(
-    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config, shift: float
-) -> list[Transform]:
-    """For linears [N_i, K] that share an input, what is best without a trial first.
+def choose(
+    weights: Sequence[Tensor],
+    span: Tensor | None,
+    precision: str,
+    config: Config,
+    shift: float,
+    loss: Callable[[Transform], float] | None,
+) -> Transform:
+    """For linears [N_i, K] that share an input: first whether it is rotated, then how much is smoothed.
 
+    span   [K] of the input, or None where it was not observed
     shift  makes the input non-negative, or 0
+    loss   how far their outputs are off, a number of any unit; None: what is best for most layers
     """
     codes = FORMATS[precision].codes
-    if codes is None:
-        return [Transform(_smoothing(weights, None, None), 0.0, False)]
-    shift = shift if codes.unsigned else 0.0
-    exponents = EXPONENTS if config.smooth else (None,)
-    smooths = [_smoothing(weights, statistics.span, e) for e in exponents]
-    plain = [Transform(smooth, shift, False) for smooth in smooths]
-    if not (config.rotate and can_rotate(precision, weights[0].shape[1])):
-        return plain
-    rotated = [Transform(smooth, 0.0, True) for smooth in smooths]
-    return plain + rotated if shift else rotated + plain
+    if codes is None or not config.smooth:
+        smooth = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
+    else:
+        smooth = _smoothing(weights, span, *EXPONENTS[0])
+    shift = shift if codes is not None and codes.unsigned else 0.0
+    plain = Transform(smooth, shift, False)
+    tried = [plain]
+    if config.rotate and can_rotate(precision, len(smooth)):
+        rotated = Transform(smooth, 0.0, True)
+        tried = [plain, rotated] if shift else [rotated, plain]
+    if loss is None:
+        return tried[0]
+    best, least = _best(tried, loss)
+    if not config.smooth:
+        return best
+    others = [replace(best, smooth=_smoothing(weights, span, *exponents)) for exponents in EXPONENTS[1:]]
+    return _best([best, *others], loss, least)[0]
 
 
-def _smoothing(weights: Sequence[Tensor], span: Tensor | None, exponents: tuple[float, float] | None) -> Tensor:
-    """[K] fp32, around 1; a channel with no span keeps 1. Of the weights' dtype, in which files of others hold it.
+def _best(
+    transforms: Sequence[Transform], loss: Callable[[Transform], float], least: float | None = None
+) -> tuple[Transform, float]:
+    """The first one, whose loss may be known, or another that is clearly better; and its loss."""
+    best, least = transforms[0], loss(transforms[0]) if least is None else least
+    for transform in transforms[1:]:
+        found = loss(transform)
+        if found < (1 - MARGIN) * least:
+            best, least = transform, found
+    return best, least
 
-    span  [K] of the input, or None where it was not observed
-    """
+
+def _smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, of_weight: float) -> Tensor:
+    """[K] fp32, around 1; a channel with no span keeps 1. Of the weights' dtype, in which files of others hold it."""
     ones = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
-    if exponents is None:
-        return ones
-    of_input, of_weight = exponents
     weight_span = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
     input_span = ones if span is None else span.to(ones.device)
     smooth = input_span**of_input / weight_span**of_weight

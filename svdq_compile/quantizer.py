@@ -10,8 +10,7 @@ each channel's error corrected by the next ones (feedback.py). Each fit counts e
 """
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from .config import Config
 from .errors import NonFiniteWeight
 from .feedback import Feedback
 from .input_statistics import InputStatistics
-from .input_transform import MARGIN, Transform, candidates
+from .input_transform import Transform, choose
 from .kernels.formats import FORMATS
 from .lowering import reference
 from .lowering.launch import in_device_order, round_weight
@@ -33,8 +32,8 @@ log = logging.getLogger("svdq_compile")
 
 # Refinement rounds, the last ones, that round with feedback; they take longer. The first brings most.
 FEEDBACK_ROUNDS = 2
-# A trial of a transform takes so many outputs of each linear at most, and refits the branch so often.
-TRIAL_OUTPUTS, TRIAL_REFINE = 512, 1
+# What a trial of a transform takes at most: rows, half of which are fitted, and outputs of each linear.
+TRIAL_ROWS, TRIAL_OUTPUTS = 256, 512
 MIN_ROWS = 64  # fewer show nothing of other inputs
 
 
@@ -70,8 +69,12 @@ def quantize_group(
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise NonFiniteWeight(name, bad)
-    transform = _choose(weights, statistics, precision, config, shift)
-    seen = None if statistics.span is None else _see(statistics, transform, precision)
+    loss = _trial(weights, statistics, precision, config.rank)
+    transform = choose(weights, statistics.span, precision, config, shift, loss)
+    seen = None
+    if statistics.span is not None:
+        rows = statistics.rows.to(transform.smooth)
+        seen = _see(rows, rows, transform, precision, _feedback(statistics, transform, precision))
     fits = [_fit(weight, transform, precision, config.rank, config.refine, seen) for weight in weights]
 
     down = torch.cat([fit.down for fit, _ in fits])
@@ -84,24 +87,28 @@ def quantize_group(
     return quantized
 
 
-def _choose(
-    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config, shift: float
-) -> Transform:
-    """What to do to the input: of several transforms the one that loses least on observed rows that fitted nothing."""
-    transforms = candidates(weights, statistics, precision, config, shift)
-    if len(transforms) == 1 or statistics.span is None or statistics.rows.shape[0] < MIN_ROWS:
-        return transforms[0]
-    some = [weight[:: -(-weight.shape[0] // TRIAL_OUTPUTS)] for weight in weights]
-    rows = statistics.rows.to(transforms[0].smooth)
+def _trial(
+    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, rank: int
+) -> Callable[[Transform], float] | None:
+    """The loss of a transform of the input: a quick fit to some of the rows that were observed, measured on others.
+
+    None where too little was observed, or activations have 8 bits: there none was better than the first.
+    """
+    codes = FORMATS[precision].codes
+    if statistics.span is None or codes is None or not codes.by_block:
+        return None
+    rows = statistics.thinned(TRIAL_ROWS).to(weights[0].device).float()
+    if rows.shape[0] < MIN_ROWS:
+        return None
     fitting, measuring = rows[::2], rows[1::2]
+    some = [weight[:: -(-weight.shape[0] // TRIAL_OUTPUTS)].float() for weight in weights]
+    sizes = [(measuring @ weight.t()).norm() for weight in some]
+    weight = torch.cat([w / torch.where(size > 0, size, 1.0) for w, size in zip(some, sizes, strict=True)])
 
     def loss(transform: Transform) -> float:
-        seen = _seen(fitting, measuring, transform, precision, None)
-        return math.fsum(_fit(weight, transform, precision, config.rank, TRIAL_REFINE, seen)[1] ** 2 for weight in some)
+        return _fit(weight, transform, precision, rank, 1, _see(fitting, measuring, transform, precision, None))[1]
 
-    losses = [loss(transform) for transform in transforms]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return transforms[best if losses[best] < (1 - MARGIN) ** 2 * losses[0] else 0]
+    return loss
 
 
 @dataclass(frozen=True)
@@ -121,12 +128,7 @@ class _Seen:
     feedback: Feedback | None
 
 
-def _see(statistics: InputStatistics, transform: Transform, precision: str) -> _Seen:
-    rows = statistics.rows.to(transform.smooth)
-    return _seen(rows, rows, transform, precision, _feedback(statistics, transform, precision))
-
-
-def _seen(fitting: Tensor, measuring: Tensor, transform: Transform, precision: str, feedback: Feedback | None) -> _Seen:
+def _see(fitting: Tensor, measuring: Tensor, transform: Transform, precision: str, feedback: Feedback | None) -> _Seen:
     """Of rows [S, K] fp32 that the branch is fitted to, and of those that errors are measured on."""
     transformed = transform.input(fitting)
     moment = transformed.square().mean(0)

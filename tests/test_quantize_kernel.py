@@ -325,12 +325,13 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
      (32, 192, False, None), (128, 3072, False, modulated), (240, 15360, False, None)],
 )  # fmt: skip
 def test_the_single_kernel_rotates(rank, k, joined, prologue):
-    """In registers: but for what others use, nothing is exchanged between threads."""
+    """In registers: no value changes threads."""
     built = compile_gluon(rank, k, joined, prologue, "int4", rotate=True)
     assert not built.spilled
     assert 2 * (built.shared + 1024) <= 227 * 1024
     assert built.registers * 128 * 2 <= 65536
-    assert "shfl" not in built.ptx
+    assert "shfl.sync.bfly" not in built.ptx
+    assert "st.shared.v" not in built.ptx
 
 
 @builds
