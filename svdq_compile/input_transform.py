@@ -65,7 +65,7 @@ def choose(
     if codes is None or not config.smooth:
         smooth = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     else:
-        smooth = _smoothing(weights, span, *EXPONENTS[0])
+        smooth = smoothing(weights, span, *EXPONENTS[0])
     shift = shift if codes is not None and codes.unsigned else 0.0
     plain = Transform(smooth, shift, False)
     tried = [plain]
@@ -77,7 +77,7 @@ def choose(
     best, least = _best(tried, loss)
     if not config.smooth:
         return best
-    others = [replace(best, smooth=_smoothing(weights, span, *exponents)) for exponents in EXPONENTS[1:]]
+    others = [replace(best, smooth=smoothing(weights, span, *exponents)) for exponents in EXPONENTS[1:]]
     return _best([best, *others], loss, least)[0]
 
 
@@ -93,7 +93,7 @@ def _best(
     return best, least
 
 
-def _smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, of_weight: float) -> Tensor:
+def smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, of_weight: float) -> Tensor:
     """[K] fp32, around 1; a channel with no span keeps 1. Of the weights' dtype, in which files of others hold it."""
     ones = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     weight_span = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)

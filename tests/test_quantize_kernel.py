@@ -321,11 +321,11 @@ def test_the_single_kernel_on_sm_90(rank, k, m, precision):
 @builds
 @pytest.mark.parametrize(
     ("rank", "k", "joined", "prologue"),
-    [(0, 3072, False, None), (32, 3072, False, None), (32, 15360, True, None), (32, 3072, False, modulated),
-     (32, 192, False, None), (128, 3072, False, modulated), (240, 15360, False, None)],
+    [(0, 3072, False, None), (32, 4096, True, None), (32, 192, False, None), (128, 3072, False, modulated),
+     (240, 3072, False, None)],
 )  # fmt: skip
 def test_the_single_kernel_rotates(rank, k, joined, prologue):
-    """In registers: no value changes threads."""
+    """In registers: no value changes threads, which to add up xd none does either with so few channels."""
     built = compile_gluon(rank, k, joined, prologue, "int4", rotate=True)
     assert not built.spilled
     assert 2 * (built.shared + 1024) <= 227 * 1024
