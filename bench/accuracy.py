@@ -21,10 +21,11 @@ from svdq_compile.quantizer import quantize_group
 
 IN_FEATURES, OUT_FEATURES, TOKENS, OUTLIERS = 512, 384, 256, 8
 METHODS = {
-    "int4 plain": Config(precision="int4", rank=0, smooth=False, refine=0),
-    "int4 smoothing alone": Config(precision="int4", rank=0, refine=0),
-    "int4 low-rank alone": Config(precision="int4", smooth=False),
-    "int4 both (SVDQuant)": Config(precision="int4"),
+    "int4 plain": Config(precision="int4", rank=0, smooth=False, rotate=False, refine=0),
+    "int4 smoothing alone": Config(precision="int4", rank=0, rotate=False, refine=0),
+    "int4 low-rank alone": Config(precision="int4", smooth=False, rotate=False),
+    "int4 both (SVDQuant)": Config(precision="int4", rotate=False),
+    "int4 rotated as well": Config(precision="int4"),
     "w4a8 both (SVDQuant)": Config(precision="w4a8"),
 }
 

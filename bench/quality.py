@@ -10,6 +10,9 @@ torch's reference, nvfp4 on an H200 too. Calibration is a user's: four prompts, 
     today      this program before rounding with                   observed outputs, SVD, rounded to nearest
                feedback and the code -8 of w4a8          all       as it is
     codes      today, with the code -8                   gptq      today, with feedback (which may take the code -8)
+    search     today, with exponents of smoothing tried  rotate    today, with inputs rotated where that loses less
+
+The code -8 of int4's activations is in the kernels, and so in all of these.
 
 Intervals are 95 % over pictures; `gain_db` is the paired difference to "today" of the same format and rank. "layers"
 has each linear's output error on inputs that calibrated nothing.
@@ -36,8 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
 
 import svdq_compile as svdq
-from svdq_compile import feedback, quantizer
+from svdq_compile import feedback, input_transform, quantizer
 from svdq_compile.input_statistics import InputStatistics
+from svdq_compile.input_transform import Transform
 from svdq_compile.kernels.formats import FORMATS, groups, nibbles, w4a8
 from svdq_compile.lowering import launch, ops, reference
 from svdq_compile.lowrank import factorize
@@ -104,17 +108,31 @@ def searched_smoothing(
     return best
 
 
+def paper_transform(
+    weights: Sequence[Tensor], span: Tensor, precision: str, config: svdq.Config, shift: float, known: InputStatistics
+) -> Transform:
+    """In place of `input_transform.choose`; known: what `quantizer._trial` gives it."""
+    codes = FORMATS[precision].codes
+    shift = shift if codes is not None and codes.unsigned else 0.0
+    return Transform(searched_smoothing(weights, known, precision, config), shift, rotate=False)
+
+
+PAPER = (quantizer, "choose", paper_transform), (quantizer, "_trial", lambda weights, known, precision, rank: known)
 BEFORE = ((quantizer, "round_weight", symmetric_codes), (feedback, "round_weight", symmetric_codes))
 NO_FEEDBACK = (quantizer, "FEEDBACK_ROUNDS", 0)
 BY_WEIGHT = (quantizer, "Whitening", lambda rows: Whitening(None))
+ONE = (input_transform, "EXPONENTS", input_transform.EXPONENTS[:1])
+PLAIN = {"rotate": False}
 RECIPES = {
-    "rtn": Recipe({"rank": 0, "smooth": False, "refine": 0}, BEFORE),
-    "smooth": Recipe({"rank": 0, "refine": 0}, BEFORE),
-    "lowrank": Recipe({"smooth": False, "refine": 0}, (*BEFORE, BY_WEIGHT)),
-    "svdquant": Recipe({"refine": 0}, (*BEFORE, BY_WEIGHT, (quantizer, "_smoothing", searched_smoothing))),
-    "today": Recipe({}, (*BEFORE, NO_FEEDBACK)),
-    "codes": Recipe({}, (NO_FEEDBACK,)),
-    "gptq": Recipe({}, BEFORE),
+    "rtn": Recipe(PLAIN | {"rank": 0, "smooth": False, "refine": 0}, BEFORE),
+    "smooth": Recipe(PLAIN | {"rank": 0, "refine": 0}, (*BEFORE, ONE)),
+    "lowrank": Recipe(PLAIN | {"smooth": False, "refine": 0}, (*BEFORE, BY_WEIGHT)),
+    "svdquant": Recipe(PLAIN | {"refine": 0}, (*BEFORE, BY_WEIGHT, *PAPER)),
+    "today": Recipe(PLAIN, (*BEFORE, NO_FEEDBACK, ONE)),
+    "codes": Recipe(PLAIN, (NO_FEEDBACK, ONE)),
+    "gptq": Recipe(PLAIN, (*BEFORE, ONE)),
+    "search": Recipe(PLAIN, (*BEFORE, NO_FEEDBACK)),
+    "rotate": Recipe({}, (*BEFORE, NO_FEEDBACK, ONE)),
     "all": Recipe({}),
 }
 

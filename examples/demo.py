@@ -77,7 +77,7 @@ INT4 = Recipe("int4 SVDQuant", "4-bit weights, 4-bit activations", svdq.Config("
 NEAREST = Recipe(
     "int4 round-to-nearest",
     "no branch, no smoothing",
-    svdq.Config("int4", rank=0, smooth=False, refine=0, error_budget=1.0, progress=False),
+    svdq.Config("int4", rank=0, smooth=False, rotate=False, refine=0, error_budget=1.0, progress=False),
 )
 RECIPES = (STOCK, W4A8, INT4, NEAREST)
 

@@ -26,7 +26,8 @@ def as_lines(t: Tensor) -> Tensor:
 class Quantize(NamedTuple):
     """x [..., K] 16- or 32-bit, smooth [K] fp32, down [R, K] -> qx, ascales (the format's) and xd [..., R].
 
-    shift  added to x before an unsigned code; 0 for signed ones
+    shift   added to x before an unsigned code; 0 for signed ones
+    rotate  what is rounded is rotated first (formats/rotation.py)
     """
 
     x: Any
@@ -34,6 +35,7 @@ class Quantize(NamedTuple):
     down: Any
     precision: str
     shift: float
+    rotate: bool = False
 
     def rows(self) -> "Quantize":
         return self._replace(x=as_lines(self.x), down=self.down.contiguous())

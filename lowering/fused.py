@@ -13,21 +13,28 @@ from .region import GIVEN, parse
 
 
 def quantize(
-    operands: list[Tensor], smooth: Tensor, down: Tensor, precision: str, shift: float, region: str
+    operands: list[Tensor],
+    smooth: Tensor,
+    down: Tensor,
+    precision: str,
+    shift: float,
+    region: str,
+    rotate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`launch.quantize` of what the region makes of its operands."""
     program = parse(region)
     values = program.named(operands)
     x, right = values.pop("x"), values.pop("right", None)
-    if launch.takes_prologue(Quantize(x, smooth, down, precision, shift)):
+    given = Quantize(x, smooth, down, precision, shift, rotate)
+    if launch.takes_prologue(given):
         from . import generate
 
         function = generate.bind(region, values, x.shape[:-1], smooth.shape[0]) if program.steps else None
         with suppress(NoKernel):
-            return launch.quantize(x, smooth, down, precision, shift, prologue=function, right=right)
+            return launch.quantize(*given, prologue=function, right=right)
     joined = x if right is None else torch.cat((x, right), -1)
     h = program.evaluate({"x": joined, **values}).to(x.dtype) if program.steps else joined
-    return launch.quantize(h, smooth, down, precision, shift)
+    return launch.quantize(*given._replace(x=h))
 
 
 def gemm(

@@ -113,13 +113,14 @@ def quantize(
     down: Tensor,
     precision: str,
     shift: float,
+    rotate: bool = False,
     prologue: Generated | None = None,
     right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.quantize` on the fastest kernel that can; a prologue and a second part of x if `takes_prologue`."""
     right = None if right is None else as_lines(right)
     with on_device(x.device):
-        results = QUANTIZE.run(Quantize(x, smooth, down, precision, shift).rows(), prologue, right)
+        results = QUANTIZE.run(Quantize(x, smooth, down, precision, shift, rotate).rows(), prologue, right)
     qx, ascales, xd = (t.view(*x.shape[:-1], t.shape[1]) for t in results)
     return qx, ascales, xd
 

@@ -51,7 +51,9 @@ def _define(
         map_over_rows(_LIBRARY, name, rows)
 
 
-def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> Quantized:
+def _fake_quantize(
+    x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float, rotate: bool = False
+) -> Quantized:
     lead, fp8 = x.shape[:-1], launch.codes_in_fp8(x, down, precision)
     qx, ascales = codes_of(precision).empty(x, lead, smooth.shape[0], fp8)
     ascales = ascales.view(*lead, ascales.shape[-1])
@@ -59,7 +61,13 @@ def _fake_quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shif
 
 
 def _fake_fused_quantize(
-    operands: list[Tensor], smooth: Tensor, down: Tensor, precision: str, shift: float, region: str
+    operands: list[Tensor],
+    smooth: Tensor,
+    down: Tensor,
+    precision: str,
+    shift: float,
+    region: str,
+    rotate: bool = False,
 ) -> Quantized:
     return _fake_quantize(operands[0], smooth, down, precision, shift)
 
@@ -85,7 +93,7 @@ def _fake_gemv(*args: Any) -> Tensor:
 
 
 _define(
-    "quantize(Tensor x, Tensor smooth, Tensor down, str precision, float shift)"
+    "quantize(Tensor x, Tensor smooth, Tensor down, str precision, float shift, bool rotate=False)"
     " -> (Tensor qx, Tensor ascales, Tensor xd)",
     launch.quantize,
     _fake_quantize,
@@ -107,8 +115,8 @@ _define(
 )
 
 _define(
-    "fused_quantize(Tensor[] operands, Tensor smooth, Tensor down, str precision, float shift, str region)"
-    " -> (Tensor qx, Tensor ascales, Tensor xd)",
+    "fused_quantize(Tensor[] operands, Tensor smooth, Tensor down, str precision, float shift, str region,"
+    " bool rotate=False) -> (Tensor qx, Tensor ascales, Tensor xd)",
     fused.quantize,
     _fake_fused_quantize,
 )
@@ -184,6 +192,6 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None, out_dtype: torc
         xd = torch.nn.functional.linear(x, packed.down.to(x.dtype)) if packed.rank else None
         return gemv(x, xd, weight, packed.up if packed.rank else None, bias, packed.precision, out_dtype)
     shared = packed.shared
-    qx, ascales, xd = quantize(x, shared.smooth, shared.down, packed.precision, shared.shift)
+    qx, ascales, xd = quantize(x, shared.smooth, shared.down, packed.precision, shared.shift, shared.rotate)
     own = xd[..., packed.rank_start : packed.rank_start + packed.rank]
     return gemm(qx, ascales, own, weight, packed.up, bias, packed.offset, packed.precision, out_dtype)

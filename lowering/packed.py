@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.formats import FORMATS, layout
+from ..kernels.formats.rotation import rotate as rotated
 from . import launch
 from .locks import free_in_child
 from .torch_private import without_fake_tensors
@@ -75,12 +76,14 @@ class SharedInput:
     smooth  [K]     fp32             the input is divided by it, the weight was multiplied by it
     down    [R, K]  model dtype      the low-rank branches' first matrices, one under the other; they read the raw input
     shift   added to the input before an unsigned code; 0 for signed codes
+    rotate  the smoothed input is rotated before it is rounded (formats/rotation.py), and so is what the codes stand for
     """
 
     precision: str
     smooth: Tensor
     down: Tensor
     shift: float = 0.0
+    rotate: bool = False
     # Of all copies of copies, this one too: a linear that comes the same way later, or comes back, finds them.
     _copies: "WeakValueDictionary[Copy, SharedInput]" = field(default_factory=WeakValueDictionary, repr=False)
 
@@ -239,7 +242,8 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The plain [N, K] matrix this linear now multiplies by: quantized part plus low-rank branch."""
-        rest = _without_branch(self.precision, self.shared.smooth, self.weight)
+        shared = self.shared
+        rest = _without_branch(self.precision, shared.smooth, self.weight, shared.rotate)
         return (rest + self.up.float() @ self.down.float()).to(dtype)
 
     def signature(self) -> tuple:
@@ -248,6 +252,7 @@ class PackedLinear:
         return (
             self.precision,
             self.shared.shift,
+            self.shared.rotate,
             self.rank_start,
             self.place,
             self.siblings and self.siblings.count,
@@ -284,10 +289,11 @@ def expand(
     return (torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix).reshape(shape)
 
 
-def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...], rotate: bool = False) -> Tensor:
     """[N, K] fp32: what the codes of a weight stand for, in any order."""
     k = smooth.shape[0]
-    return FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k] / smooth
+    values = FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k]
+    return (rotated(values) if rotate else values) / smooth
 
 
 def form(packs: list[PackedLinear]) -> tuple:

@@ -2,6 +2,8 @@
 
     y = Q_w(R) . Q_a((x + shift) / smooth) - offset  +  up (down x)  +  bias          (SVDQuant, arXiv 2411.05007)
 
+Where the input is rotated, Q_a reads the rotated x / smooth, and Q_w holds R rotated alike.
+
 Accumulation is int32 or fp32 throughout; only the low-rank activations and the result are rounded to 16 bits. Inputs
 may have any strides, results are contiguous.
 """
@@ -9,19 +11,25 @@ may have any strides, results are contiguous.
 import torch
 from torch import Tensor
 
-from ..kernels.formats import FORMATS
+from ..kernels.formats import FORMATS, check_rotation
+from ..kernels.formats.rotation import rotate as rotated
 
 
-def quantize(x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, smooth: Tensor, down: Tensor, precision: str, shift: float, rotate: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K], smooth [K], down [R, K] -> qx, ascales (the format's) and down x [..., R] in down's dtype."""
     quantize_activation = FORMATS[precision].quantize_activation
     if quantize_activation is None:
         raise ValueError(f"{precision} does not quantize activations; use svdq::gemv")
+    if rotate:
+        check_rotation(precision, x.shape[-1], shift)
     x32 = x.float().contiguous()
     if shift:
         qx, ascales = quantize_activation((x32 + shift) / smooth, unsigned=True)
     else:
-        qx, ascales = quantize_activation(x32 / smooth)
+        smoothed = x32 / smooth
+        qx, ascales = quantize_activation(rotated(smoothed) if rotate else smoothed)
     return qx, ascales, (x32 @ down.float().t()).to(down.dtype)
 
 

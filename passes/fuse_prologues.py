@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from ..kernels.operands import Quantize
 from ..lowering import ops
 from ..lowering.torch_private import describe
 from .pipeline import log
@@ -31,7 +32,8 @@ def fuse_prologues(gm: fx.GraphModule) -> int:
 
 
 def _fuse(graph: fx.Graph, quantize: fx.Node) -> bool:
-    x, *rest = quantize.args
+    o = Quantize(*quantize.args)  # type: ignore[arg-type]
+    x = o.x
     block = value_of(x)
     assert isinstance(x, fx.Node)
     if block is None or block.dtype not in SIXTEEN_BIT:
@@ -47,7 +49,8 @@ def _fuse(graph: fx.Graph, quantize: fx.Node) -> bool:
     operands = [(name, "BTC", part) for name, part in zip(("x", "right"), parts, strict=False)]
     region, read = build("prologue", meanings, lambda node: axes_in_rows(node, block), {base: "x"}, operands)
     with graph.inserting_before(quantize):
-        fused = graph.call_function(ops.fused_quantize, (read, *rest, str(region)))
+        given = read, o.smooth, o.down, o.precision, o.shift, str(region), o.rotate
+        fused = graph.call_function(ops.fused_quantize, given)
     describe(fused, quantize)
     quantize.replace_all_uses_with(fused)
     erase(graph, [quantize, *nodes])

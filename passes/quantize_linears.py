@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..kernels.formats import FORMATS
+from ..kernels.operands import Quantize
 from ..lowering import ops
 from ..lowering.packed import PackedLinear, form
 from ..lowering.torch_private import clone_dynamo_graph, fake_like, mark_as_weight
@@ -118,7 +119,8 @@ def _replace(graph: fx.Graph, site: LinearSite, inputs: PackedInputs) -> None:
         y = call(ops.gemv, x, xd, weight, up, site.bias, packed.precision, dtype)
     else:
         smooth, down = inputs.get(site.weight, "smooth"), inputs.get(site.weight, "down")
-        quantized = call(ops.quantize, x, smooth, down, packed.precision, packed.shared.shift)
+        shared = packed.shared
+        quantized = call(ops.quantize, *Quantize(x, smooth, down, packed.precision, shared.shift, shared.rotate))
         qx, ascales, xd = (call(operator.getitem, quantized, i) for i in range(3))
         xd = _own_columns(call, xd, packed)
         up = own("up")

@@ -211,6 +211,7 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
         rank_start=packed.rank_start,
         shared=shared,
         shift=packed.shared.shift,
+        rotate=packed.shared.rotate,
         expanded=packed.expanded,
         has_offset=packed.offset is not None,
         error=weight._svdq_error,
@@ -301,7 +302,7 @@ def packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, 
     for entry in header.layers:
         if entry.shared not in shared:
             smooth, down = (tensors.pop(name) for name in entry.shared_names())
-            shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift)
+            shared[entry.shared] = SharedInput(entry.precision, smooth, down, entry.shift, entry.rotate)
         own = {field: tensors.pop(name) for field, name in entry.own_names().items()}
         weight = in_device_order(entry.precision, tuple(own[field] for field in FORMATS[entry.precision].fields))
         packed = PackedLinear(
@@ -317,7 +318,7 @@ def check_tensors(model: nn.Module, header: Header, tensors: Mapping[str, Tensor
     for entry in header.layers:
         check_layout(entry, tensors, path)
         other = inputs.setdefault(entry.shared, entry)
-        if (other.precision, other.shift) != (entry.precision, entry.shift):
+        if (other.precision, other.shift, other.rotate) != (entry.precision, entry.shift, entry.rotate):
             raise FileRefused(path, f"{entry.weight} and {other.weight} share an input, and quantize it differently")
     dtypes = {getattr(torch, entry.dtype) for entry in header.layers}
     own = dict(without_adapters((*model.named_parameters(remove_duplicate=False), *model.named_buffers())))

@@ -121,6 +121,9 @@ def quantize(
         typer.Option(help="Instead: how far the model's output may be off, as 0.02; the least bytes for it."),
     ] = None,
     no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Do not move outliers into the weights.")] = False,
+    no_rotate: Annotated[
+        bool, typer.Option("--no-rotate", help="int4: do not rotate inputs, as for Nunchaku.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
     ] = None,
@@ -161,6 +164,7 @@ def quantize(
         target_bytes=target_bytes,
         target_error=target_error,
         smooth=not no_smooth,
+        rotate=not no_rotate,
     )
     if not prompt and config.has_target:
         raise OptionError("--target-bytes and --target-error are met by measuring what is drawn: give --prompt")

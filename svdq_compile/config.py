@@ -47,6 +47,8 @@ class Config:
                        The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding
+    rotate             of int4 rotate an input's channels in blocks of 64 before rounding, where that loses less;
+                       Nunchaku's kernels do not
     refine             rounds of refitting the branch to what rounding the rest has lost; of observed inputs the
                        last two correct each channel's error by the next ones (GPTQ). 0 rounds once, to nearest
     calibration_steps  calls of the model that run in exact 16-bit while inputs are observed; 0 quantizes at once, from
@@ -83,6 +85,7 @@ class Config:
     precision: str = "auto"
     rank: int = 32
     smooth: bool = True
+    rotate: bool = True
     refine: int = 10
     calibration_steps: int = 8
     error_budget: float = 0.3
@@ -113,7 +116,7 @@ class Config:
         _one_of("mode", self.mode, MODES)
         for name, most in (("rank", MAX_RANK), ("refine", 1000), ("calibration_steps", 1_000_000)):
             object.__setattr__(self, name, _whole(name, getattr(self, name), most))
-        for name in ("smooth", "progress", "fallback"):
+        for name in ("smooth", "rotate", "progress", "fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         object.__setattr__(self, "error_budget", _share("error_budget", self.error_budget))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import FileRefused
-from .kernels.formats import FORMATS
+from .kernels.formats import FORMATS, can_rotate
 from .lowering.packed import as_matrix
 from .reading import opened, shards_of
 
@@ -59,6 +59,7 @@ class LayerEntry:
     bytes_before: int
     bytes_after: int
     expanded: bool = False  # as in PackedLinear
+    rotate: bool = False  # as in SharedInput
     effect: float | None = None  # the error that it makes in the model's output, where a target had it measured
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -267,6 +268,10 @@ def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.
     found  tensors by name
     """
     n, k = as_matrix(torch.empty(entry.shape, device="meta")).shape
+    if entry.rotate and (entry.shift or not can_rotate(entry.precision, k)):
+        raise FileRefused(
+            path, f"{entry.weight} reads a rotated input, which {entry.precision} has not for {k} channels"
+        )
     own, (smooth, down) = entry.own_names(), entry.shared_names()
     branch = found[own["up"]].dtype
     wanted = {smooth: ((k,), torch.float32), own["up"]: ((n, entry.rank), branch)}

@@ -21,6 +21,7 @@ from .errors import NothingToQuantize, OptionError
 from .given import model_in
 from .kernels.formats import FORMATS
 from .layers import layers
+from .lowering.packed import PackedLinear
 from .nunchaku_file import LITE, LITE_FILE, OLD_NAMES
 from .nunchaku_keys import ARCHITECTURES, SIXTEEN_BIT, W4A16, Architecture, Rule
 from .nunchaku_layout import TILE, interleave
@@ -264,16 +265,25 @@ def _quantized(model: nn.Module, name: str) -> Linear:
         raise OptionError(
             f"{name} is {packed.precision}, which Nunchaku has not: quantize the model with precision='int4' or 'nvfp4'"
         )
-    linear = unpack(packed, bias)
+    linear = _unpacked(name, packed, bias)
     # A shift that is taken out leaves nothing but rounding where the module has no bias.
     return linear if bias is not None else replace(linear.unshifted(), bias=None)
+
+
+def _unpacked(name: str, packed: PackedLinear, bias: Tensor | None) -> Linear:
+    """Raises OptionError for a linear whose input is rotated."""
+    if packed.shared.rotate:
+        raise OptionError(
+            f"{name} reads a rotated input, which Nunchaku's kernels do not: quantize the model with rotate=False"
+        )
+    return unpack(packed, bias)
 
 
 def _for_few_rows(model: nn.Module, content: _Content, name: str) -> Linear:
     """A linear as weight-only codes without a branch: its own, or anew."""
     weight, bias = _weight_and_bias(model, name)
     if isinstance(weight, QuantizedWeight):
-        linear = unpack(weight._svdq, bias)
+        linear = _unpacked(name, weight._svdq, bias)
         if linear.precision == "w4a16" and not linear.up.shape[1]:
             return linear
         values = as_16_bit(linear, linear.up.dtype)

@@ -10,7 +10,7 @@ each channel's error corrected by the next ones (feedback.py). Each fit counts e
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from .config import Config
 from .errors import NonFiniteWeight
 from .feedback import Feedback
 from .input_statistics import InputStatistics
+from .input_transform import Transform, choose
 from .kernels.formats import FORMATS
 from .lowering import reference
 from .lowering.launch import in_device_order, round_weight
@@ -29,11 +30,11 @@ from .whitening import Whitening
 
 log = logging.getLogger("svdq_compile")
 
-# How much of an input outlier moves into the weight. 0.3 beats SmoothQuant's 0.5 here, since the branch takes what the
-# weight gets: on the demo model 33.1 against 32.3 dB of velocity error in W4A8, equal in W4A4.
-SMOOTH_ALPHA = 0.3
 # Refinement rounds, the last ones, that round with feedback; they take longer. The first brings most.
 FEEDBACK_ROUNDS = 2
+# What a trial of a transform takes at most: rows, half of which are fitted, and outputs of each linear.
+TRIAL_ROWS, TRIAL_OUTPUTS = 256, 512
+MIN_ROWS = 64  # fewer show nothing of other inputs
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,16 @@ def quantize_group(
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise NonFiniteWeight(name, bad)
-    smooth = _smoothing(weights, statistics, precision, config)
-    codes = FORMATS[precision].codes
-    shift = shift if codes is not None and codes.unsigned else 0.0
-    seen = None if statistics.span is None else _see(statistics, smooth, precision, shift)
-    fits = [_fit(weight, smooth, precision, config, seen, shift) for weight in weights]
+    loss = _trial(weights, statistics, precision, config.rank)
+    transform = choose(weights, statistics.span, precision, config, shift, loss)
+    seen = None
+    if statistics.span is not None:
+        rows = statistics.rows.to(transform.smooth)
+        seen = _see(rows, rows, transform, precision, _feedback(statistics, transform, precision))
+    fits = [_fit(weight, transform, precision, config.rank, config.refine, seen) for weight in weights]
 
     down = torch.cat([fit.down for fit, _ in fits])
-    shared = SharedInput(precision, smooth, down, shift)
+    shared = SharedInput(precision, transform.smooth, down, transform.shift, transform.rotate)
     quantized, start = [], 0
     for fit, error in fits:
         packed = PackedLinear(shared, in_device_order(precision, fit.weight), fit.up, start, fit.offset)
@@ -84,20 +87,28 @@ def quantize_group(
     return quantized
 
 
-def _smoothing(weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config) -> Tensor:
-    """[K] fp32: (input span)^alpha / (weight span)^(1 - alpha), around 1; a channel with no span keeps 1. Of the
-    weights' dtype, in which files of others hold it.
+def _trial(
+    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, rank: int
+) -> Callable[[Transform], float] | None:
+    """The loss of a transform of the input: a quick fit to some of the rows that were observed, measured on others.
+
+    None where too little was observed, or activations have 8 bits: there none was better than the first.
     """
-    ones = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
-    if not config.smooth or FORMATS[precision].quantize_activation is None:
-        return ones
-    weight_span = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0)
-    input_span = ones if statistics.span is None else statistics.span.to(ones.device)
-    smooth = input_span**SMOOTH_ALPHA / weight_span ** (1 - SMOOTH_ALPHA)
-    usable = torch.isfinite(smooth) & (smooth > 0)
-    smooth = smooth / smooth[usable].log().mean().exp() if bool(usable.any()) else ones
-    # Outside this range a 16-bit D = D' / smooth would lose what it is for.
-    return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3).to(weights[0].dtype).float()
+    codes = FORMATS[precision].codes
+    if statistics.span is None or codes is None or not codes.by_block:
+        return None
+    rows = statistics.thinned(TRIAL_ROWS).to(weights[0].device).float()
+    if rows.shape[0] < MIN_ROWS:
+        return None
+    fitting, measuring = rows[::2], rows[1::2]
+    some = [weight[:: -(-weight.shape[0] // TRIAL_OUTPUTS)].float() for weight in weights]
+    sizes = [(measuring @ weight.t()).norm() for weight in some]
+    weight = torch.cat([w / torch.where(size > 0, size, 1.0) for w, size in zip(some, sizes, strict=True)])
+
+    def loss(transform: Transform) -> float:
+        return _fit(weight, transform, precision, rank, 1, _see(fitting, measuring, transform, precision, None))[1]
+
+    return loss
 
 
 @dataclass(frozen=True)
@@ -105,8 +116,8 @@ class _Seen:
     """What was seen of an input that linears share.
 
     rows        [S, K]  fp32
-    rounded     [S, K]  what the quantized product reads of them, smoothed
-    importance  [K]     the second moment of each channel, smoothed, about 1; no channel counts for nothing
+    rounded     [S, K]  what the quantized product reads of them, transformed
+    importance  [K]     the second moment of each channel, transformed, about 1; no channel counts for nothing
     feedback    None where second moments are not known, or the format has no grid
     """
 
@@ -117,23 +128,25 @@ class _Seen:
     feedback: Feedback | None
 
 
-def _see(statistics: InputStatistics, smooth: Tensor, precision: str, shift: float) -> _Seen:
-    rows = statistics.rows.to(smooth)
-    smoothed = rows / smooth
-    moment = smoothed.square().mean(0)
+def _see(fitting: Tensor, measuring: Tensor, transform: Transform, precision: str, feedback: Feedback | None) -> _Seen:
+    """Of rows [S, K] fp32 that the branch is fitted to, and of those that errors are measured on."""
+    transformed = transform.input(fitting)
+    moment = transformed.square().mean(0)
     importance = moment / moment.mean().clamp_min(1e-30) + 1e-4
-    rounded, dequantize = smoothed, FORMATS[precision].dequantize_activation
+    rounded, dequantize = transform.input(measuring), FORMATS[precision].dequantize_activation
     if dequantize is not None:
-        qx, ascales, _ = reference.quantize(rows, smooth, rows[:0], precision, shift)
-        rounded = dequantize(qx, ascales)[:, : rows.shape[1]]
-    return _Seen(rows, rounded, importance, Whitening(smoothed), _feedback(statistics, smooth, precision))
+        qx, ascales, _ = reference.quantize(
+            measuring, transform.smooth, measuring[:0], precision, transform.shift, transform.rotate
+        )
+        rounded = dequantize(qx, ascales)[:, : measuring.shape[1]]
+    return _Seen(measuring, rounded, importance, Whitening(transformed), feedback)
 
 
-def _feedback(statistics: InputStatistics, smooth: Tensor, precision: str) -> Feedback | None:
+def _feedback(statistics: InputStatistics, transform: Transform, precision: str) -> Feedback | None:
     if statistics.moment is None or FORMATS[precision].grid is None:
         return None
     try:
-        return Feedback(statistics.moment, smooth)
+        return Feedback(statistics.moment, transform.smooth)
     except torch.linalg.LinAlgError as error:
         log.info("rounded without feedback, the second moment of the input is not finite: %s", error)
         return None
@@ -151,39 +164,41 @@ class _Fit:
 
 
 def _fit(
-    weight: Tensor, smooth: Tensor, precision: str, config: Config, seen: _Seen | None, shift: float
+    weight: Tensor, transform: Transform, precision: str, rank: int, refine: int, seen: _Seen | None
 ) -> tuple[_Fit, float]:
     """Decompose a weight [N, K], alternating between the branch and the rounded rest -> the best round, its error.
 
     Nothing waits for the GPU before the last round: its work is short, and the host is a round or two ahead.
     """
-    rank, dtype = config.rank, weight.dtype
-    smoothed = weight.float() * smooth
+    dtype, shift = weight.dtype, transform.shift
+    whole = transform.weight(weight.float())
     truth = weight.float() if seen is None else seen.rows @ weight.float().t()
     scale = truth.norm()
-    rest, rounded, basis = smoothed, None, None
-    up, down = smoothed.new_zeros(weight.shape[0], 0, dtype=dtype), smoothed.new_zeros(0, weight.shape[1], dtype=dtype)
+    rest, rounded, basis = whole, None, None
+    up, down = whole.new_zeros(weight.shape[0], 0, dtype=dtype), whole.new_zeros(0, weight.shape[1], dtype=dtype)
     fits = []
     importance, feedback = (None, None) if seen is None else (seen.importance, seen.feedback)
     # Without a branch to refit, rounding to nearest would give the same again.
-    refinements = config.refine if rank else min(config.refine, 1 if feedback else 0)
+    refinements = refine if rank else min(refine, 1 if feedback else 0)
     for left in range(refinements, -1, -1):
         if rank:
-            missing = smoothed if rounded is None else smoothed - rounded
+            missing = whole if rounded is None else whole - rounded
             if seen is not None:
                 missing = seen.whitening.apply(missing)
             up32, down32, basis = factorize(missing, rank, basis)
             if seen is not None:
                 down32 = seen.whitening.undo(down32)
-            up, down = up32.to(dtype), (down32 / smooth).to(dtype)
-            rest = torch.addmm(smoothed, up.float(), down.float() * smooth, alpha=-1)
+            up, down = up32.to(dtype), transform.undo(down32).to(dtype)
+            rest = torch.addmm(whole, up.float(), transform.weight(down.float()), alpha=-1)
         if feedback is not None and importance is not None and left < min(FEEDBACK_ROUNDS, refinements):
             tensors, rounded = feedback.round(precision, rest, importance)
         else:
             tensors, rounded = round_weight(precision, rest, importance)
-        offset = (rounded @ smooth.reciprocal()) * shift if shift else None  # what the shift adds to the product
+        offset = (
+            (rounded @ transform.smooth.reciprocal()) * shift if shift else None
+        )  # what the shift adds to the product
         if seen is None:
-            wrong = (rounded - rest) / smooth
+            wrong = transform.undo(rounded - rest)
         else:
             xd = (seen.rows @ down.float().t()).to(dtype)
             wrong = torch.addmm(xd.float() @ up.float().t() - truth, seen.rounded, rounded.t())

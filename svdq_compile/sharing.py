@@ -193,7 +193,7 @@ def _written(outcomes: Outcomes | Exception) -> tuple[Any, list[Tensor]]:
     shared = packs[0].shared  # by all of a task
     said = {i: _words(o) if isinstance(o, Quantized) else o for i, o in outcomes.items()}
     tensors = [shared.smooth, shared.down, *(t for packed in packs for t in packed.own_tensors().values())]
-    return ((shared.precision, shared.shift), said), tensors
+    return ((shared.precision, shared.shift, shared.rotate), said), tensors
 
 
 def _words(outcome: Quantized) -> dict[str, Any]:
@@ -209,8 +209,8 @@ def _read(said: Any, tensors: Iterator[Tensor]) -> Outcomes | Exception:
     form, outcomes = said
     if form is None:
         return dict(outcomes)
-    precision, shift = form
-    shared = SharedInput(precision, next(tensors), next(tensors), shift)
+    precision, shift, rotate = form
+    shared = SharedInput(precision, next(tensors), next(tensors), shift, rotate)
     return {i: o if isinstance(o, str) else _pack(shared, o, tensors) for i, o in outcomes.items()}
 
 

@@ -100,9 +100,9 @@ def test_rocm_build_of_a_gate(family):
 
 
 @rocm
-@pytest.mark.parametrize("codes", ["int8", "int4"])
+@pytest.mark.parametrize(("codes", "rotate"), [("int8", False), ("int4", False), ("int4", True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rocm_build_of_quantize(family, codes):
+def test_rocm_build_of_quantize(family, codes, rotate):
     import triton.language as tl
 
     from svdq_compile.kernels.portable.quantize import _codes_kernel, _measure_kernel
@@ -111,7 +111,7 @@ def test_rocm_build_of_quantize(family, codes):
              "peaks": "*fp32", "partial": "*fp32", "counters": "*i32", "xd": "*bf16", "shift": "fp32",
              "extra": ()}  # fmt: skip
     common = {"DTYPE": tl.bfloat16, "JOINED": False, "PROLOGUE": None}
-    constants = common | {"TM": 64, "TK": 64, "RANK": 32, "CODES": codes, "UNSIGNED": False}
+    constants = common | {"TM": 64, "TK": 64, "RANK": 32, "CODES": codes, "UNSIGNED": False, "ROTATE": rotate}
     text = assembly(_measure_kernel, family, constants, types, 4, 4)
     assert HALF[family] in text
     assert spilled(text) == 0

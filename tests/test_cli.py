@@ -202,9 +202,24 @@ def test_an_existing_file_is_overwritten_only_with_force(pipeline: Path, tmp_pat
 
 
 def test_every_option_reaches_the_config(pipeline: Path, tmp_path: Path) -> None:
-    options = ("--rank", 4, "--refine", 1, "--skip", "a*", "--skip", "b?", "--error-budget", 0.9, "--no-smooth")
+    options = (
+        "--rank",
+        4,
+        "--refine",
+        1,
+        "--skip",
+        "a*",
+        "--skip",
+        "b?",
+        "--error-budget",
+        0.9,
+        "--no-smooth",
+        "--no-rotate",
+    )
     ok("quantize", pipeline, tmp_path / "out", "--precision", "nvfp4", "--device", "cpu", *options)
-    config = svdq.Config(precision="nvfp4", rank=4, refine=1, skip=("a*", "b?"), error_budget=0.9, smooth=False)
+    config = svdq.Config(
+        precision="nvfp4", rank=4, refine=1, skip=("a*", "b?"), error_budget=0.9, smooth=False, rotate=False
+    )
     assert read_header(tmp_path / "out").config == json.loads(json.dumps(config.to_dict()))
 
 

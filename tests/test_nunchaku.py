@@ -199,7 +199,7 @@ def without_a_bias() -> nn.Module:
     return model
 
 
-def quantized(precision: str = "int4", make=flux, **options) -> nn.Module:
+def quantized(precision: str = "int4", make=flux, rotate: bool = False, **options) -> nn.Module:
     """FLUX, quantized here, with the linears that share an input found by tracing."""
     model = make().to(torch.bfloat16).eval()
     inputs = {
@@ -709,7 +709,7 @@ def test_a_sharded_lite_folder(tmp_path: Path) -> None:
 
 def test_linears_that_do_not_share_their_input_are_not_one(tmp_path: Path) -> None:
     model = flux().to(torch.bfloat16)
-    svdq.quantize(model, precision="int4", progress=False)
+    svdq.quantize(model, precision="int4", rotate=False, progress=False)
     with pytest.raises(Exception, match="are one linear in Nunchaku's files, and here each has its own smoothing"):
         svdq.export_nunchaku(model, tmp_path / "x.safetensors", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -719,9 +719,10 @@ def test_linears_that_do_not_share_their_input_are_not_one(tmp_path: Path) -> No
     ("options", "message"),
     [
         ({"precision": "w4a8"}, "is w4a8, which Nunchaku has not: quantize the model with precision='int4'"),
+        ({"precision": "int4", "rotate": True}, "reads a rotated input, .* quantize the model with rotate=False"),
         ({"precision": "int4", "skip": ["*.to_out.0"]}, r"attn\.to_out\.0 is 16-bit, and Nunchaku has it in 4 bits"),
     ],
-    ids=["w4a8", "skipped"],
+    ids=["w4a8", "rotated", "skipped"],
 )
 def test_what_nunchaku_has_no_place_for(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(OptionError, match=message):
@@ -737,7 +738,7 @@ def test_other_models_go_into_a_lite_folder(tmp_path: Path) -> None:
         pooled_projection_dim=64,
     )
     model = make().to(torch.bfloat16).eval()
-    svdq.quantize(model, precision="int4", progress=False)
+    svdq.quantize(model, precision="int4", rotate=False, progress=False)
     with pytest.raises(OptionError, match="this is a SD3Transformer2DModel: give a folder, for nunchaku_lite"):
         svdq.export_nunchaku(model, tmp_path / "x.safetensors", progress=False)
     svdq.export_nunchaku(model, tmp_path / "x", progress=False)

@@ -51,7 +51,11 @@ def test_the_papers_search_moves_outliers_into_the_weight() -> None:
     known.observe(x)
     smooth = quality.searched_smoothing([w], known, "int4", Config("int4", rank=16))
     assert smooth[3] > 3 * smooth.median()
-    assert not hasattr(quantizer, "searched_smoothing")
+    with quality.changed(quality.RECIPES["svdquant"]):
+        config = Config("int4", rank=16, rotate=False)
+        shared = quantizer.quantize_group([w], ["layer"], "int4", config, known)[0].packed.shared
+    assert torch.equal(shared.smooth, smooth)
+    assert not shared.rotate
 
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

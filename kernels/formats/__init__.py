@@ -6,6 +6,7 @@
 from .format import Codes, Format, Grid
 from .int4 import INT4
 from .nvfp4 import NVFP4
+from .rotation import BLOCK
 from .w4a8 import W4A8
 from .w4a16 import W4A16
 from .w8a8 import W8A8
@@ -25,4 +26,27 @@ def codes_of(precision: str) -> Codes:
     return codes
 
 
-__all__ = ["AUTO", "EIGHT_BITS", "FEW_ROWS", "FORMATS", "Codes", "Format", "Grid", "codes_of"]
+def can_rotate(precision: str, k: int) -> bool:
+    """Whether an input of so many channels may be rotated before it is rounded."""
+    codes = FORMATS[precision].codes
+    return codes is not None and codes.rotates and k % BLOCK == 0
+
+
+def check_rotation(precision: str, k: int, shift: float) -> None:
+    """Raises ValueError where an input is not rotated."""
+    if shift or not can_rotate(precision, k):
+        raise ValueError(f"{precision} does not rotate an input of {k} channels and shift {shift}")
+
+
+__all__ = [
+    "AUTO",
+    "EIGHT_BITS",
+    "FEW_ROWS",
+    "FORMATS",
+    "Codes",
+    "Format",
+    "Grid",
+    "can_rotate",
+    "check_rotation",
+    "codes_of",
+]

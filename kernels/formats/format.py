@@ -22,6 +22,7 @@ class Codes:
     by_block     each block has a scale of its own; if not, a whole row has one
     two_a_byte   neighbours share a byte, and qx is [..., Kp/2]
     unsigned     there are codes for inputs shifted to be non-negative
+    rotates      the input may be rotated before it is rounded (rotation.py), where K is whole blocks of it
     in_fp8       sm_90 kernels write and read them as e4m3, which holds them exactly
     """
 
@@ -32,6 +33,7 @@ class Codes:
     by_block: bool
     two_a_byte: bool = False
     unsigned: bool = False
+    rotates: bool = False
     in_fp8: bool = False
 
     def empty(self, like: Tensor, lead: torch.Size, k: int, fp8: bool = False) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@
 
     qweight  [N, Kp/2]       uint8    q + 8, q in -7..7, two nibbles a byte; Kp = K rounded up to whole groups of 64
     wscales  [N, Kp/64]      bfloat16
-    qx       [..., Kp]       int8     -7..7, or 0..15 where the input is known to be non-negative after a shift
-    ascales  [..., Kp/64]    fp32
+    qx       [..., Kp]       int8     -8..7, or 0..15 where the input is known to be non-negative after a shift
+    ascales  [..., Kp/64]    fp32     of either sign, so that the largest magnitude of a group has the code -8
 
 A linear after GELU or SiLU reads values that are never far below zero: with a shift they fit an unsigned code of 16
 steps instead of 15 signed ones, half of which would be idle (svdq_compile/quantizer.py has the correction).
@@ -47,9 +47,12 @@ def dequantize_weight(qweight: Tensor, wscales: Tensor) -> Tensor:
 def quantize_activation(x: Tensor, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """x [..., K] fp32, already shifted and divided by the smoothing factors -> (qx, ascales)."""
     g = groups.split(x, GROUP_SIZE)
-    low, high = (0, 15) if unsigned else (-7, 7)
-    scale = groups.span(g) / high
-    scale = torch.where(scale > 0, scale, 1.0)
+    if unsigned:
+        (low, high), scale = (0, 15), groups.span(g) / 15
+    else:
+        most, least = g.amax(-1, keepdim=True), g.amin(-1, keepdim=True)
+        (low, high), scale = (-8, 7), torch.where(most > -least, -most, -least) / 8
+    scale = torch.where(scale != 0, scale, 1.0)
     return (g / scale).round_().clamp_(low, high).to(torch.int8).flatten(-2), scale.squeeze(-1)
 
 
@@ -79,7 +82,7 @@ INT4 = Format(
     dequantize_weight=dequantize_weight,
     matmul=matmul,
     group_size=GROUP_SIZE,
-    codes=Codes("int4", torch.int8, torch.float32, GROUP_SIZE, by_block=True, unsigned=True, in_fp8=True),
+    codes=Codes("int4", torch.int8, torch.float32, GROUP_SIZE, by_block=True, unsigned=True, rotates=True, in_fp8=True),
     quantize_activation=quantize_activation,
     dequantize_activation=dequantize_activation,
     planar=planar.Planar(_to_planar, _from_planar, feature_dims=(0, 1), words=True),

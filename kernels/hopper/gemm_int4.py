@@ -2,7 +2,7 @@
 
     y = sum_g (qx_g q_g^T) * ascales_g * wscales_g - offset + bias + xd up^T, then the epilogue
 
-    qx         [M, Kp]    e4m3, exact integers -7..7 or 0..15 (int8 is converted)
+    qx         [M, Kp]    e4m3, exact integers -8..7 or 0..15 (int8 is converted)
     ascales    [M, Kp/64] fp32, the transposed view of [Kp/64, M] with rows a multiple of 4 apart (else copied)
     words      [N, P/8]   int32, signs and magnitudes (`to_words`); P = Kp rounded up to 128
     wscales    [P/64, N]  bf16; rows any multiple of 8 apart

@@ -38,7 +38,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..formats import codes_of
 from ..operands import Quantize
-from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient
+from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient, rotated
 from ..portable.quantize import allocate_results, check_quantize
 from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
@@ -149,14 +149,32 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
     return even, odd
 
 
+@gluon.jit
+def _store_rotated(xs, factors, inverses, at: gl.constexpr, target, ascales, begin, first, M, KP, a_row, a_group,
+                   PAIR: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """Codes and scales of PAIR boxes, this program's channels from `at` on, rotated. A box's row is a row here."""
+    column: gl.constexpr = gl.SliceLayout(0, layout)
+    v = xs.slice(at, 64 * PAIR, 1).load(layout).to(gl.float32)
+    factor, inverse = factors.slice(at, 64 * PAIR).load(column), inverses.slice(at, 64 * PAIR).load(column)
+    v = quotient(v, factor[None, :], inverse[None, :])
+    v = rotated(v.reshape([ROWS * PAIR, 64]))
+    q, scale = int4_codes(v, False, target.dtype.element_ty == gl.float8e4nv)
+    row = gl.arange(0, ROWS * PAIR, gl.SliceLayout(1, q.type.layout))
+    channel = gl.arange(0, 64, gl.SliceLayout(0, q.type.layout))
+    r, k = row // PAIR, at + row % PAIR * 64
+    stored = (r < M - begin) & (first + k < KP)
+    gl.store(target + ((r * KP + k)[:, None] + channel[None, :]), q, mask=stored[:, None])
+    gl.store(ascales + ((begin + r).to(gl.int64) * a_row + (first + k) // 64 * a_group), scale, mask=stored)
+
+
 # What depends on M is not compiled in, so that a new number of tokens is no new kernel; nor is a 1, since Triton's
 # constants have no methods.
 @gluon.jit(do_not_specialize=["M", "S", "a_row", "a_group"])
 def _quantize_kernel(
     x, right, smooth, down, rest, qx, ascales, xd, work, counters, extra, M, K, KP, S, W, a_row, a_group, shift,
     BOXES: gl.constexpr, SLOTS: gl.constexpr, R: gl.constexpr, RANK: gl.constexpr, REST: gl.constexpr,
-    PARTS: gl.constexpr, SLICE: gl.constexpr, CODES: gl.constexpr, UNSIGNED: gl.constexpr, EXACT: gl.constexpr,
-    JOINED: gl.constexpr, PROLOGUE: gl.constexpr,
+    PARTS: gl.constexpr, SLICE: gl.constexpr, CODES: gl.constexpr, UNSIGNED: gl.constexpr, ROTATE: gl.constexpr,
+    EXACT: gl.constexpr, JOINED: gl.constexpr, PROLOGUE: gl.constexpr,
 ):  # fmt: skip
     BY_ROW: gl.constexpr = CODES == "int8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
@@ -177,6 +195,9 @@ def _quantize_kernel(
     row: gl.constexpr = gl.SliceLayout(1, pairs if BY_ROW else wide)
     column: gl.constexpr = gl.SliceLayout(0, pairs if BY_ROW else wide)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    # To rotate, a thread has all channels of a box's row; four warps take two boxes.
+    PAIR: gl.constexpr = 2 if BOXES % 2 == 0 else 1
+    turning: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [WARPS // PAIR, PAIR], [1, 0])
     RING: gl.constexpr = SLOTS < BOXES
     K_TILE: gl.constexpr = BOXES * 64
     xs = gl.allocate_shared_memory(DTYPE, [ROWS, K_TILE], x.layout)
@@ -258,6 +279,10 @@ def _quantize_kernel(
             even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
             largest = gl.maximum(gl.abs(even), gl.abs(odd))
             peak = gl.maximum(peak, gl.max(largest, 1) if NARROW else largest)
+        elif ROTATE:
+            if i % PAIR == PAIR - 1:
+                _store_rotated(xs, factors, inverses, (i + 1 - PAIR) * 64, target, ascales, begin, first, M, KP, a_row,
+                               a_group, PAIR, turning)  # fmt: skip
         else:
             v = box.load(wide).to(gl.float32)
             if UNSIGNED:
@@ -382,8 +407,8 @@ def constants(t: Tile, o: Quantize, prologue: Generated | None, right: Tensor | 
     piece = max(16, triton.next_power_of_2(-(-ROWS.value * r // programs)))
     exact = k % (64 * t.boxes) == 0
     codes = codes_of(o.precision).name
-    return (t.boxes, t.slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(o.shift), exact,
-            right is not None, None if prologue is None else prologue.function)  # fmt: skip
+    return (t.boxes, t.slots, r, *_pieces(r), triton.next_power_of_2(programs), piece, codes, bool(o.shift), o.rotate,
+            exact, right is not None, None if prologue is None else prologue.function)  # fmt: skip
 
 
 def _pieces(r: int) -> tuple[int, int]:
@@ -418,7 +443,7 @@ def quantize(
         _launch(t, o, prologue, right, results)
 
     if tile is None:
-        layer = (codes.name, k, r, width, prologue is not None)
+        layer = (codes.name, k, r, width, prologue is not None, o.rotate)
         tile = choose_tile("gluon_quantize", m, layer, candidates(o, prologue, right), run, o.x.device)
     run(tile)
     return results
@@ -427,7 +452,7 @@ def quantize(
 def _launch(
     t: Tile, o: Quantize, prologue: Generated | None, right: Tensor | None, results: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x, smooth, down, _, shift = o
+    x, smooth, down, _, shift, _ = o
     qx, ascales, xd = results
     (r, k), (m, kp) = down.shape, qx.shape
     blocks, programs = -(-m // ROWS.value), t.programs(k)

@@ -56,13 +56,26 @@ def quotient(a, b, inverse):
 
 
 @triton.jit
+def rotated(v):
+    """v [TM, 64], as formats/rotation.py rotates it: the same additions in the same order."""
+    for _ in tl.static_range(6):
+        even, odd = tl.split(tl.reshape(v, (v.shape[0], 32, 2)))
+        v = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (v.shape[0], 64))
+    return v * 0.125
+
+
+@triton.jit
 def int4_codes(v, UNSIGNED: tl.constexpr, FP8: tl.constexpr):
     """v [TM, 64] -> codes [TM, 64] int8 or e4m3, scales [TM]."""
-    most = tl.max(tl.abs(v), 1)
-    scale = tl.where(most > 0, tl.div_rn(most, 15.0 if UNSIGNED else 7.0), 1.0)
-    q = quotient(v, scale[:, None], tl.minimum(tl.div_rn(1.0, scale), LARGEST)[:, None])
     if UNSIGNED:
-        q = tl.maximum(q, 0.0)
+        scale = tl.div_rn(tl.max(tl.abs(v), 1), 15.0)
+    else:  # the largest magnitude has the code -8
+        most, least = tl.max(v, 1), tl.min(v, 1)
+        scale = tl.where(most > least * -1.0, most * -1.0, least * -1.0) * 0.125
+    scale = tl.where(scale != 0, scale, 1.0)
+    inverse = tl.maximum(tl.minimum(tl.div_rn(1.0, scale), LARGEST), -LARGEST)
+    q = quotient(v, scale[:, None], inverse[:, None])
+    q = tl.maximum(q, 0.0) if UNSIGNED else tl.minimum(q, 7.0)
     q += ROUND
     return (q - ROUND).to(tl.float8e4nv) if FP8 else q.to(tl.int32, bitcast=True).to(tl.int8), scale
 

@@ -2,11 +2,12 @@
 low-rank branch's first product.
 
     h = prologue([x | right])  or  [x | right],   rounded to x's dtype
-    v = h / smooth,  or (h + shift) / smooth where int4 is unsigned
+    v = h / smooth,  or (h + shift) / smooth where int4 is unsigned, or rotated (formats/rotation.py)
     xd = h down^T,   accumulated in fp32
 
     int8    ascales = max_k |v| / 127, one a row                  qx = round(v / ascales)
-    int4    ascales = max |v| / 7 (15 unsigned), one a row and 64 qx = round(v / ascales)
+    int4    ascales = -v / 8 of the largest |v|, a row and 64     qx = round(v / ascales), at most 7
+            ascales = max v / 15 where it is unsigned             qx = round(v / ascales), at least 0
     fp4     ascales = e4m3(max |v| / 6), one a row and 16         qx = e2m1(v / ascales), two a byte
 
     x         [M, W]     bf16 or fp16, rows of neighbours, any distance apart
@@ -38,13 +39,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import Codes, codes_of
+from ..formats import Codes, check_rotation, codes_of
 from ..formats.groups import padded
 from ..operands import Quantize
 from ..runtime.generated import Generated
 from ..runtime.launcher import check_tensor, launch, zeroed_counters
 from ..runtime.target import processors
-from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient
+from .codes import int4_codes, int8_codes, int8_scale, nvfp4_codes, prologue, quotient, rotated
 
 MAX_RANK = 256
 MAX_BLOCKS = 1024  # with a counter each
@@ -97,7 +98,7 @@ def _measure_kernel(
     x, right, smooth, down, qx, ascales, peaks, partial, counters, xd, M, K, KP, R, S, W, x_stride, right_stride,
     a_row, a_group, chunk, shift, extra,
     DTYPE: tl.constexpr, TM: tl.constexpr, TK: tl.constexpr, RANK: tl.constexpr, CODES: tl.constexpr,
-    UNSIGNED: tl.constexpr, JOINED: tl.constexpr, PROLOGUE: tl.constexpr,
+    UNSIGNED: tl.constexpr, ROTATE: tl.constexpr, JOINED: tl.constexpr, PROLOGUE: tl.constexpr,
 ):  # fmt: skip
     """One part of the channels: the product, and either the rows' peaks or the codes of whole groups."""
     rm = tl.program_id(0).to(tl.int64) * TM + tl.arange(0, TM)
@@ -119,6 +120,8 @@ def _measure_kernel(
             if UNSIGNED:
                 h += shift
             h = tl.where(live, quotient(h, factors, tl.div_rn(1.0, factors)), 0.0)
+            if ROTATE:
+                h = rotated(h)
             if CODES == "int4":
                 q, scale = int4_codes(h, UNSIGNED, qx.dtype.element_ty == tl.float8e4nv)
                 tl.store(qx + rm[:, None] * KP + rk[None, :], q, mask=alive)
@@ -165,7 +168,7 @@ def _codes_kernel(
 
 def check_quantize(o: Quantize, right: Tensor | None, fp8: bool) -> Codes:
     """The codes of this format. Raise unless the operands are what the module says."""
-    x, smooth, down, precision, shift = o
+    x, smooth, down, precision, shift, rotate = o
     codes = codes_of(precision)
     if (shift and not codes.unsigned) or (fp8 and not codes.in_fp8):
         raise ValueError(f"quantize: {precision} has no {'unsigned' if shift else 'fp8'} codes")
@@ -174,6 +177,8 @@ def check_quantize(o: Quantize, right: Tensor | None, fp8: bool) -> Codes:
     if x.ndim != 2 or smooth.ndim != 1 or down.ndim != 2:
         raise ValueError(f"x, smooth, down have {x.ndim}, {smooth.ndim}, {down.ndim} dimensions, expected 2, 1, 2")
     (m, w), k, r = x.shape, smooth.shape[0], down.shape[0]
+    if rotate:
+        check_rotation(precision, k, shift)
     if right is not None:
         if right.dtype != x.dtype or right.device != x.device or right.ndim != 2 or right.shape[0] != m:
             raise ValueError(f"right is {right.dtype} {tuple(right.shape)} on {right.device}, "
@@ -204,7 +209,7 @@ def quantize(
     With a shift, int4's codes are unsigned. A prologue sees x and right side by side.
     """
     codes = check_quantize(o, right, fp8)
-    x, smooth, down, _, shift = o
+    x, smooth, down, _, shift, rotate = o
     qx, ascales, xd = allocate_results(x, smooth.shape[0], down.shape[0], codes, fp8)
     if x.shape[0] == 0:
         return qx, ascales, xd
@@ -230,6 +235,7 @@ def quantize(
         triton.next_power_of_2(r) if r else 0,
         codes.name,
         bool(shift),
+        rotate,
         right is not None,
         function,
     )
