@@ -134,8 +134,9 @@ class _Seen:
 
     @classmethod
     def of(cls, own: InputStatistics) -> "_Seen":
-        known = own.moment if own.span is not None else None
-        return cls(own.most_rows, own.span is not None, known.sum.shape if known else None, known.rows if known else 0)
+        if own.span is None or own.moment is None:
+            return cls(own.most_rows, own.span is not None, None, 0)
+        return cls(own.most_rows, True, own.moment.sum.shape, own.moment.rows)
 
 
 def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int], at: torch.device) -> list[Task]:
