@@ -60,6 +60,8 @@ def quantize(
     """
     check_given(model, calibrate, example_inputs)
     chosen = Config.of(config, options)
+    if calibrate is None:
+        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
     target = None if device is None else device_in(device)
     warn_of_skip([model], chosen)
     was_quantized = has_quantized(model)
@@ -71,7 +73,6 @@ def quantize(
         ranks.agree([[pair] for pair in _named(model)], chosen)
     recorder = Recorder() if chosen.has_target else None
     if calibrate is None:
-        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
         tasks = planned(model, example_inputs)
     else:
         tasks = _observed(model, calibrate, chosen.progress, recorder)
