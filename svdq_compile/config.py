@@ -22,16 +22,8 @@ MAX_RANK = 256
 PAPER = {"w4a4": "int4"}  # what the paper calls a precision
 ELSEWHERE = {"int8": "w8a8"}  # what is nearer in meaning than in spelling
 TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
-UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-}  # in small letters
+# Of bytes in text, in small letters.
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 WORLD, ALONE = "world", "alone"
 OF_QUANTIZE = ("calibrate", "example_inputs", "device")
 
@@ -43,8 +35,7 @@ class Config:
     precision          a name in kernels.formats.FORMATS, as "w4a8" (4-bit weights, int8 activations) or "int4" (W4A4),
                        or "auto": what the device runs fastest. A linear with few rows (one a sample, as in adaptive
                        norms) is always w4a16, but for a target: it waits for weight bytes, so rounding its input would
-                       gain nothing.
-                       The paper's name "w4a4" is taken for "int4".
+                       gain nothing. The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding
     rotate             of int4 rotate an input's channels in blocks of 64 before rounding, where that loses less;
@@ -224,6 +215,7 @@ def _whole(name: str, value: Any, most: int) -> int:
 
 
 def _share(name: str, value: float) -> float:
+    """A relative error, as Python's own number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
         raise OptionError(
             f"option {name}={value!r:.60}: must be a number above 0 and at most 1, as 0.3 for an error of 30 %"

@@ -134,10 +134,8 @@ def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcom
     """What becomes of the weights that are undecided, by their place in the task. Changes nothing."""
     if config.weights == "keep":
         _check_versions(weight for weight, _ in task.undecided)
-    precision = choose_precision(config, task.has_few_rows or task.expanded)
+    precision: str | None = choose_precision(config, task.has_few_rows or task.expanded)
     if task.form is not None:
-        if task.form.precision is None:
-            return {i: BY_TARGET for i, w in enumerate(task.weights) if decisions.is_undecided(w)}
         precision, config = task.form.precision, replace(config, rank=task.form.rank)
     outcomes: Outcomes = {}
     chosen: list[int] = []
@@ -148,7 +146,7 @@ def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcom
                 chosen.append(i)
             else:
                 outcomes[i] = reason
-    if chosen:
+    if chosen and precision is not None:
         outcomes |= zip(chosen, quantized(task, chosen, precision, config, device), strict=True)
     return outcomes
 
@@ -190,7 +188,7 @@ def _switches(task: Task, outcomes: Outcomes, config: Config) -> Switches:
         if isinstance(outcome, str):
             switches[i] = outcome
         elif outcome.error <= config.error_budget:
-            effect = task.form.effects[i] if task.form is not None and task.form.effects else None
+            effect = None if task.form is None else task.form.effects[i]
             try:
                 switches[i] = freezing(weight, outcome.packed, name, outcome.error, config.weights, calibrated, effect)
             except Exception as error:
@@ -243,10 +241,14 @@ def warn_of_skip(models: Sequence[nn.Module], config: Config) -> None:
             )
 
 
-def why_not_as_asked(weight: nn.Parameter, name: str, precision: str, config: Config) -> str | None:
-    """Why a linear that could be quantized stays 16-bit by the options that were given."""
+def why_not_as_asked(weight: nn.Parameter, name: str, precision: str | None, config: Config) -> str | None:
+    """Why a linear that could be quantized stays 16-bit by the options that were given; by a target it may have no
+    precision.
+    """
     if is_skipped(name, config.skip):
         return "option skip"
+    if precision is None:
+        return BY_TARGET
     n, k = as_matrix(weight).shape
     if FORMATS[precision].codes is not None and config.rank * (n + k) > n * k / 2:
         return f"a branch of rank {config.rank} would be half as large as its {n} x {k} weight, or larger"

@@ -64,6 +64,8 @@ def quantize(
     """
     check_given(model, calibrate, example_inputs, statistics)
     chosen = Config.of(config, options)
+    if calibrate is None:
+        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
     target = None if device is None else device_in(device)
     warn_of_skip([model], chosen)
     was_quantized = has_quantized(model)
@@ -74,7 +76,6 @@ def quantize(
         ranks.compare(lambda: {"file": [] if statistics is None else [("statistics", statistics.fingerprint())]})
     recorder = Recorder() if chosen.has_target else None
     if calibrate is None:
-        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
         tasks = planned(model, example_inputs, statistics, ranks)
     else:
         tasks = _with_unreached(model, _observed(model, calibrate, chosen.progress, recorder))

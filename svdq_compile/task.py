@@ -14,12 +14,12 @@ class Form:
     """What a target has chosen for the linears of a task (budget.py).
 
     precision  None: they stay 16-bit
-    effects    of each weight: the relative error that it makes in the model's output; () where that was not measured
+    effects    of each weight: the relative error that it makes in the model's output; None: that was not measured
     """
 
     precision: str | None
-    rank: int = 0
-    effects: tuple[float | None, ...] = ()
+    rank: int
+    effects: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)

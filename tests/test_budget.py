@@ -2,6 +2,7 @@
 refused with what can.
 """
 
+import copy
 import logging
 import re
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_saved_and_loaded(middle: tuple[Net, Report], tmp_path: Path) -> None:
     loaded = svdq.load(Net(), tmp_path / "file", progress=False)
     assert svdq.report(loaded).effect == report.effect
     assert [row.precision for row in svdq.report(loaded)] == [row.precision for row in report]
+    assert svdq.report(copy.deepcopy(loaded)).effect == report.effect
     assert "effect" in str(svdq.report(loaded.to(torch.bfloat16)))
 
 
@@ -154,8 +156,10 @@ def test_the_nearest_possible_target_is_named_and_is_possible() -> None:
 
 
 def test_skip_and_error_budget_hold() -> None:
-    model = net()
-    report = aimed(model, target_bytes=520_000, skip=["*.up"], error_budget=0.02)
+    report = aimed(net(), target_bytes=10**7, skip=["*.to_q"])
+    reasons = [row.reason for row in report if row.name.endswith(("to_q", "to_k"))]
+    assert reasons == 2 * ["option skip", "the target leaves it 16-bit"]
+    report = aimed(net(), target_bytes=520_000, skip=["*.up"], error_budget=0.02)
     rows = by_name(report)
     assert rows["blocks.0.up"].reason == rows["blocks.1.up"].reason == "option skip"
     assert all(row.error < 0.02 for row in report if row.error is not None)
@@ -168,6 +172,13 @@ def test_precision_is_the_4_bit_format() -> None:
     kinds = {row.name.split(".")[-1]: row.precision for row in report if row.effect is not None}
     assert "w4a8" not in kinds.values()
     assert "int4" in kinds.values()
+
+
+def test_a_format_without_a_kernel_on_the_device_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "has_kernels_for", lambda precision, device: False)
+    report = aimed(net(), target_bytes=MIDDLE)
+    assert {row.precision for row in report} <= {"w4a8", "w4a16", "float32"}
+    assert report.bytes_after <= MIDDLE
 
 
 class Counting(nn.Module):

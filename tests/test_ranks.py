@@ -462,7 +462,7 @@ def test_nobody_waits_for_ever(tmp_path: Path) -> None:
     assert first.startswith("RanksApart: ranks 0, 1 did not all come")
     assert "group" in first
     assert second.startswith("RanksApart: ")
-    assert seconds < 12
+    assert seconds < 60
     assert quantized == 0
 
 
