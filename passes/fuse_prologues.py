@@ -49,8 +49,8 @@ def _fuse(graph: fx.Graph, quantize: fx.Node) -> bool:
     operands = [(name, "BTC", part) for name, part in zip(("x", "right"), parts, strict=False)]
     region, read = build("prologue", meanings, lambda node: axes_in_rows(node, block), {base: "x"}, operands)
     with graph.inserting_before(quantize):
-        given = read, o.smooth, o.down, o.precision, o.shift, str(region), o.rotate
-        fused = graph.call_function(ops.fused_quantize, given)
+        given = read, o.smooth, o.down, o.precision, o.shift, str(region), *((True,) if o.rotate else ())
+        fused = graph.call_function(ops.fused_quantize, given)  # without a default, as torch's own nodes
     describe(fused, quantize)
     quantize.replace_all_uses_with(fused)
     erase(graph, [quantize, *nodes])

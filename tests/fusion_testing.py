@@ -69,7 +69,8 @@ def count(graphs: list[fx.GraphModule], target: Callable) -> int:
 
 def regions(graphs: list[fx.GraphModule]) -> list[str]:
     """The texts of all fused regions, drawn a step a line, each once, in order."""
-    texts = [n.args[-1] for gm in graphs for n in gm.graph.nodes if n.target in (ops.fused_gemm, ops.fused_quantize)]
+    places = {ops.fused_gemm: -1, ops.fused_quantize: 5}  # of the region among the operands
+    texts = [n.args[places[n.target]] for gm in graphs for n in gm.graph.nodes if n.target in places]
     return [parse(text).drawing() for text in dict.fromkeys(texts)]
 
 
