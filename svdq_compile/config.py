@@ -25,7 +25,7 @@ TORCH_ARGUMENTS = ("dynamic", "fullgraph")  # of torch.compile, no options
 # Of bytes in text, in small letters.
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 WORLD, ALONE = "world", "alone"
-OF_QUANTIZE = ("calibrate", "example_inputs", "device")
+OF_QUANTIZE = ("calibrate", "example_inputs", "statistics", "device")
 
 
 @dataclass(frozen=True)
