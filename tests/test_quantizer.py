@@ -25,7 +25,7 @@ def statistics(x: torch.Tensor) -> InputStatistics:
 
 
 def test_planted_outliers_order_the_methods() -> None:
-    """Plain 4-bit is worst, a remedy alone is better, both still more, then a rotation; 8-bit activations are the best."""
+    """Plain 4-bit is worst, a remedy alone is better, both still more, then a rotation; 8-bit activations are best."""
     error = {row["method"]: row["error"] for row in accuracy.measure(seeds=3)}
     plain, smoothing = error["int4 plain"], error["int4 smoothing alone"]
     lowrank, both, w4a8 = error["int4 low-rank alone"], error["int4 both (SVDQuant)"], error["w4a8 both (SVDQuant)"]
