@@ -194,9 +194,8 @@ def _fit(
             tensors, rounded = feedback.round(precision, rest, importance)
         else:
             tensors, rounded = round_weight(precision, rest, importance)
-        offset = (
-            (rounded @ transform.smooth.reciprocal()) * shift if shift else None
-        )  # what the shift adds to the product
+        # What the shift adds to the product.
+        offset = (rounded @ transform.smooth.reciprocal()) * shift if shift else None
         if seen is None:
             wrong = transform.undo(rounded - rest)
         else:

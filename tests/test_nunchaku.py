@@ -211,7 +211,7 @@ def quantized(precision: str = "int4", make=flux, rotate: bool = False, **option
         "img_ids": torch.zeros(64, 3),
         "txt_ids": torch.zeros(64, 3),
     }
-    chosen = svdq.Config(precision=precision, progress=False, refine=0, **options)
+    chosen = svdq.Config(precision=precision, rotate=rotate, progress=False, refine=0, **options)
     svdq.quantize(model, chosen, example_inputs=inputs)
     return model
 

@@ -66,9 +66,9 @@ def fastest(o, prologue=None, right=None, fp8=False):
     return (gq if one_kernel else tq).quantize(o, prologue, right, fp8)
 
 
-def check(result, x, smooth, down, precision, shift):
+def check(result, x, smooth, down, precision, shift, rotate=False):
     qx, ascales, xd = result
-    q, a, d = reference.quantize(x, smooth, down, precision, shift)
+    q, a, d = reference.quantize(x, smooth, down, precision, shift, rotate)
     torch.testing.assert_close(ascales.float(), a.float(), rtol=1e-6, atol=0)
     if precision == "w4a8":
         assert (qx.int() - q.int()).abs().max() <= 1
@@ -100,6 +100,17 @@ def test_tiles_of_short_rows(m, k, rank, precision, shift):
     assert len(tiles) == 2
     for tile in tiles * 2:
         check(gq.quantize(o, tile=tile), x, smooth, down, precision, shift)
+
+
+@pytest.mark.parametrize("run", [fastest, tq.quantize])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("m", "k", "rank"), [(1, 64, 0), (77, 320, 48), (333, 3072, 96), (4608, 3072, 32)])
+def test_rotation(m, k, rank, fp8, run):
+    x, smooth, down = operands(m, k, rank, BF16)
+    x[0] = 0
+    x[:, 3] *= 50
+    qx, ascales, xd = run(Quantize(x, smooth, down, "int4", 0.0, rotate=True), fp8=fp8)
+    check((qx.to(torch.int8), ascales, xd), x, smooth, down, "int4", 0.0, rotate=True)
 
 
 @pytest.mark.parametrize(("precision", "shift"), FORMATS[1:])
