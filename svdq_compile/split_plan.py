@@ -29,10 +29,8 @@ _OUTPUTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _INPUTS = ("to_out", "to_out.0", "to_add_out")
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # What an attention is told of its heads, from which its processor takes the sizes of q, k and v.
-_SIZES = (
-    *("heads", "num_heads", "n_heads", "num_attention_heads", "kv_heads", "num_kv_heads", "num_key_value_heads"),
-    *("inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_dim"),
-)
+_HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "kv_heads", "num_kv_heads", "num_key_value_heads")
+_SIZES = (*_HEADS, "inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_dim")
 
 
 @dataclass(frozen=True)
