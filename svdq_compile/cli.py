@@ -174,7 +174,7 @@ def quantize(
             raise OptionError(f"{output} is among the statistics: write to another file")
     if prompt and statistics:
         raise OptionError("--statistics are of a calibration that was done: leave out --prompt")
-    is_first = _join_others(at, bool(prompt))
+    is_first = _join_others(at, draws=bool(prompt))
     if prompt and model is not None:
         raise OptionError("--model is for a single file of weights, which draws nothing: leave out --prompt")
     if prompt:
@@ -199,7 +199,9 @@ def _join_others(device: str, draws: bool) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
         return True
     if draws:
-        raise OptionError("--prompt draws in one process: leave out torchrun, or --prompt")
+        raise OptionError("pictures are drawn by one process: leave out torchrun, or --prompt")
+    if ":" in device:
+        raise OptionError(f"--device {device} is one GPU, and torchrun's processes have one each: give cuda")
     if not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -270,6 +272,7 @@ def observe(
     folder = pipeline_folder(source)
     _check_output(folder, output, force)
     at = _device(device)
+    _join_others(at, draws=True)
     with _console(stderr=True).status(f"loading {source}"):
         pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)
     found = svdq.observe(pipeline.model, _calibration(pipeline, shown, steps))

@@ -4,7 +4,7 @@
     checksums   CRC-32 of each tensor's bytes
 
 Together they cover every byte that means something. Files of version 1 have no digest: the shapes and dtypes of their
-layers are held against what the format makes of such a weight.
+layers are held against what the format makes of such a weight. Since version 3 layers have `rotate` and `effect`.
 
 A large model may lie in several files (shards): each says all of the model and holds some of the tensors.
 """
@@ -31,7 +31,7 @@ FORMAT = "svdq-compile"
 # In a folder of save_pretrained: of transformers' models, and of diffusers', whose from_pretrained looks for this.
 FILE_NAME, DIFFUSERS_NAME = "model.svdq.safetensors", "diffusion_pytorch_model.safetensors"
 INDEX = ".index.json"  # behind the name, where there are shards
-VERSION = 2
+VERSION = 3
 UNSEALED = "0" * 64  # where the digest will stand, and what it is counted as
 _LENGTH = 8  # bytes
 

@@ -268,7 +268,7 @@ def _seen(path: str | os.PathLike, known: ObservedInput, tensors: dict[str, Tens
     else:
         k = _columns(path, known)
         wanted = {"span": (span, (k,)), "rows": (rows, (max(1, len(rows)) if rows.dim() else 1, k))}
-        if (total is None) != (known.moment_rows is None) or known.moment_rows == 0:
+        if (total is None) != (known.moment_rows is None) or (known.moment_rows or 1) < 1:
             raise FileRefused(path, f"{name}.moment and the number of its rows do not go together")
         if total is not None:
             wanted["moment"] = total, Moment.shape(k)
@@ -276,7 +276,7 @@ def _seen(path: str | os.PathLike, known: ObservedInput, tensors: dict[str, Tens
             if tuple(tensor.shape) != shape:
                 raise FileRefused(path, f"tensor {name}.{kind} is {tuple(tensor.shape)}, where {shape} is wanted")
             dtype = tensor.dtype if kind == "rows" and tensor.is_floating_point() else torch.float32
-            if tensor.dtype != dtype or not bool(tensor.isfinite().all()):
+            if tensor.dtype != dtype or not bool(tensor.float().isfinite().all()):
                 raise FileRefused(path, f"tensor {name}.{kind} holds other than finite numbers in {dtype}")
         moment = None if total is None or known.moment_rows is None else Moment(total, known.moment_rows)
         whole = InputStatistics.of([span], [rows], known.most_rows, moment)

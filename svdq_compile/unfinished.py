@@ -74,7 +74,7 @@ def _tell_of_others(folder: Path, target: Path, start: str, facts: Mapping[str, 
     for other in set(target.parent.glob(f"{start}*{_ENDING}")) - {folder}:
         with suppress(OSError, ValueError):
             before = json.loads((other / _FACTS).read_text())
-            changed = ", ".join(name for name in own if before.get(name) != own[name])
+            changed = ", ".join(name for name in own | before if before.get(name) != own.get(name))
             say(f"svdquant: {target}: begun anew, since what was left unfinished had other {changed}", True)
 
 

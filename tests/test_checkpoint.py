@@ -14,7 +14,7 @@ import svdq_compile as svdq
 from conftest import Net, compiled, inputs, net, quiet
 from svdq_compile import checkpoint
 from svdq_compile.errors import FileRefused, NothingToQuantize
-from svdq_compile.header import UNSEALED, read_header, seal
+from svdq_compile.header import UNSEALED, VERSION, read_header, seal
 from svdq_compile.kernels.formats import FORMATS
 
 
@@ -192,8 +192,8 @@ def test_foreign_and_newer_files(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(4)}, tmp_path / "foreign")
     refused(tmp_path / "foreign", "did not write it")
     _, file = saved(tmp_path)
-    rewrite(file, format_version="3")
-    refused(file, "format version 3; this svdq-compile reads up to 2")
+    rewrite(file, format_version=str(VERSION + 1))
+    refused(file, f"format version {VERSION + 1}; this svdq-compile reads up to {VERSION}")
     rewrite(file, format_version="x")
     refused(file, "which is no number")
 
