@@ -277,6 +277,7 @@ def _are_several(shape: Sequence[int]) -> bool:
 
 def expand(
     precision: str,
+    rotate: bool,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     smooth: Tensor,
@@ -284,12 +285,14 @@ def expand(
     down: Tensor,
     *weight: Tensor,
 ) -> Tensor:
-    """A weight of this shape out of its packed tensors, `weight` those of the format, in any order."""
-    matrix = _without_branch(precision, smooth, weight).to(dtype)
+    """A weight of this shape out of its packed tensors, `weight` those of the format, in any order. rotate: as in
+    SharedInput
+    """
+    matrix = _without_branch(precision, smooth, weight, rotate).to(dtype)
     return (torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix).reshape(shape)
 
 
-def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...], rotate: bool = False) -> Tensor:
+def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...], rotate: bool) -> Tensor:
     """[N, K] fp32: what the codes of a weight stand for, in any order."""
     k = smooth.shape[0]
     values = FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k]

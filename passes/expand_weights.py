@@ -1,7 +1,7 @@
 """Expand weights that no 4-bit product takes, before each use.
 
     before   y = matmul(x, w)
-    after    w16 = expand("w4a16", shape, dtype, smooth, up, down, qweight, ...)
+    after    w16 = expand("w4a16", False, shape, dtype, smooth, up, down, qweight, ...)
              y = matmul(x, w16)
 
 `expand` is a plain function of tensors: AOTAutograd traces through it, and Inductor makes a kernel of it.
@@ -37,6 +37,7 @@ def _expand(graph: fx.Graph, weight: fx.Node, inputs: PackedInputs) -> None:
         down = emit(graph, first, torch.narrow, down, 0, packed.rank_start, packed.rank)
     value = weight.meta["example_value"]
     tensors = inputs.get(weight, "smooth"), inputs.own(weight, "up", first), down, *fields
-    expanded = emit(graph, first, expand, packed.precision, tuple(value.shape), value.dtype, *tensors)
+    form = packed.precision, packed.shared.rotate, tuple(value.shape), value.dtype
+    expanded = emit(graph, first, expand, *form, *tensors)
     expanded.meta["example_value"] = value
     weight.replace_all_uses_with(expanded)

@@ -194,9 +194,9 @@ def test_the_order_of_kernels_is_expanded_alike(precision: str, rank: int) -> No
     n, k = 96, 200
     plain = FORMATS[precision].quantize_weight(torch.randn(n, k))
     branch = torch.rand(k) + 0.5, torch.randn(n, rank), torch.randn(rank, k)
-    expected = expand(precision, (4, 24, k), torch.float32, *branch, *plain)
+    expected = expand(precision, False, (4, 24, k), torch.float32, *branch, *plain)
     turned = torch.compile(expand, backend="aot_eager", fullgraph=True)
-    actual = turned(precision, (4, 24, k), torch.float32, *branch, *layout.to_kernel(precision, plain))
+    actual = turned(precision, False, (4, 24, k), torch.float32, *branch, *layout.to_kernel(precision, plain))
     assert torch.equal(actual, expected)
 
 

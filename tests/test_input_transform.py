@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import svdq_compile as svdq
+from conftest import compiled, relative_error
 from svdq_compile import quantizer
 from svdq_compile.config import Config
 from svdq_compile.errors import FileRefused
@@ -17,6 +18,8 @@ from svdq_compile.input_transform import EXPONENTS, Transform, choose
 from svdq_compile.kernels.formats import FORMATS, int4
 from svdq_compile.kernels.formats.rotation import rotate
 from svdq_compile.lowering import ops, reference
+from svdq_compile.lowering.packed import expand
+from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.quantizer import Quantized, quantize_group
 
 
@@ -216,3 +219,39 @@ def test_compiled_as_eager(rotated: tuple[nn.Module, Path]) -> None:
         expected = model(x)
         got = torch.compile(model, backend="svdquant", options={"progress": False})(x)
     assert (got - expected).float().norm() < 0.06 * expected.float().norm()
+
+
+class _Read(nn.Module):
+    """Weights that other products than a linear's read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(256, 4, batch_first=True)
+        self.a = nn.Linear(256, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = torch.einsum("oi,bti->bto", self.a.weight, x)
+        return torch.cat([self.attention(x, x, x)[0], product, self.a(x)], -1)
+
+
+@pytest.mark.parametrize("run", ["eagerly", "compiled"])
+def test_weights_that_are_expanded(run: str) -> None:
+    """They are turned back, so each result is as near as without a rotation."""
+    torch.manual_seed(0)
+    model = _Read().to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 32, 256, dtype=torch.bfloat16)
+    exact = model(x)
+    svdq.quantize(model, precision="int4", progress=False)
+    assert any(isinstance(p, QuantizedWeight) and p._svdq.shared.rotate for p in model.parameters())
+    result = (compiled(model) if run == "compiled" else model)(x)
+    for actual, expected in zip(result.split([256, 192, 192], -1), exact.split([256, 192, 192], -1), strict=True):
+        assert relative_error(actual, expected) < 0.15
+
+
+def test_a_weight_that_is_expanded_is_the_one_that_is_multiplied_by() -> None:
+    packed = quantized(None, matrix(96, 256)).packed
+    shared = packed.shared
+    assert shared.rotate
+    tensors = shared.smooth, packed.up, packed.down, *packed.weight
+    actual = expand("int4", True, (96, 256), torch.float32, *tensors)
+    assert relative_error(actual, packed.dequantize(torch.float32)) < 1e-6
