@@ -236,6 +236,11 @@ GEMM = Table(
 )
 
 
+def fuses(precision: str) -> bool:
+    """Whether some kernel for a format's products runs generated epilogues."""
+    return any(row.fuses and (not row.formats or precision in row.formats) for row in GEMM.rows)
+
+
 def takes_epilogue(operands: Gemm) -> bool:
     """Whether `gemm` has a kernel here, which can run a generated epilogue."""
     return GEMM.choose(operands.rows()).fuses

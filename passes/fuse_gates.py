@@ -9,14 +9,15 @@
 Half of the result is stored, and the next linear reads it without evaluating an activation. A weight stays as it is: a
 kernel loads rows of both halves into one tile (kernels/portable/gates.py).
 
-Left alone: halves of which one is read otherwise, or which lie apart; more than two parts; and what `fuse_epilogues`
-leaves alone.
+Left alone: halves of which one is read otherwise, or which lie apart; more than two parts; formats whose kernels fuse
+nothing (the next linear's prologue does better); and what `fuse_epilogues` leaves alone.
 """
 
 from torch import fx
 
 from ..kernels.formats.layout import GATE_STEP
-from ..lowering import ops
+from ..kernels.operands import Gemm
+from ..lowering import launch, ops
 from .after_gemm import fuse_after
 from .regions import erase
 from .vocabulary import aten, kept_by, value_of
@@ -38,6 +39,8 @@ def fuse_gates(gm: fx.GraphModule) -> int:
 def _halves(gemm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two nodes that are the left and the right half of a result's features, if nobody else reads it."""
     value, users = value_of(gemm), list(gemm.users)
+    if not launch.fuses(Gemm(*gemm.args).precision):  # type: ignore[arg-type]
+        return None
     if value is None or type(value.shape[-1]) is not int or value.shape[-1] % (2 * GATE_STEP):
         return None
     half, dim = value.shape[-1] // 2, value.dim() - 1

@@ -75,15 +75,14 @@ class CompiledGraph:
         resolved = packs[0].resolved.get(self) if packs else None
         if resolved is None or not resolved.is_for(packs):
             return self._first_call(args, packs)
-        return resolved(args) if self._pace.is_known else self._paced(resolved, args, packs[0].device)
+        if not self._pace.is_known:
+            self._look(resolved, packs[0].device, args)
+        return resolved(args)
 
-    def _paced(self, resolved: "Resolved", args: tuple, device: torch.device) -> Any:
-        self._pace.begins(resolved)
-        result = resolved(args)
-        self._pace.ends(resolved, device)
+    def _look(self, resolved: "Resolved", device: torch.device, args: tuple) -> None:
+        self._pace.look(resolved, device)
         if self._pace.is_known:
             self._pace.tell(model_of(args, models_under_way()))
-        return result
 
     def _first_call(self, args: tuple, packs: list[PackedLinear]) -> Any:
         """Of these packs: there may be a variant for them, or it has to be compiled."""

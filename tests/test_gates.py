@@ -98,7 +98,7 @@ def test_every_format_with_sizes_that_change(precision: str, monkeypatch: pytest
         call = torch.compile(model, backend="svdquant", dynamic=True, options=options)
         with torch._inductor.config.patch(force_disable_caches=True):
             outputs.append([call(tokens(2, n, WIDTH)) for n in (24, 24, 7, 40, 0)][1:])
-    assert gates(graphs) >= 1
+    assert (gates(graphs) >= 1) == (precision != "w8a8")
     assert all(a.shape == b.shape for a, b in zip(*outputs, strict=True))
     # int4 and nvfp4 round a flipped code further than w4a8 does
     bound = ROUNDING if precision in ("w4a8", "w8a8") else 0.06
