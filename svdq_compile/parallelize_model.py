@@ -120,7 +120,7 @@ def part_of(parameter: nn.Parameter, part: Part, cutting: Cutting) -> nn.Paramet
     values = original if kept and original is not None else _without_memory(parameter, part, packed.device)
     state = parameter._svdq_name, parameter._svdq_error, parameter._svdq_calibrated
     own = nn.Parameter(values, parameter.requires_grad)
-    return become_quantized(own, packed, *state, None if kept else original, kept)
+    return become_quantized(own, packed, *state, None if kept else original, kept, parameter._svdq_effect)
 
 
 def put_empty(linear: nn.Module, part: Part, group: str) -> None:

@@ -27,10 +27,11 @@ import svdq_compile as svdq
 from conftest import logged, quiet, relative_error
 from svdq_compile import compiled, reading
 from svdq_compile.kernels.formats import FORMATS
+from svdq_compile.parallelize_model import part_of
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
 from svdq_compile.split_linear import ColumnParallelLinear, RowParallelLinear
-from svdq_compile.splits import INPUTS, Split, step_of
+from svdq_compile.splits import INPUTS, OUTPUTS, Cutting, Part, Split, step_of
 
 WIDTH, HEADS, TOKENS = 256, 4, 24
 PLAN = {"blocks.*.to_[qkv]": "colwise", "blocks.*.to_out.0": "rowwise", "*.net.0.proj": "colwise", "*.net.2": "rowwise"}
@@ -474,6 +475,14 @@ def test_files_that_are_refused(results: list[dict]) -> None:
     assert first["missing"].startswith("RankFailed: rank 1 failed")
     assert "plan" in first["plan"]
     assert "give the mesh" in first["mesh"]
+
+
+def test_a_part_has_the_effect_of_the_whole() -> None:
+    weight = quantized().blocks[0].attn.to_q.weight
+    weight._svdq_effect = 0.25
+    part = part_of(weight, Part(Split(OUTPUTS, (WIDTH,)), 0, 2), Cutting())
+    assert isinstance(part, QuantizedWeight)
+    assert part._svdq_effect == 0.25
 
 
 def on_four(folder: Path) -> Any:
