@@ -41,6 +41,7 @@ def load_part(
     mesh, plan  as in `parallelize`. Raises OptionError, SplitRefused, FileNotFoundError, FileRefused, RanksDiffer,
     RankFailed, RanksApart: before the model is changed.
     """
+    checkpoint.serve_libraries()
     holders = Holders.of(mesh)
     if holders.ranks is None:
         checkpoint.load(model, path, device, progress=progress)
