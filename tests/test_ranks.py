@@ -270,7 +270,7 @@ def adapters(rank: int) -> Any:
 def sums(rank: int) -> Any:
     """Of what each has seen of an input, at one of them; what a rank has not seen adds nothing."""
     generator = torch.Generator().manual_seed(rank)
-    own = [torch.randn(3, 4, 4, generator=generator), None if rank else torch.ones(2, 2, 2), torch.ones(5) * rank]
+    own = [torch.randn(3, 4, 4, generator=generator).mT, None if rank else torch.ones(2, 2, 2), torch.ones(5) * rank]
     known = ranks.ranks_of(svdq.Config())
     assert known is not None
     found = known.summed([*own, None], [(3, 4, 4), (2, 2, 2), (5,), None], [0, 1, 1, 0], torch.device("cpu"))

@@ -131,6 +131,23 @@ def other_sources(folder: Path) -> Any:
     )
 
 
+def wrong_on_one(folder: Path) -> Any:
+    """A file is missing, is in 4 bits, an option does not go with it: on one rank."""
+    source, rank = folder / "source", dist.get_rank()
+    four = (source, None) if rank == 0 else (folder / "expected", source)
+
+    def parts(**given: Any) -> str:
+        return message(lambda: svdq.from_pretrained(source, CONFIG, mesh=mesh(), **given if rank else {}))
+
+    return {
+        "gone": message(lambda: svdq.from_pretrained(folder / "gone" if rank else source, CONFIG, mesh=mesh())),
+        "4 bits": message(lambda: svdq.from_pretrained(four[0], model=four[1], mesh=mesh(), progress=False)),
+        "dtype": parts(dtype=torch.int8),
+        "option": parts(weights="keep"),
+        "inputs": parts(example_inputs={"no_such": 1}),
+    }
+
+
 def by_parts(folder: Path) -> Any:
     """A part of the model on each rank, as if the whole had been split."""
     largest = [0]
@@ -175,6 +192,7 @@ STEPS: dict[str, Callable] = {
         without_a_place,
         a_full_disk,
         other_sources,
+        wrong_on_one,
         by_parts,
         with_statistics,
     )
@@ -290,6 +308,15 @@ def test_ranks_that_differ(results: list[dict]) -> None:
     assert "rank=9" in options
     assert gone.startswith("RankFailed: rank 1 failed")
     assert missing.startswith("FileNotFoundError")
+
+
+def test_what_is_wrong_on_one_ends_all(results: list[dict]) -> None:
+    first, second = (result["wrong_on_one"] for result in results)
+    assert first.pop("4 bits") == (told := second.pop("4 bits"))
+    assert told.startswith("RanksDiffer: rank 0 reads weights of 16 bits, rank 1 of 4 bits")
+    for step, told in second.items():
+        assert told.startswith(("FileNotFoundError: ", "OptionError: ")), (step, told)
+        assert first[step] == f"RankFailed: rank 1 failed, so all ranks stop: {told}"
 
 
 def test_each_rank_keeps_its_part(results: list[dict]) -> None:
