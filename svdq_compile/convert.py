@@ -92,14 +92,16 @@ def _convert(
                         raise switches
                     _take(task, switches)
                 except Exception as error:
-                    if not is_out_of_memory(error) or fetch is not None:
+                    if not is_out_of_memory(error):
                         raise
+                    if fetch is not None:
+                        shared.throw(error)  # which all ranks have: they stay in step
                     missing = error.with_traceback(None)  # whose frames hold tensors
                 if keep is not None:
                     try:
                         keep(task)
                     except Exception as error:
-                        shared.throw(error)  # which all ranks have: they stay in step
+                        shared.throw(error)  # likewise
                 if not task.undecided:
                     decisions.forget_statistics(task.weights)
     finally:  # what is quantized by now stays so

@@ -62,19 +62,14 @@ def fill(
     Raises FileRefused before anything is read if the tensors do not fit the model, OptionError for weights="keep", and
     what `quantize` raises.
     """
-    if config.weights == "keep":
-        raise OptionError(
-            "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
-            "svdq_compile.quantize"
-        )
-    config.refuse_target("needs the whole model in 16 bits, of which loading in 4 bits has a layer at a time")
-    if config.weights == "offload" and ranks is not None:
-        raise OptionError(
-            "option weights='offload' does not go with several ranks, none of which has all 16-bit values"
-        )
-    check_given(model, None, example_inputs, statistics)
     each = together(ranks)
-    tensors = each(lambda: _fitting(model, tensors, path))
+
+    def checked() -> dict[str, Deferred]:
+        _check_options(config, ranks)
+        check_given(model, None, example_inputs, statistics)
+        return _fitting(model, tensors, path)
+
+    found = each(checked)
     without_memory(model)
     keeper = keeper or InMemory(place)
     done = keeper.take_up() if ranks is None else ranks.told(keeper.take_up)[0]
@@ -83,15 +78,20 @@ def fill(
     decisions.place(model)
     warn_of_skip([model], config)
     stages.begin_anew(model)
-    filling = _Filling(model, tensors, path, place, keeper, done)
+    filling = _Filling(model, found, path, place, keeper, done)
     if done:
         all_of_them = len(list(model.parameters()))
         say(f"svdquant: {title(model)}: going on, {len(done)} of {all_of_them} weights are done", config.progress)
-    tasks = planned(model, example_inputs, statistics, ranks)
-    if not done and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
-        raise NothingToQuantize(why_nothing(model))
-    if check is not None:
-        each(lambda: check(tasks))
+
+    def grouped() -> list[Task]:
+        tasks = planned(model, example_inputs, statistics, ranks)
+        if not done and not any(decisions.is_undecided(w) for task in tasks for w in task.weights):
+            raise NothingToQuantize(why_nothing(model))
+        if check is not None:
+            check(tasks)
+        return tasks
+
+    tasks = each(grouped)
     # Each of several processes that do not share the work reads for itself, and comes to the same bits.
     own = replace(config, group=ALONE if ranks is None else ranks.members)
     convert(
@@ -104,6 +104,20 @@ def fill(
     each(filling.fill_the_rest)
     decisions.place(model)
     model.eval()
+
+
+def _check_options(config: Config, ranks: Ranks | None) -> None:
+    """Raises OptionError for those that need all 16-bit values."""
+    if config.weights == "keep":
+        raise OptionError(
+            "option weights='keep' does not go with loading in 4 bits: load the model in 16 bits, and give it to "
+            "svdq_compile.quantize"
+        )
+    config.refuse_target("needs the whole model in 16 bits, of which loading in 4 bits has a layer at a time")
+    if config.weights == "offload" and ranks is not None:
+        raise OptionError(
+            "option weights='offload' does not go with several ranks, none of which has all 16-bit values"
+        )
 
 
 class _Filling:

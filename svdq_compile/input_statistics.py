@@ -115,12 +115,11 @@ class InputStatistics:
     @property
     def rows(self) -> Tensor:
         """At most MAX_ROWS rows, evenly over all that were kept."""
-        return self.thinned(MAX_ROWS)
+        return _thinned(self.kept, MAX_ROWS)
 
     def thinned(self, most: int) -> Tensor:
-        """At most so many rows, evenly over all that were kept."""
-        rows = self.kept
-        return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
+        """At most so many of `rows`, evenly."""
+        return _thinned(self.rows, most)
 
     @classmethod
     def of(
@@ -136,13 +135,17 @@ class InputStatistics:
         return whole
 
     def part(self, own: int, size: int) -> "InputStatistics":
-        """What each of `size` processes that all know this is to say, so that `of` what they say is this."""
+        """What each of `size` processes that all know this is to say, so that `of` what they say, in their order, is
+        this.
+        """
         if self.span is None:
             return self
         moment = self.moment
         if moment is not None and own > 0:
-            moment = Moment(torch.zeros_like(moment.sum), 0)
-        return self.of([self.span], [self.rows[own::size]], self.most_rows, moment)
+            moment = Moment(moment.sum.new_zeros(()).expand_as(moment.sum), 0)
+        rows = self.rows
+        mine = rows[own * len(rows) // size : (own + 1) * len(rows) // size]
+        return self.of([self.span], [mine], self.most_rows, moment)
 
     def _add_moment(self, x: Tensor) -> None:
         """A layer is quantized without it too, if less well; so it must not take what the model's own calls need."""
@@ -182,6 +185,10 @@ def _free_memory(device: torch.device) -> float:
         return math.inf
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _thinned(rows: Tensor, most: int) -> Tensor:
+    return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
 
 def _evenly(rows: int, most: int, device: torch.device) -> Tensor:

@@ -84,6 +84,7 @@ class Parts(InMemory):
                 continue
             part = part_of(weight, self._holders.part(split), cutting)
             self._model.get_submodule(module).register_parameter(leaf, part)
+            weight.data = part.data  # whoever holds the whole, as its task does, lets go of it
 
     def flush(self) -> None:
         for name, split in self._plan.splits.items():

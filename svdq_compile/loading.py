@@ -11,7 +11,9 @@ from . import checkpoint, nunchaku
 from .errors import OptionError
 from .foreign import groups_of
 from .given import device_in, model_in
+from .holders import Holders
 from .nunchaku_file import is_nunchaku
+from .ranks import together
 from .split_linear import check_whole
 from .split_loading import load_part
 
@@ -40,25 +42,34 @@ def load(
     No 16-bit form of a quantized weight stays anywhere. Raises NotAModel, OptionError, SplitRefused,
     FileNotFoundError, and FileRefused, naming the tensor: before the model is changed.
     """
-    checkpoint.check_order(model, path, "load")
-    inner = model_in(model, "load")
-    check_whole(inner, "loading into it", "Load into a new one, on the meta device.")
-    if any(getattr(group, "cpu_param_dict", None) for group in groups_of(inner)):
-        raise OptionError("group offloading on a stream keeps copies of what this model was: load before it is enabled")
-    target = None if device is None else device_in(device)
-    if plan is not None and mesh is None:
-        raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
-    if is_nunchaku(path):
-        if mesh is not None:
+    holders = None if mesh is None else Holders.of(mesh)
+
+    def checked() -> tuple[nn.Module, torch.device | None, bool]:
+        checkpoint.check_order(model, path, "load")
+        inner = model_in(model, "load")
+        check_whole(inner, "loading into it", "Load into a new one, on the meta device.")
+        if any(getattr(group, "cpu_param_dict", None) for group in groups_of(inner)):
+            raise OptionError(
+                "group offloading on a stream keeps copies of what this model was: load before it is enabled"
+            )
+        target = None if device is None else device_in(device)
+        if plan is not None and mesh is None:
+            raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
+        is_theirs = is_nunchaku(path)
+        if is_theirs and mesh is not None:
             raise OptionError(f"{path} is Nunchaku's: load it whole, then call svdq_compile.parallelize(model, mesh)")
+        if precision is not None and not is_theirs:
+            raise OptionError(
+                f"precision={precision!r} goes with Nunchaku's files, and {path} is none: a file of ours is loaded as "
+                "it is"
+            )
+        return inner, target, is_theirs
+
+    inner, target, is_theirs = together(None if holders is None else holders.ranks)(checked)
+    if is_theirs:
         nunchaku.load(inner, path, target, precision=precision, progress=progress)
-        return model
-    if precision is not None:
-        raise OptionError(
-            f"precision={precision!r} goes with Nunchaku's files, and {path} is none: a file of ours is loaded as it is"
-        )
-    if mesh is None:
+    elif holders is None:
         checkpoint.load(inner, path, target, progress=progress)
     else:
-        load_part(inner, path, target, mesh, plan, progress=progress)
+        load_part(inner, path, target, holders, plan, progress=progress)
     return model

@@ -14,9 +14,9 @@ from .lowering.torch_private import shell, while_nothing_is_traced
 from .parameter import QuantizedWeight, become_quantized, has_quantized, is_kept, originals
 from .passes.peft_names import is_adapter
 from .progress import say
-from .ranks import checksums
+from .ranks import checksums, together
 from .split_linear import become_split, check_whole
-from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for, steps_in
+from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for
 from .splits import OUTPUTS, Cutting, Part
 from .summary import title
 
@@ -37,16 +37,21 @@ def parallelize(
 
     Raises NotAModel, OptionError, SplitRefused, RanksDiffer, RanksApart: before anything is changed.
     """
-    inner = model_in(model, "parallelize")
     holders = Holders.of(mesh)
-    check_splittable(inner)
-    if not has_quantized(inner):
-        raise OptionError(f"this {type(inner).__name__} is not quantized: svdq_compile.quantize it, or load a file")
+
+    def checked() -> nn.Module:
+        inner = model_in(model, "parallelize")
+        check_splittable(inner)
+        if not has_quantized(inner):
+            raise OptionError(f"this {type(inner).__name__} is not quantized: svdq_compile.quantize it, or load a file")
+        return inner
+
+    inner = together(holders.ranks)(checked)
     if holders.ranks is None:
         return model
 
     def planned() -> Plan:
-        found = plan_for(inner, plan, holders.size, steps_in(inner))
+        found = plan_for(inner, plan, holders.size)
         check_inputs(found.splits, inputs_in(inner))
         return found
 
@@ -120,7 +125,7 @@ def part_of(parameter: nn.Parameter, part: Part, cutting: Cutting) -> nn.Paramet
     values = original if kept and original is not None else _without_memory(parameter, part, packed.device)
     state = parameter._svdq_name, parameter._svdq_error, parameter._svdq_calibrated
     own = nn.Parameter(values, parameter.requires_grad)
-    return become_quantized(own, packed, *state, None if kept else original, kept)
+    return become_quantized(own, packed, *state, None if kept else original, kept, parameter._svdq_effect)
 
 
 def put_empty(linear: nn.Module, part: Part, group: str) -> None:

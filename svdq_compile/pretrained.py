@@ -18,6 +18,7 @@ from .header import DIFFUSERS_NAME, FILE_NAME, VERSION, is_ours, saved_in
 from .parameter import has_quantized
 from .progress import say
 from .reading import state_of
+from .split_linear import SAVE_BEFORE, check_whole
 
 _BASES = (("diffusers.models.modeling_utils", "ModelMixin"), ("transformers.modeling_utils", "PreTrainedModel"))
 QUANT_METHOD = "svdquant"  # what config.json says
@@ -44,6 +45,7 @@ def _serving(original: Callable[..., Any], write: Write) -> Callable[..., Any]:
         bound = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
         given = bound | bound.get("kwargs", {})
         writes = given.get("is_main_process", True)
+        check_whole(self, "saving", SAVE_BEFORE)
         if not has_quantized(self):
             _say_quantized(self, False)
             earlier = {file: state_of(file) for file in saved_in(Path(save_directory)) if writes}

@@ -26,7 +26,7 @@ from .observing import ObservingGraph
 from .parameter import QuantizedWeight, has_quantized, originals, thaw
 from .passes.peft_names import without_adapters
 from .progress import say
-from .ranks import Ranks, ranks_of
+from .ranks import Ranks, ranks_of, together
 from .replays import Recorder
 from .report import Report, report, why_nothing
 from .roots import find_weights
@@ -62,21 +62,27 @@ def quantize(
     Returns the report. Raises NotAModel, OptionError, OtherModel, NothingToQuantize, NonFiniteWeight,
     UnsupportedDevice.
     """
-    check_given(model, calibrate, example_inputs, statistics)
     chosen = Config.of(config, options)
-    if calibrate is None:
-        chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
-    target = None if device is None else device_in(device)
+    ranks = ranks_of(chosen)
+    each = together(ranks)
+
+    def checked() -> torch.device | None:
+        check_given(model, calibrate, example_inputs, statistics)
+        if calibrate is None:
+            chosen.refuse_target("needs to see what the layers do to the model's output, so it goes with calibrate")
+        return None if device is None else device_in(device)
+
+    target = each(checked)
     warn_of_skip([model], chosen)
     was_quantized = has_quantized(model)
     _begin(model)
-    if (ranks := ranks_of(chosen)) is not None:
-        chosen.refuse_target("is met by one process, and several ranks would choose differently: give it group='alone'")
+    if ranks is not None:
         ranks.agree([[pair] for pair in _named(model)], chosen)
+        chosen.refuse_target("is met by one process, and several ranks would choose differently: give it group='alone'")
         ranks.compare(lambda: {"file": [] if statistics is None else [("statistics", statistics.fingerprint())]})
     recorder = Recorder() if chosen.has_target else None
     if calibrate is None:
-        tasks = planned(model, example_inputs, statistics, ranks)
+        tasks = each(lambda: planned(model, example_inputs, statistics, ranks))
     else:
         tasks = _with_unreached(model, _observed(model, calibrate, chosen.progress, recorder))
     if not has_quantized(model) and not _eligible(tasks):

@@ -135,9 +135,10 @@ class Ranks:
         """
         first, *others = self.told(facts)
         for member, other in zip(self.members[1:], others, strict=True):
-            for kind in first:
-                if first[kind] != other[kind]:
-                    raise RanksDiffer(kind, *_difference(first[kind], other[kind]), self.members[0], member)
+            for kind in first | other:  # other calls compare other kinds
+                mine, theirs = first.get(kind, []), other.get(kind, [])
+                if mine != theirs:
+                    raise RanksDiffer(kind, *_difference(mine, theirs), self.members[0], member)
 
     def exchange(
         self, make: Callable[[], tuple[Any, Sequence[Tensor]]], device: torch.device
@@ -213,7 +214,7 @@ class Ranks:
             total = next(left) if owner == self.own else None
             if shape is not None:
                 sent = buffer[: torch.Size(shape).numel()]
-                sent.zero_() if tensor is None else sent.copy_(tensor.reshape(-1))
+                sent.zero_() if tensor is None else sent.view(shape).copy_(tensor)
                 parts = None if total is None else [row[: len(sent)] for row in landing]
                 self._patiently(partial(dist.gather, sent, parts, self.members[owner], group))
                 if total is not None and parts is not None:

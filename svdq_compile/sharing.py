@@ -144,7 +144,7 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int],
     only the owners, who need them.
     """
     own = [task.statistics for task in tasks]
-    share = max(1, MAX_ROWS // ranks.size)
+    share = -(-MAX_ROWS // ranks.size)
 
     def observed() -> tuple[list[_Seen], list[Tensor]]:
         tensors = [t for one in own if one.span is not None for t in (one.span, one.thinned(share))]

@@ -23,7 +23,7 @@ from .placing import device_of
 from .progress import steps
 from .reading import TensorFile, opened, unchanged
 from .split_plan import Plan, Splits, check_inputs, plan_for
-from .splits import INPUTS, OUTPUTS, Part, offset_of, step_of
+from .splits import INPUTS, OUTPUTS, Part, offset_of
 from .summary import tell_to_compile
 
 
@@ -31,22 +31,21 @@ def load_part(
     model: nn.Module,
     path: str | os.PathLike,
     device: torch.device | None,
-    mesh: Any,
+    holders: Holders,
     plan: Mapping[str, Any] | None,
     *,
     progress: bool,
 ) -> None:
-    """Load this rank's part of a file of `save` into a model; all ranks of the mesh call this.
+    """Load this rank's part of a file of `save` into a model; all holders call this.
 
-    mesh, plan  as in `parallelize`. Raises OptionError, SplitRefused, FileNotFoundError, FileRefused, RanksDiffer,
+    plan  as in `parallelize`. Raises OptionError, SplitRefused, FileNotFoundError, FileRefused, RanksDiffer,
     RankFailed, RanksApart: before the model is changed.
     """
-    holders = Holders.of(mesh)
+    checkpoint.serve_libraries()
     if holders.ranks is None:
         checkpoint.load(model, path, device, progress=progress)
         return
     ranks, target = holders.ranks, device_of(model) if device is None else device
-    check_splittable(model)
     header, found = ranks.each(lambda: _planned(model, path, plan, holders.size))
     sums = [(name, str(total)) for name, total in sorted(header.checksums.items())]
     ranks.compare(lambda: {"split": as_facts(found), "tensor": sums})
@@ -70,13 +69,14 @@ def _planned(
     model: nn.Module, path: str | os.PathLike, given: Mapping[str, Any] | None, size: int
 ) -> tuple[Header, Plan]:
     """What the file says, and what is split; all of it fits the model."""
+    check_splittable(model)
     header = read_header(path)
     checkpoint.check_fit(model, header, path)
     with ExitStack() as held:
         files = [held.enter_context(opened(file)) for file in set(header.files.values())]
         whole = {name: file.whole(name) for file in files for name in file.dtypes}
     checkpoint.check_tensors(model, header, whole, path)
-    plan = plan_for(model, given, size, {entry.name: step_of(entry.precision) for entry in header.layers})
+    plan = plan_for(model, given, size)
     for entry in header.layers:
         if entry.name in plan.splits and entry.expanded:
             raise OptionError(f"plan: {entry.name} is expanded before each use, and cannot be split")

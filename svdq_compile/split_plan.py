@@ -19,7 +19,7 @@ from .errors import OptionError
 from .layers import blocks_of
 from .lowering.packed import SharedInput
 from .parameter import QuantizedWeight
-from .splits import INPUTS, OUTPUTS, Split, step_of
+from .splits import INPUTS, OUTPUTS, Split
 
 log = logging.getLogger("svdq_compile")
 
@@ -45,11 +45,10 @@ class Plan:
     narrowed: frozenset[str]
 
 
-def plan_for(model: nn.Module, given: Mapping[str, Any] | None, size: int, steps: Mapping[str, int]) -> Plan:
+def plan_for(model: nn.Module, given: Mapping[str, Any] | None, size: int) -> Plan:
     """The plan of a model for so many ranks.
 
     given  patterns of module names -> "colwise", "rowwise", or the styles of torch and diffusers that mean these
-    steps  of each quantized linear, how many input channels stay together (`splits.step_of`)
 
     Raises OptionError for what cannot be split so. Without a plan that is left whole, which is said once; it is raised
     if nothing is left to split.
@@ -59,7 +58,7 @@ def plan_for(model: nn.Module, given: Mapping[str, Any] | None, size: int, steps
     splits: Splits = {}
     whole: dict[str, str] = {}
     for unit in units:
-        reason = next((r for name in unit if (r := _why_not(model, name, unit[name], size, steps))), None)
+        reason = next((r for name in unit if (r := _why_not(model, name, unit[name], size))), None)
         reason = reason or _why_not_heads(model, unit, size)
         if reason is None:
             splits |= unit
@@ -104,24 +103,13 @@ def check_inputs(splits: Splits, shared: Mapping[str, Hashable]) -> None:
             raise OptionError(f"plan: {other} and {name} read one input, and only one is split by its channels")
 
 
-def steps_in(model: nn.Module) -> dict[str, int]:
-    """By module, how many input channels stay together in a quantized weight."""
-    return {name: step_of(packed.precision) for name, packed in _packs(model)}
-
-
 def inputs_in(model: nn.Module) -> dict[str, SharedInput]:
     """By module, the input of each quantized weight."""
-    return {name: packed.shared for name, packed in _packs(model)}
+    weights = {name: module._parameters.get("weight") for name, module in model.named_modules()}
+    return {name: weight._svdq.shared for name, weight in weights.items() if isinstance(weight, QuantizedWeight)}
 
 
-def _packs(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(weight, QuantizedWeight):
-            yield name, weight._svdq
-
-
-def _why_not(model: nn.Module, name: str, split: Split, size: int, steps: Mapping[str, int]) -> str | None:
+def _why_not(model: nn.Module, name: str, split: Split, size: int) -> str | None:
     linear = _linear(model, name)
     if type(linear).forward is not nn.Linear.forward:
         return f"{name} is a {type(linear).__name__}, and only torch's Linear is split"
@@ -131,7 +119,7 @@ def _why_not(model: nn.Module, name: str, split: Split, size: int, steps: Mappin
     whole = weight.shape[split.dim]
     if sum(split.blocks) != whole:
         return f"{name} has {whole} channels, which are not the blocks {list(split.blocks)}"
-    reason = split.why_not(size, steps.get(name, 1) if split.dim == INPUTS else 1)
+    reason = split.why_not(size)
     return reason and f"{name}: {reason}"
 
 

@@ -10,7 +10,6 @@ shift of the input adds to a product, each rank takes out of its part.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from .kernels.formats import FORMATS
 from .lowering.launch import in_device_order
 from .lowering.packed import PackedLinear, SharedInput
 
-COARSEST = 64  # input channels that no format parts
+# Input channels that no format parts: those of a group of the weight, and of a block of the activation's codes. Of a
+# 16-bit weight neither are they parted, so that what is split does not depend on what is quantized, and how.
+TOGETHER = 64
 OUTPUTS, INPUTS = 0, 1  # of a weight [N, K], the dimension that is split
 
 
@@ -35,8 +36,9 @@ class Split:
     dim: int
     blocks: tuple[int, ...]
 
-    def why_not(self, size: int, step: int) -> str | None:
-        """Why `size` ranks cannot have parts of whole multiples of `step` channels; None if they can."""
+    def why_not(self, size: int) -> str | None:
+        """Why this many ranks cannot share it; None if they can."""
+        step = TOGETHER if self.dim == INPUTS else 1
         for block in self.blocks:
             if block % (size * step):
                 kind = "input" if self.dim == INPUTS else "output"
@@ -80,12 +82,6 @@ class Part:
             return dict.fromkeys((*rows, "up"), 0)
         columns = [name for name in fields if len(shapes[name]) == 2 and shapes[name][1] > 1]
         return dict.fromkeys((*columns, "down"), 1) | {"smooth": 0}
-
-
-def step_of(precision: str) -> int:
-    """Input channels that stay together: those of a group of the weight, and of a block of the activation's codes."""
-    kind = FORMATS[precision]
-    return lcm(kind.group_size or 1, kind.codes.block if kind.codes else 1)
 
 
 class Cutting:

@@ -1,7 +1,6 @@
 """From a model's 16-bit files to a quantized model, or to a quantized file, without the 16-bit model in between."""
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,7 +27,6 @@ from .parallelize_model import as_facts, check_splittable
 from .ranks import ranks_of, together
 from .reading import fingerprint, state_of
 from .split_plan import Plan, check_inputs, plan_for
-from .splits import COARSEST
 from .statistics import Statistics
 from .summary import tell_again, tell_to_compile
 from .task import Task
@@ -64,20 +62,28 @@ def from_pretrained(
     Raises FileNotFoundError, FileRefused, OptionError, NothingToQuantize, NonFiniteWeight, and SvdqError where a
     package is missing.
     """
-    chosen = Config.of(config, options)
-    target = torch.device("cpu") if device is None else device_in(device)
-    check_dtype(dtype)
-    folder, _ = model_folder(Path(path), component)
-    name = None if model is None else os.fspath(model)
-    if plan is not None and mesh is None:
-        raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
-    if is_quantized(folder):
-        if statistics is not None:
-            raise OptionError(f"{folder} is in 4 bits already: leave statistics out")
-        return _loaded(folder, name, target, chosen, dtype, mesh, plan)
     holders = None if mesh is None else Holders.of(mesh)
     ranks = None if holders is None else holders.ranks
     each = together(ranks)
+    name = None if model is None else os.fspath(model)
+
+    def checked() -> tuple[Config, torch.device, Path, nn.Module | None]:
+        chosen = Config.of(config, options)
+        target = torch.device("cpu") if device is None else device_in(device)
+        check_dtype(dtype)
+        folder, _ = model_folder(Path(path), component)
+        if plan is not None and mesh is None:
+            raise OptionError("plan says how ranks share a model: give the mesh of these ranks too")
+        return chosen, target, folder, _for_4_bits(folder, name, chosen, statistics) if is_quantized(folder) else None
+
+    chosen, target, folder, empty = each(checked)
+    if ranks is not None:
+        ranks.compare(lambda: {"file": [("weights", "16 bits" if empty is None else "4 bits")]})
+    if empty is not None:
+        load(empty, folder, target, mesh=mesh, plan=plan, progress=chosen.progress)
+        if dtype is not None:
+            in_dtype(empty, dtype)
+        return empty
     with ExitStack() as held:
         source = each(lambda: held.enter_context(opened_source(folder, model=name, dtype=dtype)))
         keeper: Keeper = InMemory(target)
@@ -109,29 +115,20 @@ def from_pretrained(
 def _planned(model: nn.Module, given: Mapping[str, Any] | None, size: int) -> Plan:
     """What is split of a model whose formats are not chosen yet."""
     check_splittable(model)
-    return plan_for(model, given, size, defaultdict(lambda: COARSEST))
+    return plan_for(model, given, size)
 
 
 def _check_inputs(plan: Plan, tasks: Sequence[Task]) -> None:
     check_inputs(plan.splits, {name: place for place, task in enumerate(tasks) for name in task.names})
 
 
-def _loaded(
-    path: Path,
-    name: str | None,
-    target: torch.device,
-    config: Config,
-    dtype: torch.dtype | None,
-    mesh: Any,
-    plan: Mapping[str, Any] | None,
-) -> nn.Module:
-    """The model of a folder, or of a file and the model that is named, that is in 4 bits already."""
+def _for_4_bits(path: Path, name: str | None, config: Config, statistics: Statistics | None) -> nn.Module:
+    """The model without weights of a folder, or of a file and the model that is named, that is in 4 bits already."""
+    if statistics is not None:
+        raise OptionError(f"{path} is in 4 bits already: leave statistics out")
     if replace(config, progress=True) != Config():
         raise OptionError(f"{path} is in 4 bits already, in whatever way it was quantized: leave the options out")
-    model = load(empty_model(name or str(path)), path, target, mesh=mesh, plan=plan, progress=config.progress)
-    if dtype is not None:
-        in_dtype(model, dtype)
-    return model
+    return empty_model(name or str(path))
 
 
 def quantize_file(

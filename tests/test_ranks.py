@@ -1,9 +1,11 @@
 """Several ranks quantize one model: equal packs, whatever each has seen; what goes wrong on one ends all."""
 
+import gc
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import CHANNELS, TOKENS, WIDTH, Net, logged, net, quiet, relative_error, run_eagerly
-from svdq_compile import compiled, convert, progress, ranks, sharing, task
+from svdq_compile import compiled, convert, decisions, progress, ranks, sharing, task
 from svdq_compile.errors import OptionError
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.quantizer import quantize_group
@@ -268,7 +270,7 @@ def adapters(rank: int) -> Any:
 def sums(rank: int) -> Any:
     """Of what each has seen of an input, at one of them; what a rank has not seen adds nothing."""
     generator = torch.Generator().manual_seed(rank)
-    own = [torch.randn(3, 4, 4, generator=generator), None if rank else torch.ones(2, 2, 2), torch.ones(5) * rank]
+    own = [torch.randn(3, 4, 4, generator=generator).mT, None if rank else torch.ones(2, 2, 2), torch.ones(5) * rank]
     known = ranks.ranks_of(svdq.Config())
     assert known is not None
     found = known.summed([*own, None], [(3, 4, 4), (2, 2, 2), (5,), None], [0, 1, 1, 0], torch.device("cpu"))
@@ -488,6 +490,21 @@ def test_who_is_interrupted_has_lost_the_others(tmp_path: Path) -> None:
     assert told.startswith("RanksApart: ")
     assert "lost each other before" in told
     assert seconds < 3
+
+
+def test_missing_memory_leaves_streaming_ranks_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised at once, on all: nobody has lost the others."""
+    known = ranks.Ranks((0, 1), 0, cast(Any, None), timedelta(seconds=1), False, False)
+    monkeypatch.setattr(known, "agree", lambda *args: None)
+    monkeypatch.setattr(sharing, "ranks_of", lambda config: known)
+    monkeypatch.setattr(sharing, "_round", lambda ranks, tasks, *args: ((t, torch.OutOfMemoryError()) for t in tasks))
+    model = net()
+    decisions.place(model)
+    tasks = [task.Task((model.embed.weight,), ("embed",), False, 0.0, InputStatistics())]
+    with pytest.raises(torch.OutOfMemoryError):
+        convert.convert(tasks, svdq.Config(progress=False), fetch=lambda task: None, keep=lambda task: None)
+    gc.collect()
+    assert not known._is_apart
 
 
 @pytest.mark.parametrize("at", ["cpu", "meta"])

@@ -5,7 +5,8 @@ where it was, by however many; or each rank ends up with its part of the model, 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ from torch import nn
 
 import svdq_compile as svdq
 from svdq_compile import convert, journal, keeping
+from svdq_compile.deferred import Deferred
+from svdq_compile.filling import fill
+from svdq_compile.holders import Holders
+from svdq_compile.input_statistics import MAX_ROWS
 from svdq_compile.parameter import QuantizedWeight
+from svdq_compile.split_plan import Plan
+from svdq_compile.splits import OUTPUTS, Split
+from svdq_compile.statistics import Statistics
 from svdq_compile.streaming import quantize_file
 from zoo import make
 
@@ -56,6 +64,19 @@ def quantized_here() -> tuple[mock._patch, list[str]]:
 def together(folder: Path) -> dict[str, Any]:
     journal.CHUNK = 50_000
     return {name: step(folder) for name, step in STEPS.items()}
+
+
+def saving_a_part(folder: Path) -> Any:
+    """The first that this process does, so that nothing else has taken care of `save_pretrained`. In 16 bits too."""
+    part = svdq.from_pretrained(folder / "expected", model=folder / "source", mesh=mesh(), progress=False)
+    target = folder / f"part {dist.get_rank()}"
+
+    def save() -> None:
+        part.save_pretrained(target)  # type: ignore[operator]
+
+    told = [message(save)]
+    svdq.restore(part, dequantize=True, progress=False)
+    return [*told, message(save)], target.exists()
 
 
 def one_file(folder: Path) -> Any:
@@ -110,6 +131,23 @@ def other_sources(folder: Path) -> Any:
     )
 
 
+def wrong_on_one(folder: Path) -> Any:
+    """A file is missing, is in 4 bits, an option does not go with it: on one rank."""
+    source, rank = folder / "source", dist.get_rank()
+    four = (source, None) if rank == 0 else (folder / "expected", source)
+
+    def parts(**given: Any) -> str:
+        return message(lambda: svdq.from_pretrained(source, CONFIG, mesh=mesh(), **given if rank else {}))
+
+    return {
+        "gone": message(lambda: svdq.from_pretrained(folder / "gone" if rank else source, CONFIG, mesh=mesh())),
+        "4 bits": message(lambda: svdq.from_pretrained(four[0], model=four[1], mesh=mesh(), progress=False)),
+        "dtype": parts(dtype=torch.int8),
+        "option": parts(weights="keep"),
+        "inputs": parts(example_inputs={"no_such": 1}),
+    }
+
+
 def by_parts(folder: Path) -> Any:
     """A part of the model on each rank, as if the whole had been split."""
     largest = [0]
@@ -140,8 +178,24 @@ def bytes_of(parameter: nn.Parameter) -> int:
     return parameter._svdq.nbytes() if isinstance(parameter, QuantizedWeight) else parameter.untyped_storage().nbytes()
 
 
+def with_statistics(folder: Path) -> None:
+    seen = Statistics.load(folder / "statistics", progress=False)
+    quantize_file(folder / "source", folder / "calibrated", CONFIG, CPU, statistics=seen)
+
+
 STEPS: dict[str, Callable] = {
-    step.__name__: step for step in (one_file, going_on, without_a_place, a_full_disk, other_sources, by_parts)
+    step.__name__: step
+    for step in (
+        saving_a_part,
+        one_file,
+        going_on,
+        without_a_place,
+        a_full_disk,
+        other_sources,
+        wrong_on_one,
+        by_parts,
+        with_statistics,
+    )
 }
 
 
@@ -153,6 +207,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = FluxTransformer2DModel.from_pretrained(folder / "source", torch_dtype=BF16)
     svdq.quantize(model, CONFIG)
     svdq.save(model, folder / "expected", config=CONFIG, progress=False)
+    model, given = make("flux", BF16)
+    generator = torch.Generator().manual_seed(0)
+
+    def calibrate(model: nn.Module) -> None:
+        for _ in range(40):  # more rows than count
+            noise = torch.randn(given["hidden_states"].shape, generator=generator)
+            model(**given | {"hidden_states": noise.to(BF16)})
+
+    svdq.observe(model, calibrate, progress=False).save(folder / "statistics", progress=False)
     return folder
 
 
@@ -172,6 +235,49 @@ def test_the_file_is_that_of_one_process(folder: Path, results: list[dict]) -> N
     assert 0.8 < len(first) / len(second) < 1.25
     source = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
     assert other < 0.7 * source  # the first one reads what is not quantized too, and its parts of the file
+
+
+def test_with_statistics_too(folder: Path, results: list[dict], tmp_path: Path) -> None:
+    seen = Statistics.load(folder / "statistics", progress=False)
+    assert any(len(own.kept) > MAX_ROWS for _, own in seen.inputs)
+    quantize_file(folder / "source", tmp_path / "alone", CONFIG, CPU, statistics=seen)
+    assert (tmp_path / "alone").read_bytes() == (folder / "calibrated").read_bytes()
+
+
+def test_a_part_is_not_saved(results: list[dict]) -> None:
+    for result in results:
+        told, exists = result["saving_a_part"]
+        assert all(text.startswith("SplitRefused: saving needs the whole Flux") for text in told), told
+        assert not exists
+
+
+def test_wholes_do_not_stay() -> None:
+    """Of what was quantized a part stays, though tasks know of the Parameters to the end."""
+    whole = nn.Sequential(nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))).bfloat16()
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))).bfloat16()
+    files = {name: Deferred.of(tuple(t.shape), t.dtype, t.clone) for name, t in whole.state_dict().items()}
+    plan = Plan({f"0.{i}": Split(OUTPUTS, (256,)) for i in range(4)}, frozenset())
+    packs: list[weakref.ref] = []
+    plain: list[int] = []
+    alive: list[int] = []
+
+    class Watched(keeping.Parts):
+        def add(self, weights: Mapping[str, nn.Parameter]) -> None:
+            packs.extend(
+                weakref.ref(weight._svdq) for weight in weights.values() if isinstance(weight, QuantizedWeight)
+            )
+            super().add(weights)
+            alive.append(sum(pack() is not None for pack in packs))
+            plain.extend(w.untyped_storage().nbytes() for w in weights.values() if not isinstance(w, QuantizedWeight))
+
+    keeper = Watched(empty, plan, Holders(0, 2, "group", None), CPU, False)
+    config = svdq.Config(**CONFIG.to_dict() | {"skip": ["0.3"]})
+    fill(empty, files, Path("files"), config, keeper=keeper)
+    assert len(packs) == 3
+    assert max(alive) <= 1
+    assert len(plain) == 5
+    assert max(plain) == 128 * 256 * 2
 
 
 def test_it_goes_on_where_it_was(folder: Path, results: list[dict]) -> None:
@@ -202,6 +308,15 @@ def test_ranks_that_differ(results: list[dict]) -> None:
     assert "rank=9" in options
     assert gone.startswith("RankFailed: rank 1 failed")
     assert missing.startswith("FileNotFoundError")
+
+
+def test_what_is_wrong_on_one_ends_all(results: list[dict]) -> None:
+    first, second = (result["wrong_on_one"] for result in results)
+    assert first.pop("4 bits") == (told := second.pop("4 bits"))
+    assert told.startswith("RanksDiffer: rank 0 reads weights of 16 bits, rank 1 of 4 bits")
+    for step, told in second.items():
+        assert told.startswith(("FileNotFoundError: ", "OptionError: ")), (step, told)
+        assert first[step] == f"RankFailed: rank 1 failed, so all ranks stop: {told}"
 
 
 def test_each_rank_keeps_its_part(results: list[dict]) -> None:

@@ -26,11 +26,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 import svdq_compile as svdq
 from conftest import logged, quiet, relative_error
 from svdq_compile import compiled, reading
+from svdq_compile.errors import OptionError
 from svdq_compile.kernels.formats import FORMATS
+from svdq_compile.parallelize_model import part_of
 from svdq_compile.parameter import QuantizedWeight
-from svdq_compile.ranks import checksums
+from svdq_compile.ranks import checksums, ranks_of
 from svdq_compile.split_linear import ColumnParallelLinear, RowParallelLinear
-from svdq_compile.splits import INPUTS, Split, step_of
+from svdq_compile.split_plan import plan_for
+from svdq_compile.splits import INPUTS, OUTPUTS, TOGETHER, Cutting, Part, Split
 
 WIDTH, HEADS, TOKENS = 256, 4, 24
 PLAN = {"blocks.*.to_[qkv]": "colwise", "blocks.*.to_out.0": "rowwise", "*.net.0.proj": "colwise", "*.net.2": "rowwise"}
@@ -334,6 +337,22 @@ def ranks_apart(folder: Path) -> Any:
     }
 
 
+def wrong_on_one(folder: Path) -> Any:
+    """One rank is at an end before it has begun, or does something else than the other."""
+    path, rank, known = written(folder), dist.get_rank(), ranks_of(svdq.Config())
+    assert known is not None
+    return {
+        "16-bit": message(lambda: split(model() if rank else quantized())),
+        "no model": message(lambda: svdq.load(3 if rank else empty(), path, mesh=mesh(), progress=False)),  # type: ignore[arg-type]
+        "precision": message(
+            lambda: svdq.load(empty(), path, mesh=mesh(), progress=False, precision="w4a8" if rank else None)
+        ),
+        "option": message(lambda: svdq.quantize(model(), **quiet(**{"target_bytes": 10**6} if rank else {}))),
+        "calibrate": message(lambda: svdq.quantize(model(), calibrate="" if rank else None, **quiet())),  # type: ignore[arg-type]
+        "another call": message(lambda: known.compare(lambda: {"tensor" if rank else "weight": [("x", 1)]})),
+    }
+
+
 def afterwards(folder: Path) -> Any:
     """What a split model refuses, and goes on as before."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -356,7 +375,17 @@ def afterwards(folder: Path) -> Any:
 
 STEPS = {
     step.__name__: step
-    for step in (formats, in_one_graph, graphs, plans, loading, files_that_are_refused, ranks_apart, afterwards)
+    for step in (
+        formats,
+        in_one_graph,
+        graphs,
+        plans,
+        loading,
+        files_that_are_refused,
+        ranks_apart,
+        wrong_on_one,
+        afterwards,
+    )
 }
 
 
@@ -419,12 +448,22 @@ def test_plans(results: list[dict]) -> None:
             assert words in refused[step]
 
 
-@pytest.mark.parametrize(("precision", "step"), {"w4a8": 64, "w8a8": 64, "int4": 64, "w4a16": 64, "nvfp4": 16}.items())
-def test_groups_stay_whole(precision: str, step: int) -> None:
-    assert step_of(precision) == step
-    assert Split(INPUTS, (8 * step, 4 * step)).why_not(4, step_of(precision)) is None
-    told = Split(INPUTS, (8 * step, 6 * step)).why_not(4, step_of(precision))
-    assert told == f"groups of {step} of its {6 * step} input channels cannot be shared by 4 ranks"
+def test_groups_stay_whole() -> None:
+    for kind in FORMATS.values():
+        assert TOGETHER % (kind.group_size or 1) == TOGETHER % (kind.codes.block if kind.codes else 1) == 0
+    assert Split(INPUTS, (512, 256)).why_not(4) is None
+    told = Split(INPUTS, (512, 384)).why_not(4)
+    assert told == "groups of 64 of its 384 input channels cannot be shared by 4 ranks"
+    assert Split(OUTPUTS, (512, 384)).why_not(4) is None
+
+
+@pytest.mark.parametrize("precision", [None, "nvfp4", "w4a8"])
+def test_what_is_split_does_not_depend_on_the_format(precision: str | None) -> None:
+    """A file may be loaded by parts, or a model be split that is quantized or not yet: all to the same parts."""
+    whole = model() if precision is None else quantized(precision)
+    assert len(plan_for(whole, {"*.net.2": "rowwise"}, 8).splits) == 2
+    with pytest.raises(OptionError, match="groups of 64 of its 512 input channels cannot be shared by 16 ranks"):
+        plan_for(whole, {"*.net.2": "rowwise"}, 16)
 
 
 @pytest.mark.parametrize(
@@ -440,6 +479,15 @@ def test_ranks_that_differ(step: str, named: str, results: list[dict]) -> None:
     assert told.startswith("RanksDiffer: rank 0 ")
     assert named in told
     assert told == results[1]["ranks_apart"][step]
+
+
+def test_what_is_wrong_on_one_ends_all(results: list[dict]) -> None:
+    first, second = (result["wrong_on_one"] for result in results)
+    assert first.pop("another call") == (told := second.pop("another call"))
+    assert told.startswith("RanksDiffer: rank 0 has other values in the weight of x")
+    for step, told in second.items():
+        assert told.startswith(("OptionError: ", "NotAModel: ")), (step, told)
+        assert first[step] == f"RankFailed: rank 1 failed, so all ranks stop: {told}"
 
 
 def test_what_needs_the_whole_is_refused(results: list[dict]) -> None:
@@ -474,6 +522,14 @@ def test_files_that_are_refused(results: list[dict]) -> None:
     assert first["missing"].startswith("RankFailed: rank 1 failed")
     assert "plan" in first["plan"]
     assert "give the mesh" in first["mesh"]
+
+
+def test_a_part_has_the_effect_of_the_whole() -> None:
+    weight = quantized().blocks[0].attn.to_q.weight
+    weight._svdq_effect = 0.25
+    part = part_of(weight, Part(Split(OUTPUTS, (WIDTH,)), 0, 2), Cutting())
+    assert isinstance(part, QuantizedWeight)
+    assert part._svdq_effect == 0.25
 
 
 def on_four(folder: Path) -> Any:
