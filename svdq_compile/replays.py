@@ -162,27 +162,34 @@ def replaying() -> Iterator[None]:
 
 class _Packs(TorchFunctionMode):
     """Within the context linears that read some weights, given by id, are computed by packs; what else reads such a
-    weight reads its pack's values.
+    weight reads its pack's values. Packs go where they are wanted: offloading has weights elsewhere between calls than
+    in them.
     """
 
     def __init__(self, packs: Mapping[int, PackedLinear]) -> None:
         super().__init__()
-        self._packs = packs
+        self._packs = dict(packs)
         self._values: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         call = eager.linear_call(func, args, kwargs)
         if call is not None and id(call.weight) in self._packs:
-            return eager.run(call, self._packs[id(call.weight)])
+            return eager.run(call, self._pack(call.weight, call.input.device))
         if any(pack.expanded for pack in self._packs.values()):
             args, kwargs = tree_map(self._read, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _pack(self, weight: Tensor, device: torch.device) -> PackedLinear:
+        pack = self._packs[id(weight)]
+        pack = self._packs[id(weight)] = pack.to(device, pack.up.dtype)
+        return pack
+
     def _read(self, value: Any) -> Any:
-        pack = self._packs.get(id(value)) if isinstance(value, nn.Parameter) else None
-        if pack is None or not pack.expanded:
+        if not isinstance(value, nn.Parameter) or id(value) not in self._packs:
             return value
-        if id(value) not in self._values:
-            self._values[id(value)] = eager.expanded(value, pack)
+        if not self._packs[id(value)].expanded:
+            return value
+        if id(value) not in self._values or self._values[id(value)].device != value.device:
+            self._values[id(value)] = eager.expanded(value, self._pack(value, value.device))
         return self._values[id(value)]
