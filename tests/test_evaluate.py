@@ -183,7 +183,7 @@ def test_what_calibrates_is_not_shown_and_not_from_the_same_noise(
 ) -> None:
     _, pipe, _ = evaluated
     shown = [(p, s) for p in PROMPTS for s in (0, 5)]
-    # In 16 bits, the first two again for what the model reads, calibration, in 4 bits; each series after an untimed one.
+    # In 16 bits, the first two again for what the model reads, calibration, in 4 bits; a series begins untimed.
     calibrated = [("a cat", 6), ("a tree", 7)]
     assert pipe.drawn[: 7 + 2 + 2 + 7] == [shown[0], *shown, *shown[:2], *calibrated, shown[0], *shown]
 
