@@ -134,7 +134,8 @@ class Siblings:
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """One linear, W diag(smooth) = dequantize(weight) + up @ down[rank_start : rank_start + rank] diag(smooth).
+    """One linear, W diag(smooth) = R + up @ down[rank_start : rank_start + rank] diag(smooth), where R is
+    dequantize(weight), or of a rotated input rotate(dequantize(weight)).
 
     weight      the format's tensors (`Format.fields`), in the order that the device's kernels want
     up          [N, r]  model dtype

@@ -12,8 +12,10 @@ What is quantized then is fitted to all rows, in all rounds, and better: errors 
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from .config import Config
 from .convert import choose_precision, is_skipped, quantized, why_not_as_asked
 from .errors import OptionError
 from .fallback import go_on
+from .foreign import await_copies, groups_of
 from .input_statistics import InputStatistics, Moment
 from .kernels.formats import EIGHT_BITS
 from .knapsack import Solution, least_cost, solve
@@ -37,6 +40,7 @@ from .summary import title
 from .task import Form, Task
 
 log = logging.getLogger("svdq_compile")
+_T = TypeVar("_T")
 
 RANKS = (0, 16, 32, 64, 128)
 EIGHT_BIT_RANKS = (0, 32)  # a branch takes little out of 8 bits
@@ -95,9 +99,19 @@ def choose_forms(
     """
     members = _members(tasks, config)
     with replaying():
-        replays = _replays(model, recorder, len(members), config)
+        most = max(1, MAX_REPLAYS // max(len(members), 1))
+        replays = _replayed(lambda: Replays(model, recorder.calls(most)), model, config)
         doing = f"{title(model)}: measuring formats and ranks for {len(members)} groups of linears"
-        groups = [_measured(task, own, replays, config, device) for task, own in steps(members, doing, config.progress)]
+        groups, moved = [], groups_of(model)
+        for task, own in steps(members, doing, config.progress):
+            await_copies(moved)  # which each replay fetches anew
+            group, probe = _measured(task, own, config, device)
+            if replays is not None and probe:
+                known = _replayed(partial(_with_effect, group, probe, replays), model, config)
+                group, replays = (group, None) if known is None else (known, replays)
+            groups.append(group)
+    if replays is None:  # also if that has come out late
+        groups = [replace(group, effect=None) for group in groups]
     is_known = any(group.effect is not None for group in groups)
     if replays is not None and not is_known:
         _go_by_layers(model, "the calls that were made again read none of the weights that can be quantized", config)
@@ -139,10 +153,10 @@ def _members(tasks: Sequence[Task], config: Config) -> list[tuple[Task, tuple[in
     return found
 
 
-def _replays(model: nn.Module, recorder: Recorder, groups: int, config: Config) -> Replays | None:
-    """None, and told why, where no call can be replayed. Raises OptionError then for target_error."""
+def _replayed(replay: Callable[[], _T], model: nn.Module, config: Config) -> _T | None:
+    """None, and told why, where calls cannot be replayed. Raises OptionError then for target_error."""
     try:
-        return Replays(model, recorder.calls(max(1, MAX_REPLAYS // max(groups, 1))))
+        return replay()
     except CannotReplay as no:
         _go_by_layers(model, str(no), config)
     except Exception as error:
@@ -168,17 +182,17 @@ def _go_by_layers(model: nn.Module, why: str, config: Config) -> None:
 
 
 def _measured(
-    task: Task, members: tuple[int, ...], replays: Replays | None, config: Config, device: torch.device | None
-) -> _Group:
-    """A group's candidates, of which those that cannot be made or are above error_budget are left out, and its effect.
-    A group whose cheapest candidate leaves an output that is not finite has no other than 16 bits.
+    task: Task, members: tuple[int, ...], config: Config, device: torch.device | None
+) -> tuple[_Group, list[Quantized]]:
+    """A group's candidates, of which those that cannot be made or are above error_budget are left out; and the linears
+    of the cheapest one, which show the group's effect: none where they cannot.
     """
     weights = [task.weights[i] for i in members]
     fitting, held = _halves(task.statistics)
     at = device or weights[0].device
     truths = [] if held is None else [held.float().to(at) @ as_matrix(w.detach()).float().to(at).t() for w in weights]
     plain = _Candidate(None, 0, sum(w.numel() * w.element_size() for w in weights), (0.0,) * len(weights))
-    candidates, cheapest, effect = [plain], plain, None
+    candidates, cheapest = [plain], plain
     probe: list[Quantized] = []
     for precision, rank in _forms(task, members, config, at):
         options = replace(config, rank=rank, refine=min(config.refine, REFINE))
@@ -193,12 +207,17 @@ def _measured(
         candidates.append(candidate)
         if candidate.nbytes < cheapest.nbytes:
             cheapest, probe = candidate, results
-    if replays is not None and probe and held is not None and cheapest.square:
-        packs = {id(w): p.packed.to(w.device, p.packed.up.dtype) for w, p in zip(weights, probe, strict=True)}
-        effect = replays.error(packs) / math.sqrt(cheapest.square)
-        if not math.isfinite(effect):
-            return _Group(task, members, (plain,), None)
-    return _Group(task, members, tuple(candidates), effect or None)  # 0: none of the calls has come to it
+    return _Group(task, members, tuple(candidates), None), [] if held is None or not cheapest.square else probe
+
+
+def _with_effect(group: _Group, probe: Sequence[Quantized], replays: Replays) -> _Group:
+    """If the cheapest candidate leaves an output that is not finite, there is no other than 16 bits."""
+    packs = {id(group.task.weights[i]): own.packed for i, own in zip(group.members, probe, strict=True)}
+    cheapest = min(group.candidates, key=lambda candidate: candidate.nbytes)
+    effect = replays.error(packs) / math.sqrt(cheapest.square)
+    if not math.isfinite(effect):
+        return replace(group, candidates=group.candidates[:1])
+    return replace(group, effect=effect or None)  # 0: none of the calls has come to it
 
 
 def _forms(task: Task, members: tuple[int, ...], config: Config, device: torch.device) -> Iterator[tuple[str, int]]:

@@ -25,6 +25,7 @@ from . import tables
 from .config import PRECISIONS, Config
 from .doctor import Plan
 from .errors import OptionError, SvdqError
+from .evaluate import checked_page
 from .header import Header, LayerEntry, is_ours, read_header
 from .kernels.formats import FORMATS
 from .model_files import Pipeline, empty_model, model_of_config, open_pipeline, pipeline_folder
@@ -337,6 +338,7 @@ def evaluate(
     Cut off, the same command goes on where it was.
     """
     shown, others = _to_draw(prompt, prompts), _lines(calibrate, calibration)
+    checked_page(output)
     folder = pipeline_folder(source)
     for written in (output, output.with_suffix(".json")):
         _check_output(folder, written, force)

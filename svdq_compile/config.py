@@ -38,8 +38,8 @@ class Config:
                        gain nothing. The paper's name "w4a4" is taken for "int4".
     rank               rank of the 16-bit branch of each linear, 0 to 256; 0 leaves the branch out
     smooth             move outliers of the input channels into the weights before rounding
-    rotate             of int4 rotate an input's channels in blocks of 64 before rounding, where that loses less;
-                       Nunchaku's kernels do not
+    rotate             of int4 rotate an input's channels in blocks of 64 before rounding, where that loses less on the
+                       observed rows; always if these are fewer than 64, or none. Nunchaku's kernels do not
     refine             rounds of refitting the branch to what rounding the rest has lost; of observed inputs the
                        last two correct each channel's error by the next ones (GPTQ). 0 rounds once, to nearest
     calibration_steps  calls of the model that run in exact 16-bit while inputs are observed; 0 quantizes at once, from
@@ -229,11 +229,12 @@ def _bytes(name: str, value: Any) -> int:
     if isinstance(value, str):
         text = re.fullmatch(r"\s*(\d+|\d+\.\d*(?=\s*[a-z]))\s*([a-z]*)\s*", value, re.ASCII | re.IGNORECASE)
         if text is not None:
-            number = int(float(text[1]) * UNITS.get(text[2].lower(), -1))
+            with suppress(OverflowError):
+                number = int(float(text[1]) * UNITS.get(text[2].lower(), -1))
     elif not isinstance(value, bool):
         with suppress(TypeError):
             number = operator.index(value)
-    if number <= 0:
+    if not 0 < number < 2**63:
         raise OptionError(
             f"option {name}={value!r:.60}: must be a whole number of bytes above 0, or text with a unit of "
             "kB, MB, GB, KiB, MiB, GiB, as '6.8 GiB'"

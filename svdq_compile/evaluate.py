@@ -8,6 +8,7 @@
 What is done is kept beside the page until it is there (unfinished.py).
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint
 from .compile_model import compile as compile_model
@@ -31,12 +32,13 @@ from .errors import NotAModel, NothingToQuantize, OptionError
 from .evaluation import Evaluation, Picture, weight_bytes
 from .evaluation_page import page
 from .filling import without_memory
+from .foreign import groups_of
 from .given import denoisers
 from .header import read_header
 from .layers import layers
 from .loading import load
 from .nunchaku_file import is_nunchaku
-from .parameter import has_quantized
+from .parameter import QuantizedWeight, has_quantized, packed
 from .progress import say, steps
 from .quantize_model import quantize
 from .reading import state_of
@@ -95,7 +97,7 @@ def evaluate(
     quantized        a quantized file to load instead of quantizing
     component        which model of the pipeline; by default the transformer, else the unet
     call             further arguments of each call of the pipeline, as in {"num_inference_steps": 28}
-    compile          run the 4-bit model compiled; by default on a GPU. The first call, which compiles, is not timed
+    compile          run the 4-bit model compiled; by default on a GPU. The first picture of each series is not timed
     config, options  as in `quantize`
 
     What was done before an interruption is taken up by the next call with the same arguments and the same weights; with
@@ -107,7 +109,7 @@ def evaluate(
     if not shown:
         raise OptionError("prompts: there is none to draw")
     _check_overlap(shown, others)
-    device = next(model.parameters()).device
+    device = _device(pipe, place, model)
     job = _Job(
         pipe,
         place,
@@ -121,7 +123,9 @@ def evaluate(
         Config.of(config, options),
     )
     _check_quantized(job)
-    target = _checked_output(output)
+    if not others:
+        job.config.refuse_target("needs calibration prompts, as in calibration=['a cat']")
+    target = checked_page(output)
     with unfinished_folder(target, _facts(job), "evaluating to") as folder, _quietly(pipe):
         result = _measured(job, folder)
         with replacing(target.with_suffix(".json")) as numbers_file, replacing(target) as page_file:
@@ -147,6 +151,18 @@ def _denoiser(pipe: Any, component: str | None) -> tuple[str, nn.Module]:
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         raise OptionError(f"{place} is compiled: give the pipeline as it is loaded, its 4-bit model is compiled here")
     return place, model
+
+
+def _device(pipe: Any, place: str, model: nn.Module) -> torch.device:
+    """Where the model runs; one that is offloaded as a whole is elsewhere between its calls. Weights that move during a
+    call cannot be replaced by those of a file, nor read layer by layer.
+    """
+    if groups_of(model) or any(parameter.is_meta for parameter in model.parameters()):
+        raise OptionError(
+            f"{place} is offloaded by parts (group or sequential offloading), whose 4-bit form cannot be evaluated: "
+            "load the pipeline anew, and give it pipe.enable_model_cpu_offload() where memory is short"
+        )
+    return torch.device(getattr(pipe, "_execution_device", next(model.parameters()).device))
 
 
 def _texts(name: str, given: Iterable[str]) -> list[str]:
@@ -188,7 +204,8 @@ def _check_quantized(job: _Job) -> None:
         checkpoint.check_fit(job.model, read_header(job.quantized), job.quantized)
 
 
-def _checked_output(output: str | os.PathLike) -> Path:
+def checked_page(output: str | os.PathLike) -> Path:
+    """Where the page is to be written. Raises OptionError, FileNotFoundError."""
     target = Path(output)
     if target.is_dir():
         raise OptionError(f"{target} is a folder: give the page to write, as in {target / 'eval.html'}")
@@ -216,24 +233,57 @@ def _facts(job: _Job) -> dict[str, Any]:
         "scheduler": f"{type(scheduler).__qualname__} {getattr(scheduler, 'config', '')}",
         "prompts or seeds": job.shown,
         "calibration": job.calibration,
-        "arguments of the call": {name: repr(value) for name, value in job.drawer.options.items()},
+        "arguments of the call": {name: _told(value) for name, value in job.drawer.options.items()},
         "options": options,
         "compilation": job.is_compiled,
         "quantized file": job.quantized and [os.path.realpath(job.quantized), *state_of(job.quantized)],
     }
 
 
+def _told(value: Any) -> Any:
+    """An argument in words: of a tensor, an array or an image, of which repr shows a part or none, a digest."""
+    if isinstance(value, list | tuple):
+        return [_told(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): _told(one) for name, one in value.items()}
+    if getattr(value, "mode", "") in ("P", "PA"):  # an image whose bytes mean something by its palette
+        value = value.convert("RGBA")
+    if isinstance(value, Tensor):
+        kind, content = f"{value.dtype} {tuple(value.shape)}", _bytes_of(value).cpu().numpy().tobytes()
+    elif hasattr(value, "tobytes"):
+        of_its_kind = (str(getattr(value, name, "")) for name in ("dtype", "shape", "mode", "size"))
+        kind, content = " ".join(of_its_kind), value.tobytes()
+    else:
+        return repr(value)
+    return f"{type(value).__qualname__} {kind} {hashlib.sha256(content).hexdigest()}"
+
+
 def _fingerprint(model: nn.Module) -> str:
-    """Another one for other weights: of each tensor the name, shape, dtype, the sum of its bytes and some of them."""
+    """Another one for other weights: of each tensor the name, shape, dtype, class, the sum of its bytes and some of
+    them; of another library's class no bytes.
+    """
     seen = 0
-    for name, tensor in model.state_dict().items():
-        told = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
-        if tensor.numel() and not tensor.is_meta:
-            own = tensor.detach().reshape(-1).view(torch.uint8)
+    for name, value in model.state_dict().items():
+        told = f"{name} {getattr(value, 'shape', '')} {getattr(value, 'dtype', '')} {type(value).__qualname__}"
+        for tensor in _plain(value):
+            own = _bytes_of(tensor)
             some = torch.linspace(0, len(own) - 1, 64, dtype=torch.float64, device=own.device).long()
             told += f" {int(own.sum(dtype=torch.int64))} {own[some].tolist()}"
         seen = zlib.crc32(told.encode(), seen)
     return f"{seen:08x}"
+
+
+def _plain(value: Any) -> list[Tensor]:
+    """The tensors that hold what a state dict has, where they can be read."""
+    found = [value] if type(value) in (Tensor, nn.Parameter) else []
+    if isinstance(value, QuantizedWeight):
+        pack = packed(value)
+        found = [*pack.own_tensors().values(), pack.shared.smooth, pack.shared.down]
+    return [tensor for tensor in found if tensor.numel() and not tensor.is_meta]
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager
@@ -257,7 +307,6 @@ def _measured(job: _Job, folder: Path) -> Evaluation:
     after = weight_bytes(job.model)
     if job.is_compiled:
         compile_model(job.model, job.config)
-        job.drawer.draw(*job.shown[0], bits=4)
     _draw(job, folder, 4)
     calls = steps(recorded.calls, "comparing calls of the model", job.config.progress)
     return Evaluation.of(
@@ -266,16 +315,20 @@ def _measured(job: _Job, folder: Path) -> Evaluation:
         nbytes=(before, after),
         pictures=[Picture.of(*one, _kept(folder, 16, i), _kept(folder, 4, i)) for i, one in enumerate(job.shown)],
         timesteps=_kept(folder, 16, 0).timesteps,
-        calls=[call_error(job.model, call) for call in calls],
+        calls=[call_error(job.model, call, job.device) for call in calls],
         layers=layer_errors(job.model, recorded.layers),
     )
 
 
 def _draw(job: _Job, folder: Path, bits: int) -> None:
-    """Each picture that is not there yet."""
+    """Each picture that is not there yet; the first of them once more, before it counts how long one takes: what comes
+    first compiles, chooses kernels, fills caches.
+    """
     missing = [i for i in range(len(job.shown)) if Drawing.load(_place(folder, bits, i)) is None]
-    for i in steps(missing, f"drawing in {bits}-bit", job.config.progress):
-        job.drawer.draw(*job.shown[i], bits=bits).save(_place(folder, bits, i))
+    for n, i in enumerate(steps([*missing[:1], *missing], f"drawing in {bits}-bit", job.config.progress)):
+        drawing = job.drawer.draw(*job.shown[i], bits=bits)
+        if n:
+            drawing.save(_place(folder, bits, i))
 
 
 def _place(folder: Path, bits: int, number: int) -> Path:
@@ -310,7 +363,13 @@ def _quantize(job: _Job, kept: Path) -> None:
 
     file = job.quantized or (kept if kept.exists() else None)
     if file is None:
-        quantize(job.model, job.config, calibrate=calibrate if job.calibration else None)
+        elsewhere = next(job.model.parameters()).device != job.device  # offloaded
+        quantize(
+            job.model,
+            job.config,
+            calibrate=calibrate if job.calibration else None,
+            device=job.device if elsewhere else None,
+        )
         checkpoint.save(job.model, kept, progress=job.config.progress)
     else:
         without_memory(job.model)

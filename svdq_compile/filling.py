@@ -1,7 +1,7 @@
 """Filling a model out of 16-bit files, in 4 bits: only one group of linears is ever there in 16 bits.
 
 Each weight is quantized as `svdq_compile.quantize` would do it in the loaded model, to the same bits. What becomes of
-it then is the journal's to say (journal.py): without one it stays in memory, on the device where it belongs.
+it then is the keeper's to say (keeping.py): without one it stays in memory, on the device where it belongs.
 
 Several ranks share the work (sharing.py): each reads what it quantizes, and all get the packs of a round. Then either
 the first keeps them in its journal, and the others nothing; or each keeps its part.

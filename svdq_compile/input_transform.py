@@ -72,7 +72,7 @@ def choose(
     if config.rotate and can_rotate(precision, len(smooth)):
         rotated = Transform(smooth, 0.0, True)
         tried = [plain, rotated] if shift else [rotated, plain]
-    if loss is None:
+    if loss is None or not (tried[1:] or config.smooth):
         return tried[0]
     best, least = _best(tried, loss)
     if not config.smooth:

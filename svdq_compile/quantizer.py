@@ -1,8 +1,8 @@
 """SVDQuant: a 16-bit weight becomes 4-bit codes plus a low-rank branch (Li et al., arXiv 2411.05007).
 
-    W diag(smooth) = R + U D'        smooth moves the outliers of the input into the weight,
-                                     U D' takes them out of what is rounded,
-    y = Q(R) Q(x / smooth) + U (D x) D = D' / smooth, so the branch reads the raw input
+    T'(W) = R + U D'                    T' moves the outliers of the input into the weight, or spreads them
+                                        (input_transform.py); U D' takes them out of what is rounded,
+    y = Q(R) Q(T(x)) + U (D x)          D is D' with T' undone, so the branch reads the raw input
 
 Rounding R loses Q(R) - R; the refinement rounds refit U D' to what is lost and round again, in the last of them with
 each channel's error corrected by the next ones (feedback.py). Each fit counts errors by the inputs that were observed
@@ -69,7 +69,7 @@ def quantize_group(
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         if bad:
             raise NonFiniteWeight(name, bad)
-    loss = _trial(weights, statistics, precision, config.rank)
+    loss = _trial(weights, statistics, precision, config)
     transform = choose(weights, statistics.span, precision, config, shift, loss)
     seen = None
     if statistics.span is not None:
@@ -88,14 +88,15 @@ def quantize_group(
 
 
 def _trial(
-    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, rank: int
+    weights: Sequence[Tensor], statistics: InputStatistics, precision: str, config: Config
 ) -> Callable[[Transform], float] | None:
     """The loss of a transform of the input: a quick fit to some of the rows that were observed, measured on others.
 
-    None where too little was observed, or activations have 8 bits: there none was better than the first.
+    None where too little was observed, or activations have 8 bits: there none was better than the first; and without
+    options that leave a choice.
     """
     codes = FORMATS[precision].codes
-    if statistics.span is None or codes is None or not codes.by_block:
+    if statistics.span is None or codes is None or not codes.by_block or not (config.smooth or config.rotate):
         return None
     rows = statistics.thinned(TRIAL_ROWS).to(weights[0].device).float()
     if rows.shape[0] < MIN_ROWS:
@@ -106,7 +107,9 @@ def _trial(
     weight = torch.cat([w / torch.where(size > 0, size, 1.0) for w, size in zip(some, sizes, strict=True)])
 
     def loss(transform: Transform) -> float:
-        return _fit(weight, transform, precision, rank, 1, _see(fitting, measuring, transform, precision, None))[1]
+        return _fit(weight, transform, precision, config.rank, 1, _see(fitting, measuring, transform, precision, None))[
+            1
+        ]
 
     return loss
 

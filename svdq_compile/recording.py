@@ -18,8 +18,10 @@ from .layers import layers
 from .parameter import QuantizedWeight
 from .replacing import replacing
 from .similarity import relative_error
+from .thinning import Thinned
 
 ROWS_PER_CALL, MAX_ROWS = 8, 128  # of each linear's input
+MAX_BYTES = 2**30  # of the calls that are kept, evenly over all; one is in any case
 Call = tuple[tuple, dict[str, Any], Tensor]
 _PRODUCTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
@@ -28,7 +30,7 @@ _PRODUCTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (F.linear, F.conv1d,
 class Recorded:
     """Of some pictures that a model has drawn.
 
-    calls   of the whole model: its arguments, by position and by name, and the tensor it gave
+    calls   of the whole model, or some of them, evenly: its arguments, by position and by name, and the tensor it gave
     layers  by name: rows that a linear has read, [S, K], of a convolution [S, K, 1, ...]; and what it made of them
             without its bias
     """
@@ -49,14 +51,13 @@ def record(model: nn.Module, draw: Callable[[], Any]) -> Recorded:
     """Run `draw` and remember what the model reads. A call with arguments that are no tensors or plain values, or
     without a tensor as its result, is not kept.
     """
-    calls: list[Call] = []
+    calls = Thinned[Call](lambda kept: _nbytes(kept) > MAX_BYTES)
     rows: dict[str, list[Tensor]] = {}
 
     def called(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         given = _first_tensor(output)
         if _is_plain((args, kwargs)) and given is not None:
-            before = calls[-1][:2] if calls else None
-            calls.append((*_shared(_on_host((args, kwargs)), before), _on_host(given)))
+            calls.add(lambda: (*_shared(_on_host((args, kwargs)), calls.kept[-2:]), _on_host(given)))
 
     linears = dict(_linears(model))
     with ExitStack() as hooks, torch.no_grad():
@@ -65,15 +66,14 @@ def record(model: nn.Module, draw: Callable[[], Any]) -> Recorded:
             hooks.callback(module.register_forward_pre_hook(_watching(rows.setdefault(name, []))).remove)
         draw()
         seen = {name: _thinned(torch.cat(own), MAX_ROWS) for name, own in rows.items() if own}
-        return Recorded(calls, {name: (x, _product(linears[name], x)) for name, x in seen.items()})
+        return Recorded(calls.kept, {name: (x, _product(linears[name], x)) for name, x in seen.items()})
 
 
-def call_error(model: nn.Module, call: Call) -> tuple[float | None, float]:
+def call_error(model: nn.Module, call: Call, device: torch.device) -> tuple[float | None, float]:
     """The timestep that a call was for, None where that is not told; and the relative error of what the model gives
-    now.
+    now, of inputs on this device.
     """
     args, kwargs, expected = call
-    device = next(model.parameters()).device
     with torch.no_grad():
         args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         actual = _first_tensor(model(*args, **kwargs))
@@ -154,7 +154,9 @@ def _on_host(values: Any) -> Any:
 
 
 def _shared(values: Any, before: Any) -> Any:
-    """The same values, with the tensors of an earlier call where they are equal: a text is the same at each step."""
+    """The same values, with the tensors of earlier calls where they are equal: a text is the same at each step, with
+    guidance at every second call.
+    """
     leaves, structure = tree_flatten(values)
     earlier: Iterable[Any] = tree_flatten(before)[0]
 
@@ -164,6 +166,10 @@ def _shared(values: Any, before: Any) -> Any:
         return next((old for old in earlier if isinstance(old, Tensor) and _is_same(old, leaf)), leaf)
 
     return tree_unflatten([same(leaf) for leaf in leaves], structure)
+
+
+def _nbytes(calls: list[Call]) -> int:
+    return sum({id(leaf): leaf.nbytes for leaf in tree_flatten(calls)[0] if isinstance(leaf, Tensor)}.values())
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

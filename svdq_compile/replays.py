@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import eager
 from .errors import SvdqError
 from .lowering.packed import PackedLinear
+from .thinning import Thinned
 
 # Calls that are kept, evenly from the first to the last; more of them while it is not known how many there will be.
 MAX_CALLS = 4
@@ -75,9 +76,7 @@ class Recorder:
     """Some of a model's calls, evenly over all that were made, in bounded memory."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
-        self._every = 1
-        self._seen = 0
+        self._calls = Thinned(_are_too_many)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -86,7 +85,7 @@ class Recorder:
         assert run is not None
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._see(args, kwargs)
+            self._calls.add(lambda: _Call.of(args, kwargs))
             return run(*args, **kwargs)
 
         model._compiled_call_impl = call
@@ -95,22 +94,15 @@ class Recorder:
         finally:
             model._compiled_call_impl = run
 
-    def _see(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._seen % self._every == 0:
-            self._calls.append(_Call.of(args, kwargs))
-            while len(self._calls) >= 2 * MAX_CALLS or (len(self._calls) > 1 and self._nbytes > MAX_BYTES):
-                self._calls = self._calls[::2]
-                self._every *= 2
-        self._seen += 1
-
-    @property
-    def _nbytes(self) -> int:
-        return sum(call.nbytes for call in self._calls)
-
     def calls(self, most: int) -> list[_Call]:
         """At most so many, in the middles of equal parts of all that were kept."""
-        count = min(most, MAX_CALLS, len(self._calls))
-        return [self._calls[(2 * i + 1) * len(self._calls) // (2 * count)] for i in range(count)]
+        kept = self._calls.kept
+        count = min(most, MAX_CALLS, len(kept))
+        return [kept[(2 * i + 1) * len(kept) // (2 * count)] for i in range(count)]
+
+
+def _are_too_many(calls: list[_Call]) -> bool:
+    return len(calls) >= 2 * MAX_CALLS or sum(call.nbytes for call in calls) > MAX_BYTES
 
 
 class Replays:
@@ -162,27 +154,34 @@ def replaying() -> Iterator[None]:
 
 class _Packs(TorchFunctionMode):
     """Within the context linears that read some weights, given by id, are computed by packs; what else reads such a
-    weight reads its pack's values.
+    weight reads its pack's values. Packs go where they are wanted: offloading has weights elsewhere between calls than
+    in them.
     """
 
     def __init__(self, packs: Mapping[int, PackedLinear]) -> None:
         super().__init__()
-        self._packs = packs
+        self._packs = dict(packs)
         self._values: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         call = eager.linear_call(func, args, kwargs)
         if call is not None and id(call.weight) in self._packs:
-            return eager.run(call, self._packs[id(call.weight)])
+            return eager.run(call, self._pack(call.weight, call.input.device))
         if any(pack.expanded for pack in self._packs.values()):
             args, kwargs = tree_map(self._read, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _pack(self, weight: Tensor, device: torch.device) -> PackedLinear:
+        pack = self._packs[id(weight)]
+        pack = self._packs[id(weight)] = pack.to(device, pack.up.dtype)
+        return pack
+
     def _read(self, value: Any) -> Any:
-        pack = self._packs.get(id(value)) if isinstance(value, nn.Parameter) else None
-        if pack is None or not pack.expanded:
+        if not isinstance(value, nn.Parameter) or id(value) not in self._packs:
             return value
-        if id(value) not in self._values:
-            self._values[id(value)] = eager.expanded(value, pack)
+        if not self._packs[id(value)].expanded:
+            return value
+        if id(value) not in self._values or self._values[id(value)].device != value.device:
+            self._values[id(value)] = eager.expanded(value, self._pack(value, value.device))
         return self._values[id(value)]

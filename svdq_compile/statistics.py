@@ -191,7 +191,7 @@ class Statistics:
 
     def fingerprint(self) -> int:
         """Another one for other statistics."""
-        seen = zlib.crc32(repr([known for known, _ in self.inputs]).encode())
+        seen = zlib.crc32(repr(([known for known, _ in self.inputs], sorted(self.others.items()))).encode())
         for tensor in self._tensors().values():
             seen = zlib.crc32(checkpoint.checksum(tensor.cpu()).to_bytes(4, "little"), seen)
         return seen

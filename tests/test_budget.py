@@ -7,6 +7,7 @@ import logging
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -231,6 +232,38 @@ def test_calls_that_cannot_be_replayed(why: str) -> None:
         aimed(make(), target_error=0.01, fallback=True)
 
 
+class FailingLater(Net):
+    """Can be called again a few times."""
+
+    count = 0
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.count += 1
+            if self.count > 12:
+                raise RuntimeError("it has been called too often")
+        return super().forward(x, condition)
+
+
+def test_a_replay_that_fails_late_is_told() -> None:
+    with logged("svdq_compile", logging.WARNING) as said:
+        report = aimed(FailingLater(2).eval().requires_grad_(False), target_bytes=MIDDLE, fallback=True)
+    assert sum("it has been called too often" in record.getMessage() for record in said) == 2
+    assert 0.9 * MIDDLE < report.bytes_after <= MIDDLE
+    assert report.effect is None
+    with pytest.raises(OptionError, match=r"(?s)target_error=0\.01.*called too often.*Give target_bytes"):
+        aimed(FailingLater(2).eval().requires_grad_(False), target_error=0.01, fallback=True)
+
+
+def test_what_offloading_fetches_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay leaves copies under way, and the next group is measured on them."""
+    waited: list[str] = []
+    group = Mock(stream=Mock(synchronize=lambda: waited.append("once")))
+    monkeypatch.setattr(budget, "groups_of", lambda model: [group])
+    aimed(net(), target_bytes=MIDDLE)
+    assert len(waited) == 8, "for each group of linears"
+
+
 def test_layers_that_no_call_reaches_are_named() -> None:
     class Half(Net):
         def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -268,7 +301,23 @@ def test_bytes_are_read(given: Any, taken: float) -> None:
     "options",
     [
         {"target_bytes": bad}
-        for bad in (0, -5, 1.5, True, "6.8", "GiB", "6,8 GiB", "1 TiBs", "-1 GB", [], "0 MB", "1e9 B")
+        for bad in (
+            0,
+            -5,
+            1.5,
+            True,
+            "6.8",
+            "GiB",
+            "6,8 GiB",
+            "1 TiBs",
+            "-1 GB",
+            [],
+            "0 MB",
+            "1e9 B",
+            "9" * 400,
+            2**63,
+            10**400,
+        )
     ]
     + [{"target_error": bad} for bad in (0, -0.1, 1.5, "0.1", True, float("nan"))]
     + [{"target_bytes": 10**6, "target_error": 0.1}],

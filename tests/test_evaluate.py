@@ -1,5 +1,6 @@
 """`svdq_compile.evaluate` and `svdq eval`: the numbers of a page, what is resumed, what is refused."""
 
+import copy
 import gc
 import inspect
 import json
@@ -14,14 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import svdq_compile as svdq
 from snippets import hub
+from svdq_compile import recording
 from svdq_compile.cli import app
 from svdq_compile.drawing import Drawer, Drawing
 from svdq_compile.errors import FileRefused, NonFinitePicture, NotAModel, NothingToQuantize, OptionError
@@ -178,8 +183,9 @@ def test_what_calibrates_is_not_shown_and_not_from_the_same_noise(
 ) -> None:
     _, pipe, _ = evaluated
     shown = [(p, s) for p in PROMPTS for s in (0, 5)]
-    # In 16 bits, the first two again for what the model reads, calibration, in 4 bits.
-    assert pipe.drawn[: 6 + 2 + 2 + 6] == [*shown, *shown[:2], ("a cat", 6), ("a tree", 7), *shown]
+    # In 16 bits, the first two again for what the model reads, calibration, in 4 bits; a series begins untimed.
+    calibrated = [("a cat", 6), ("a tree", 7)]
+    assert pipe.drawn[: 7 + 2 + 2 + 7] == [shown[0], *shown, *shown[:2], *calibrated, shown[0], *shown]
 
 
 def test_linears_and_convolutions_are_recorded_without_their_bias() -> None:
@@ -219,6 +225,24 @@ def test_calls_that_cannot_be_repeated_are_not_kept() -> None:
     recorded = record(model, lambda: [model(x, control=control) for control in (object(), None, 1.0)])
     assert [kwargs for _, kwargs, _ in recorded.calls] == [{"control": 1.0}]
     assert all(rows.shape == (12, k) for (rows, _), k in zip(recorded.layers.values(), (128, 256) * 2, strict=True))
+
+
+def test_recorded_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts by turns, as with guidance, are kept once each; of many calls every second, fourth, ... one."""
+    model, texts = Denoiser(), torch.randn(2, WIDTH)
+
+    def draw() -> None:
+        for i in range(20):
+            model(torch.randn(1, 4, WIDTH), torch.tensor(float(i)), texts[i % 2].clone())
+
+    calls = record(model, draw).calls
+    assert len(calls) == 20
+    assert len({id(args[2]) for args, _, _ in calls}) == 2
+    each = 2 * 4 * WIDTH * 4 + 4
+    monkeypatch.setattr(recording, "MAX_BYTES", 11 * each)
+    assert [int(args[1]) for args, _, _ in record(model, draw).calls] == list(range(0, 20, 2))
+    monkeypatch.setattr(recording, "MAX_BYTES", 1)
+    assert [int(args[1]) for args, _, _ in record(model, draw).calls] == [0]
 
 
 def test_measures() -> None:
@@ -308,7 +332,7 @@ def without_seconds(result: svdq.Evaluation) -> svdq.Evaluation:
     return replace(result, seconds_16bit=0.0, seconds_4bit=0.0, pictures=pictures)
 
 
-@pytest.mark.parametrize("after", [4, 7, 9, 13])
+@pytest.mark.parametrize("after", [5, 8, 10, 15])
 def test_cut_off_anywhere_it_goes_on(
     evaluated: tuple[svdq.Evaluation, Pipeline, Path], tmp_path: Path, after: int
 ) -> None:
@@ -317,8 +341,9 @@ def test_cut_off_anywhere_it_goes_on(
     pipe = Pipeline()
     result = run(pipe, tmp_path / "eval.html")
     assert without_seconds(result) == without_seconds(evaluated[0])
-    # What was begun and not kept is done again: what is recorded and calibrated on, 2 pictures each.
-    assert len(pipe.drawn) == {4: 12, 7: 10, 9: 8, 13: 3}[after]
+    # What was begun and not kept is done again: what is recorded and calibrated on, 2 pictures each; so is the untimed
+    # picture of a series of which some is missing.
+    assert len(pipe.drawn) == {5: 1 + 2 + 4 + 7, 8: 4 + 7, 10: 2 + 7, 15: 1 + 3}[after]
     assert sorted(os.listdir(tmp_path)) == ["eval.html", "eval.json"]
 
 
@@ -347,7 +372,7 @@ def test_what_was_left_of_another_evaluation_is_not_mixed_in(
     options: dict[str, Any],
     named: str,
 ) -> None:
-    left = interrupted(Pipeline(), tmp_path / "eval.html", 7)
+    left = interrupted(Pipeline(), tmp_path / "eval.html", 8)
     again = pipe()
 
     def stop(*_: Any) -> None:
@@ -356,20 +381,85 @@ def test_what_was_left_of_another_evaluation_is_not_mixed_in(
     monkeypatch.setattr(Drawing, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         run(again, tmp_path / "eval.html", **options)
-    assert len(again.drawn) == 1, "the first picture is drawn anew"
+    assert again.drawn == 2 * [(PROMPTS[0], 0)], "the first picture is drawn anew"
     assert left.exists()
     assert f"what was left unfinished had other {named}\n" in capsys.readouterr().err
 
 
 def test_a_picture_that_was_not_written_whole_is_drawn_again(tmp_path: Path) -> None:
-    folder = interrupted(Pipeline(), tmp_path / "eval.html", 7)
+    folder = interrupted(Pipeline(), tmp_path / "eval.html", 8)
     kept = sorted(folder.glob("16-bit-*"))
     assert len(kept) == 6
     kept[2].write_bytes(kept[2].read_bytes()[:-9])
     kept[4].write_bytes(b"")
     pipe = Pipeline()
     run(pipe, tmp_path / "eval.html")
-    assert pipe.drawn[:2] == [("a red apple", 0), ("<b>fish</b>", 0)]
+    assert pipe.drawn[:3] == [*2 * [("a red apple", 0)], ("<b>fish</b>", 0)]
+
+
+def test_arguments_are_told_apart_by_their_bytes() -> None:
+    """Large ones, that differ where repr shows nothing."""
+    ones, other = torch.ones(5000), torch.ones(5000)
+    other[2500] = 2
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    touched = picture.copy()
+    touched.putpixel((3, 3), (1, 0, 0))
+    pairs = [(ones, other), (ones.numpy(), other.numpy()), (ones.bfloat16(), other.bfloat16()), (picture, touched)]
+    pairs += [([a, a], [a, b]) for a, b in pairs] + [({"scale": a}, {"scale": b}) for a, b in pairs] + [(1.0, 2.0)]
+    told = sys.modules["svdq_compile.evaluate"]._told
+    for a, b in pairs:
+        assert told(a) == told(copy.deepcopy(a)) != told(b)
+
+
+def test_other_parts_may_be_quantized_already(tmp_path: Path) -> None:
+    """By this package, or by another, whose weights are taken as they are."""
+
+    class Foreign(nn.Parameter):
+        def detach(self) -> Any:
+            return self
+
+        def reshape(self, *_: Any) -> Any:
+            raise NotImplementedError
+
+    prints = []
+    for scale in (1.0, 1.0, 2.0):
+        pipe = Pipeline()
+        pipe.transformer_2, pipe.encoder = Pipeline().transformer, nn.Linear(8, 8)  # type: ignore[attr-defined]
+        pipe.transformer_2.blocks[0].up.weight.mul_(scale)  # type: ignore[attr-defined]
+        svdq.quantize(pipe.transformer_2, **OPTIONS)  # type: ignore[attr-defined]
+        pipe.encoder.weight = Foreign(torch.zeros(8, 8), requires_grad=False)  # type: ignore[attr-defined]
+        prints.append(sys.modules["svdq_compile.evaluate"]._fingerprint(pipe.transformer_2))  # type: ignore[attr-defined]
+    assert prints[0] == prints[1] != prints[2]
+    assert run(pipe, tmp_path / "eval.html", prompts=["a dog"]).psnr_db.mean > 15
+
+
+@pytest.mark.parametrize("way", ["enable_group_offload", "enable_sequential_cpu_offload"])
+def test_weights_that_move_during_a_call_are_refused(tmp_path: Path, way: str) -> None:
+    pipe = Pipeline()
+    if way == "enable_group_offload":
+        cpu = torch.device("cpu")
+        apply_group_offloading(pipe.transformer, cpu, cpu, "leaf_level")
+    else:
+        accelerate.cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+    with pytest.raises(OptionError, match="transformer is offloaded by parts"):
+        run(pipe, tmp_path / "eval.html")
+    assert pipe.drawn == []
+
+
+def test_it_works_where_the_pipeline_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is offloaded as a whole, that is not where its weights are."""
+    pipe = Pipeline()
+    pipe._execution_device = torch.device("meta")  # type: ignore[attr-defined]
+    jobs: list[Any] = []
+
+    def measured(job: Any, _: Path) -> Any:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["svdq_compile.evaluate"], "_measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, tmp_path / "eval.html")
+    assert jobs[0].device.type == "meta"
 
 
 # ** a file, memory **
@@ -502,6 +592,7 @@ def compiled_already() -> Pipeline:
         (Pipeline, {"call": {"num_inference_step": 2}}, OptionError, "did you mean 'num_inference_steps'?"),
         (Pipeline, {"call": ["steps"]}, OptionError, "call=['steps']: must be a dict of arguments"),
         (Pipeline, {"call": {"generator": None}}, OptionError, "generator is not to be given"),
+        (Pipeline, {"target_bytes": 10**6, "calibration": ()}, OptionError, "needs calibration prompts"),
         (Pipeline, {"rnak": 3}, OptionError, "did you mean 'rank'?"),
         (Pipeline, {"quantized": "missing.safetensors"}, OptionError, "leave out calibration"),
     ],
@@ -575,6 +666,7 @@ def test_the_demo_model(tmp_path: Path, code_cache: None) -> None:
         ((EMOJI, "eval.html", "--prompts", "binary.txt"), "binary.txt is no text file in UTF-8"),
         ((EMOJI, "eval.html", "--prompts", "missing.txt"), "No such file or directory: 'missing.txt'"),
         ((EMOJI, "eval.html", "--prompt", "a dog", "--call", "guidance"), "must be NAME=VALUE"),
+        (("missing", "eval.txt", "--prompt", "a dog"), "has a name that ends in .html"),
         (("missing", "eval.html", "--prompt", "a dog"), "missing: there is no such file or folder"),
         ((EMOJI / "transformer", "eval.html", "--prompt", "a dog"), "has no model_index.json"),
         ((EMOJI, "eval.html", "--prompt", "a dog", "--component", "unet"), "its models are: transformer"),

@@ -146,6 +146,14 @@ def test_the_least_loss_is_chosen_and_a_tie_changes_nothing() -> None:
     assert choose(*given, lambda transform: float("nan")).rotate
 
 
+@pytest.mark.parametrize(("k", "options"), [(128, {"rotate": False}), (100, {})])
+def test_one_candidate_is_not_measured(k: int, options: dict) -> None:
+    def loss(_: Transform) -> float:
+        raise AssertionError
+
+    assert not choose([matrix(64, k)], None, "int4", Config("int4", smooth=False, **options), 0.0, loss).rotate
+
+
 @pytest.mark.parametrize("rows", [1, 63])
 def test_few_rows_choose_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w = matrix(64, 128)

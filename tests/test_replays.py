@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import inputs, net, relative_error
-from svdq_compile import replays
+from svdq_compile import eager, replays
 from svdq_compile.config import Config
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.lowering.packed import PackedLinear, as_matrix
@@ -120,6 +120,17 @@ def test_expanded_weights(name: str) -> None:
     truth = model(x)
     weight.copy_(pack.dequantize(torch.float32).view_as(weight))
     assert 0.02 < found == pytest.approx(relative_error(model(x), truth), rel=1e-3)
+
+
+def test_a_pack_goes_where_its_weight_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading has moved the weight since the pack was made; the meta device stands for a GPU."""
+    seen: list[str] = []
+    monkeypatch.setattr(eager, "run", lambda call, pack: seen.append(f"{pack.device}") or call.input)
+    weight = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+    with replays._Packs({id(weight): pack_of(weight)}):
+        for device in ("cpu", "meta"):
+            F.linear(torch.empty(2, 64, device=device), weight)
+    assert seen == ["cpu", "meta"]
 
 
 class Noisy(nn.Module):
