@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -339,6 +340,7 @@ def test_a_target_needs_the_whole_model_and_its_calls(monkeypatch: pytest.Monkey
             refused()
         cause = getattr(error.value, "inner_exception", None) or error.value
         assert isinstance(cause, OptionError)
-    monkeypatch.setattr(quantize_model, "ranks_of", lambda config: object())
+    ranks = SimpleNamespace(each=lambda make: make(), agree=lambda groups, config: None)
+    monkeypatch.setattr(quantize_model, "ranks_of", lambda config: ranks)
     with pytest.raises(OptionError, match=r"several ranks would choose differently.*group='alone'"):
         aimed(net(), target_bytes=MIDDLE)
