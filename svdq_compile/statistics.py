@@ -268,7 +268,8 @@ def _seen(path: str | os.PathLike, known: ObservedInput, tensors: dict[str, Tens
     else:
         k = _columns(path, known)
         wanted = {"span": (span, (k,)), "rows": (rows, (max(1, len(rows)) if rows.dim() else 1, k))}
-        if (total is None) != (known.moment_rows is None) or (known.moment_rows or 1) < 1:
+        count = known.moment_rows
+        if (total is None) != (count is None) or (count is not None and count < 1):
             raise FileRefused(path, f"{name}.moment and the number of its rows do not go together")
         if total is not None:
             wanted["moment"] = total, Moment.shape(k)

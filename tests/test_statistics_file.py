@@ -415,6 +415,7 @@ FIRST = "blocks.0.0"
         ({f"{FIRST}.moment": None}, {}, "do not go together"),
         ({"other.span": torch.ones(3)}, {}, r"tensor other\.span is of no input"),
         ({}, {"moment_rows": 0}, "do not go together"),
+        ({}, {"moment_rows": -1}, "do not go together"),
         ({}, {"moment_rows": None}, "do not go together"),
         ({}, {"names": []}, "inputs has one wrongly"),
         ({}, {"names": ["blocks.0.1"]}, "inputs has blocks.0.1 wrongly"),
