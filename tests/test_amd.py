@@ -112,7 +112,7 @@ def test_rocm_build_of_quantize(family, codes, rotate):
              "extra": ()}  # fmt: skip
     common = {"DTYPE": tl.bfloat16, "JOINED": False, "PROLOGUE": None}
     constants = common | {"TM": 64, "TK": 64, "RANK": 32, "CODES": codes, "UNSIGNED": False, "ROTATE": rotate}
-    text = assembly(_measure_kernel, family, constants, types, 4, 4)
+    text = assembly(_measure_kernel, family, constants, types, 8 if rotate else 4, 4)
     assert HALF[family] in text
     assert spilled(text) == 0
     if codes == "int8":

@@ -66,6 +66,12 @@ def refused(*arguments: object) -> str:
     return result.stderr
 
 
+@pytest.fixture(autouse=True)
+def _code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers loads the code of all folders as one module, in which classes of another test's folder may be."""
+    monkeypatch.delitem(sys.modules, "diffusers_modules.local.pipeline", raising=False)
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder with its own pipeline.py, around a Flux stored in float32."""

@@ -239,7 +239,8 @@ def quantize(
         right is not None,
         function,
     )
-    warps, stages = (4, 4) if r <= 64 else (8, 2)  # no spills, and within the 99 KB of sm_89 and sm_120
+    # No spills (with 4 warps a rotation has some on RDNA 3), and within the 99 KB of sm_89 and sm_120.
+    warps, stages = 8 if rotate or r > 64 else 4, 4 if r <= 64 else 2
     launch(_measure_kernel, (blocks, splits, 1), arguments, constants, num_warps=warps, num_stages=stages)
     if codes.by_block:
         return qx, ascales, xd
