@@ -233,4 +233,4 @@ def test_portable(capability, grouped):
     constants = {"TM": tm, "TN": tn, "GROUP": 8, "RANK": 32, "GROUPED": grouped, "BIAS": True, "OFFSET": grouped,
                  "EPILOGUE": geglu, "AUXILIARY": False, "GATES": True}  # fmt: skip
     types = POINTERS | ({"wscales": "*bf16"} if grouped else {})
-    assert compile_for(_gemm_kernel, capability, constants, warps, types, stages).spilled <= 32  # 8 without a gate
+    assert compile_for(_gemm_kernel, capability, constants, warps, types, stages).spilled <= 40  # 8 without a gate
