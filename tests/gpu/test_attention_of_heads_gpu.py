@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from test_heads_gpu import HALVES, ROTATED
 from torch import Tensor
 
 from svdq_compile.kernels.portable import attention_codes as ac
@@ -21,21 +22,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 needs_flash3 = pytest.mark.skipif(flash3.missing() is not None, reason="needs fa3-fwd")
 
 BSHD, BHSD = [0, 2, 1, 3], [0, 1, 2, 3]
-ROTATED = """heads(x, a0: D, a1: BTD, a2: BTD)
-t0 = mul(x, x)
-t1 = row_mean(t0)
-t2 = add(t1, 1e-06)
-t3 = rsqrt(t2)
-t4 = mul(x, t3)
-t5 = mul(t4, a0)
-t6 = even(t5)
-t7 = odd(t5)
-t8 = neg(t7)
-t9 = pair(t8, t6)
-t10 = mul(t5, a1)
-t11 = mul(t9, a2)
-t12 = add(t10, t11)""".replace("\n", "; ")
-HALVES = ROTATED.replace("even(", "low(").replace("odd(", "high(").replace("pair(", "halves(")
 
 
 @pytest.fixture(autouse=True)
