@@ -92,6 +92,25 @@ def _root(
     pass
 
 
+# Arguments and options that several commands take.
+PipelineSource = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or its name on the hub.")
+]
+Precision = Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)]
+Rank = Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")]
+Refine = Annotated[int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")]
+Skip = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
+]
+Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the Python files that a pipeline folder brings.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")]
+
+
 @app.command()
 def quantize(
     source: Annotated[
@@ -99,14 +118,10 @@ def quantize(
         typer.Argument(help="A diffusers pipeline folder, a diffusers model folder, or a single file with weights."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .safetensors file to write.")],
-    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
-    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
-    refine: Annotated[
-        int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")
-    ] = DEFAULT.refine,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
-    ] = None,
+    precision: Precision = DEFAULT.precision,
+    rank: Rank = DEFAULT.rank,
+    refine: Refine = DEFAULT.refine,
+    skip: Skip = None,
     error_budget: Annotated[
         float, typer.Option(help="A layer with a larger relative error stays 16-bit.")
     ] = DEFAULT.error_budget,
@@ -125,21 +140,17 @@ def quantize(
     no_rotate: Annotated[
         bool, typer.Option("--no-rotate", help="int4: do not rotate inputs, as for Nunchaku.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
-    ] = None,
+    device: Device = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Calibrate on drawing this; needs a pipeline folder. Repeatable. Without: by weights alone."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")] = DEFAULT.calibration_steps,
+    steps: Steps = DEFAULT.calibration_steps,
     statistics: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Calibrate by what svdq observe has written. Repeatable: they are merged."),
     ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
-    ] = None,
+    component: Component = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Of a single file: its model's folder (config.json is enough) or class."),
@@ -147,7 +158,7 @@ def quantize(
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="With --prompt: run the Python files that a pipeline folder brings.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+    force: Force = False,
 ) -> None:
     """Quantize a model to 4 bits and write it to one file. Models in float32 are taken as bfloat16.
 
@@ -248,25 +259,19 @@ def _calibration(pipeline: Pipeline, prompts: list[str], steps: int) -> Callable
 
 @app.command()
 def observe(
-    source: Annotated[
-        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or its name on the hub.")
-    ],
+    source: PipelineSource,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file of statistics to write.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Observe drawing this. Repeatable.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Observe these too: a text file with a prompt in each line.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")] = DEFAULT.calibration_steps,
+    steps: Steps = DEFAULT.calibration_steps,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where it is drawn; by default cuda if there is one.")
     ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
-    ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python files that a pipeline folder brings.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+    component: Component = None,
+    trust_code: TrustCode = False,
+    force: Force = False,
 ) -> None:
     """Watch what a model reads while it draws, and write it to a file, for svdq quantize --statistics."""
     shown = _to_draw(prompt, prompts)
@@ -283,9 +288,7 @@ def observe(
 
 @app.command("eval")
 def evaluate(
-    source: Annotated[
-        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or its name on the hub.")
-    ],
+    source: PipelineSource,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The .html file to write; .json comes beside it.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Draw this. Repeatable.")] = None,
     prompts: Annotated[
@@ -311,27 +314,17 @@ def evaluate(
             metavar="NAME=VALUE", help="An argument of the pipeline's call, as guidance_scale=3.5. Repeatable."
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
-    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
-    refine: Annotated[
-        int, typer.Option(help="Rounds of refitting the branch to what rounding has lost.")
-    ] = DEFAULT.refine,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
-    ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
-    ] = None,
+    precision: Precision = DEFAULT.precision,
+    rank: Rank = DEFAULT.rank,
+    refine: Refine = DEFAULT.refine,
+    skip: Skip = None,
+    device: Device = None,
+    component: Component = None,
     compile: Annotated[
         bool | None, typer.Option(help="Run the 4-bit model compiled, or not; by default on a GPU.")
     ] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run the Python files that a pipeline folder brings.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+    trust_code: TrustCode = False,
+    force: Force = False,
 ) -> None:
     """Draw a pipeline's pictures in 16 bits and in 4, and write a page that compares them, with its numbers.
 
@@ -459,7 +452,7 @@ def convert(
         str | None,
         typer.Option(metavar="w4a8", help="Of Nunchaku's: code its 4-bit linears anew. Without: as they are."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUTPUT.")] = False,
+    force: Force = False,
 ) -> None:
     """Turn a quantized file into another format; integers and scales stay as they are."""
     if to not in _KINDS:
@@ -548,14 +541,10 @@ def doctor(
         Path | None,
         typer.Option(metavar="JSON", help="With a class: what its constructor takes. Without: its defaults."),
     ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Which model of a pipeline; by default transformer, else unet.")
-    ] = None,
-    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISION_HELP)] = DEFAULT.precision,
-    rank: Annotated[int, typer.Option(help="Of the 16-bit branch of each linear; 0 leaves it out.")] = DEFAULT.rank,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
-    ] = None,
+    component: Component = None,
+    precision: Precision = DEFAULT.precision,
+    rank: Rank = DEFAULT.rank,
+    skip: Skip = None,
     layers: Annotated[bool, typer.Option("--layers", help="Every linear, in a table.")] = False,
 ) -> None:
     """Say what would be quantized, what not and why, and how much memory it would take. No weight is read."""

@@ -115,11 +115,11 @@ class InputStatistics:
     @property
     def rows(self) -> Tensor:
         """At most MAX_ROWS rows, evenly over all that were kept."""
-        return _thinned(self.kept, MAX_ROWS)
+        return thinned(self.kept, MAX_ROWS)
 
     def thinned(self, most: int) -> Tensor:
         """At most so many of `rows`, evenly."""
-        return _thinned(self.rows, most)
+        return thinned(self.rows, most)
 
     @classmethod
     def of(
@@ -187,7 +187,8 @@ def _free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def _thinned(rows: Tensor, most: int) -> Tensor:
+def thinned(rows: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly from the first to the last."""
     return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
 
 

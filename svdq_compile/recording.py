@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .input_statistics import thinned
 from .layers import layers
 from .parameter import QuantizedWeight
 from .replacing import replacing
@@ -65,7 +66,7 @@ def record(model: nn.Module, draw: Callable[[], Any]) -> Recorded:
         for name, module in linears.items():
             hooks.callback(module.register_forward_pre_hook(_watching(rows.setdefault(name, []))).remove)
         draw()
-        seen = {name: _thinned(torch.cat(own), MAX_ROWS) for name, own in rows.items() if own}
+        seen = {name: thinned(torch.cat(own), MAX_ROWS) for name, own in rows.items() if own}
         return Recorded(calls.kept, {name: (x, _product(linears[name], x)) for name, x in seen.items()})
 
 
@@ -116,9 +117,9 @@ def _watching(rows: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
             return
         spatial = _spatial(module)
         x = args[0].detach().movedim(-1 - spatial, -1)
-        rows.append(_thinned(x.reshape(-1, x.shape[-1]), ROWS_PER_CALL).cpu().reshape(-1, x.shape[-1], *[1] * spatial))
+        rows.append(thinned(x.reshape(-1, x.shape[-1]), ROWS_PER_CALL).cpu().reshape(-1, x.shape[-1], *[1] * spatial))
         if len(rows) > 2 * MAX_ROWS // ROWS_PER_CALL:
-            rows[:] = [_thinned(torch.cat(rows), MAX_ROWS)]
+            rows[:] = [thinned(torch.cat(rows), MAX_ROWS)]
 
     return watch
 
@@ -132,13 +133,6 @@ def _product(module: nn.Module, x: Tensor) -> Tensor:
     """A linear of rows without its bias, in 16 bits or in 4; on the host."""
     weight = module.get_parameter("weight")
     return _PRODUCTS[_spatial(module)](x.to(weight.device, weight.dtype), weight).cpu()
-
-
-def _thinned(rows: Tensor, most: int) -> Tensor:
-    """At most so many rows, evenly from the first to the last."""
-    if rows.shape[0] <= most:
-        return rows
-    return rows[torch.linspace(0, rows.shape[0] - 1, most, device=rows.device).round().long()]
 
 
 def _first_tensor(output: Any) -> Tensor | None:
