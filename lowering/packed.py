@@ -1,5 +1,6 @@
 """A quantized linear as tensors: what replaces a 16-bit weight."""
 
+import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from . import launch
 from .locks import free_in_child
 from .torch_private import without_fake_tensors
 
+ALIGNMENT = 256  # bytes, of tensors that lie one after another: what kernels want, with room to spare
+BRANCH = frozenset(("up", "down"))  # of the packed tensors those that have the model's dtype
 MIN_FEATURES = 64  # below this a 16-bit branch of the usual rank is as large as the weight
 
 _LOCK = free_in_child(threading.Lock())
@@ -44,15 +47,56 @@ class Copy:
         if self.pinned and torch.cuda.is_available():
             # What a GPU will fetch at each call is not to be brought into its order each time.
             named = named | _ordered(precision, named, torch.device("cuda"))
-        moved = {name: self.tensor(tensor, is_branch=name == "up") for name, tensor in named.items()}
+        moved = self.moved(named)
         return moved | _ordered(precision, moved, self.device)
 
-    def tensor(self, tensor: Tensor, is_branch: bool) -> Tensor:
-        """One, in the order that it has."""
+    def moved(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the order that they have: those that are pinned come to lie in one piece of memory, and whatever
+        does is moved as one, since to begin a copy takes longer than the copy of a small tensor. BRANCH is cast.
+        """
         # To the host it is waited for: whoever reads it there does not know that it is under way.
         non_blocking = self.non_blocking and self.device.type != "cpu"
-        moved = tensor.to(self.device, self.dtype if is_branch else tensor.dtype, non_blocking=non_blocking)
-        return moved.pin_memory() if self.pinned else moved
+        dtypes = {name: self.dtype if name in BRANCH else tensor.dtype for name, tensor in named.items()}
+        whole = _whole(list(named.values()))
+        if whole is not None and all(dtypes[name] == tensor.dtype for name, tensor in named.items()):
+            memory = whole.to(self.device, non_blocking=non_blocking)
+            moved = {name: _at_the_same_place(tensor, memory) for name, tensor in named.items()}
+        else:
+            moved = {
+                name: tensor.to(self.device, dtypes[name], non_blocking=non_blocking) for name, tensor in named.items()
+            }
+        return _pinned_together(moved) if self.pinned else moved
+
+
+def _pinned_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies one after another in one piece of pinned memory."""
+    starts = list(itertools.accumulate((_room(tensor) for tensor in tensors.values()), initial=0))
+    memory = torch.empty(starts[-1], dtype=torch.uint8).pin_memory()
+    pinned = {}
+    for (name, tensor), start in zip(tensors.items(), starts, strict=False):
+        pinned[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        pinned[name].copy_(tensor)
+    return pinned
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes that it takes where several lie one after another."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _whole(tensors: list[Tensor]) -> Tensor | None:
+    """The piece of memory in which these lie and nothing else, as bytes; None if they lie apart."""
+    memory = tensors[0].untyped_storage()
+    if len(tensors) == 1 or memory.nbytes() != sum(map(_room, tensors)):
+        return None
+    if any(tensor.untyped_storage().data_ptr() != memory.data_ptr() for tensor in tensors):
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(memory)
+
+
+def _at_the_same_place(tensor: Tensor, memory: Tensor) -> Tensor:
+    """What lies in this memory, a copy of the tensor's own, where the tensor lies in that."""
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _ordered(precision: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -92,8 +136,7 @@ class SharedInput:
         self._copies[Copy.of(self.down, self.smooth)] = self
         made = self._copies.get(copy)
         if made is None:
-            smooth, down = copy.tensor(self.smooth, False), copy.tensor(self.down, True)
-            made = self._copies[copy] = replace(self, smooth=smooth, down=down)
+            made = self._copies[copy] = replace(self, **copy.moved({"smooth": self.smooth, "down": self.down}))
         return made
 
 
@@ -218,7 +261,8 @@ class PackedLinear:
 
     def record_stream(self, stream: Any) -> None:
         """Let the memory be used by nobody else before what `stream` has been given by then is done."""
-        for tensor in (*self.own_tensors().values(), self.shared.smooth, self.shared.down):
+        tensors = (*self.own_tensors().values(), self.shared.smooth, self.shared.down)
+        for tensor in {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values():
             tensor.record_stream(stream)
 
     def _copied(self, copy: Copy) -> "PackedLinear":

@@ -21,7 +21,7 @@ from conftest import FLIPPED_CODES, Net, inputs, net, quiet, relative_error
 from svdq_compile import convert
 from svdq_compile.errors import OptionError, WeightsReleased
 from svdq_compile.foreign import groups_of
-from svdq_compile.lowering.packed import PackedLinear
+from svdq_compile.lowering.packed import Copy, PackedLinear
 from svdq_compile.parameter import QuantizedWeight
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -187,6 +187,31 @@ def test_siblings_are_pinned_together(machine: Machine) -> None:
     assert together is not None
     assert q.shared is k.shared
     assert torch.equal(run(*inputs()), reference)
+
+
+def test_what_is_pinned_moves_as_one(machine: Machine, tmp_path: Path) -> None:
+    """To begin a copy takes longer than most of a pack's tensors: they lie in one piece, there and where they go."""
+    model = quantized()
+    expected = model(*inputs())
+    svdq.save(model, tmp_path / "before", progress=False)
+    offload(model, "block_level")
+    for pack in packs(model):
+        here = pack.pin_memory()
+        copy = Copy(CPU, here.up.dtype)
+        of_all = here.siblings.tensors if here.siblings else here.own_tensors()
+        for tensors in (of_all, {"smooth": here.shared.smooth, "down": here.shared.down}):
+            there = copy.moved(tensors)
+            for name, tensor in tensors.items():
+                assert torch.equal(there[name], tensor)
+                assert there[name].stride() == tensor.stride()
+                assert there[name].data_ptr() % 16 == 0
+            assert len({t.untyped_storage().data_ptr() for t in there.values()}) == 1
+        cast = Copy(CPU, torch.float16).moved(of_all)
+        assert cast["up"].dtype == torch.float16
+        assert torch.equal(cast["up"], of_all["up"].half())
+    assert relative_error(model(*inputs()), expected) < FLIPPED_CODES
+    svdq.save(model, tmp_path / "after", progress=False)
+    assert (tmp_path / "after").read_bytes() == (tmp_path / "before").read_bytes()
 
 
 @pytest.mark.parametrize("level", LEVELS)
