@@ -4,6 +4,7 @@ its weights split (svdq_compile.parallelize), method ours-tensor.
     python bench/multi_gpu.py                                 # on 1 and on all GPUs: results/multi-gpu-h200.json
     python bench/multi_gpu.py --models flux --methods ours    # a part; rows of the file that it does not measure stay
     python bench/multi_gpu.py --models flux --methods ours-tensor --ranks 2 --limit 190
+    python bench/multi_gpu.py --together 3                    # compile that many rows at once, time them one by one
     python bench/multi_gpu.py --killed                        # one rank ends: how long until the others do, and how
 
     ms           a step, the median, of the slowest rank; ms_all of the first
@@ -23,6 +24,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -45,14 +48,14 @@ from svdq_compile.ranks import checksums
 
 MODELS = {"flux": (57, 4608, 3072), "qwen-image": (60, 4352, 3072), "wan2.1-14b-81": (40, 32760, 5120)}
 TENSOR = "ours-tensor"
-METHODS = ("ours", "compile", "torchao-fp8", TENSOR)
+METHODS = ("ours", "ours-graphs", "compile", "compile-graphs", "torchao-fp8", TENSOR)
 EXTRAPOLATED = (2, 4, 8, 16)
 # Bytes a second that leave a GPU, 3/4 of what NVLink 4 has; beyond 8 GPUs by the network, one 400 Gbit/s card each.
 RATE, NETWORK = 0.75 * 450e9, 0.75 * 50e9
 LATENCY = 25e-6  # seconds an exchange takes whatever its size
 MEMORY = 4.2e12  # bytes a second that a linear with few rows reads its weight at
 FEW_ROWS = 16
-BYTES = {"ours": 0.56, "compile": 2.0, "torchao-fp8": 1.0}  # for each value of such a weight
+BYTES = {"ours": 0.56, "compile": 2.0, "torchao-fp8": 1.0}  # for each value of such a weight; -graphs: the same
 
 
 def prepared(model: nn.Module, method: str, other: dict[str, Any]) -> None:
@@ -64,8 +67,8 @@ def prepared(model: nn.Module, method: str, other: dict[str, Any]) -> None:
         step_methods.METHODS[method](model, [other])
 
 
-def measured(name: str, method: str, tiny: bool) -> dict[str, Any]:
-    """In each rank."""
+def measured(name: str, method: str, tiny: bool, turn: Path | None) -> dict[str, Any]:
+    """In each rank. turn: where it says that it is ready to be timed, and is told that no other row is."""
     rank, size, device = dist.get_rank(), dist.get_world_size(), _device()
     model = step_models.build(name, tiny, device)
     call, other = (step_models.inputs(name, tiny, model, device, seed=seed) for seed in (1, 2))
@@ -81,14 +84,22 @@ def measured(name: str, method: str, tiny: bool) -> dict[str, Any]:
     serial = 0.0 if method == TENSOR else _serial_seconds(model, method, other)
     if method != TENSOR:
         prepared(model, method, other)
-    model(**call)
+
+    def step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(**call)[0]
+
+    step()
     first = time.perf_counter() - begun
+    for _ in range(2):  # a CUDA graph is made in the second step
+        step()
+    _wait_for(turn)
     _reset_peak()
     dist.barrier()
-    times = milliseconds(lambda: model(**call), 2 if tiny else step_models.MODELS[name].repeats)
+    times = milliseconds(step, 2 if tiny else step_models.MODELS[name].repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    share = _share_of_exchanges(model, call)
-    output = model(**call)[0].float()
+    share = _share_of_exchanges(step)
+    output = step().float()
     if single is None:
         single, sums = _on_one(model, call), _sums(model)
     error = float((output - single).norm() / single.norm())
@@ -144,15 +155,27 @@ def _serial_seconds(model: nn.Module, method: str, call: dict[str, Any]) -> floa
     """What every rank does alike: linears with few rows read their weights."""
     rows = step_methods._linear_rows(model, call)
     sizes = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return sum(sizes[name] for name, count in rows.items() if count <= FEW_ROWS) * BYTES[method] / MEMORY
+    each = BYTES[method.removesuffix("-graphs")]
+    return sum(sizes[name] for name, count in rows.items() if count <= FEW_ROWS) * each / MEMORY
 
 
-def _share_of_exchanges(model: nn.Module, call: dict[str, Any]) -> float | None:
+def _wait_for(turn: Path | None) -> None:
+    if turn is not None:
+        _ready(turn, dist.get_rank()).touch()
+        while not turn.exists():
+            time.sleep(0.05)
+
+
+def _ready(turn: Path, rank: int) -> Path:
+    return turn.with_suffix(f".{rank}")
+
+
+def _share_of_exchanges(step: Callable[[], object]) -> float | None:
     """NCCL's kernels in one step, as a part of the time from the first kernel's beginning to the last one's end."""
     if not torch.cuda.is_available() or dist.get_world_size() == 1:
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model(**call)
+        step()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = [(e.time_range.start, e.time_range.end, e.name.startswith("ncclDevKernel")) for e in events]
@@ -249,7 +272,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=sorted({1, gpus}))
-    parser.add_argument("--limit", type=float, default=150, help="seconds for each row")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for each row, waiting for its turn included")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="make N rows ready at once")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     parser.add_argument("--killed", action="store_true")
     parser.add_argument("--out", type=Path, default=record.results("multi-gpu"))
@@ -261,25 +285,45 @@ def main() -> None:
         except Exception as error:
             print(f"all ended {time.monotonic() - begun:.0f} s after the beginning: {error}")
         return
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    for name in options.models:
-        for method in options.methods:
-            for ranks in [ranks for ranks in options.ranks if method != TENSOR or ranks > 1]:
-                begun = time.monotonic()
-                common = {
-                    "model": name,
-                    "ranks": ranks,
-                    "kind": _kind(method, ranks),
-                    "method": method,
-                }
-                try:
-                    row = on_ranks(ranks, measured, name, method, options.tiny, limit=options.limit)
-                except Exception as error:  # the next row may do: torchao is not everywhere
-                    row = common | {"error": str(error).strip().splitlines()[-1]}
-                same = [r for r in rows if all(r[key] == common[key] for key in common)]
-                rows = with_predictions([*(r for r in rows if r not in same), row])
-                print(f"{time.monotonic() - begun:.0f} s: {row}", flush=True)
-                record.write(options.out, rows)
+    asked = [
+        (name, method, ranks)
+        for name in options.models
+        for method in options.methods
+        for ranks in options.ranks
+        if method != TENSOR or ranks > 1
+    ]
+    for row in rows_together(asked, options.together, options.tiny, options.limit):
+        rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+        same = [r for r in rows if all(r[key] == row[key] for key in ("model", "ranks", "kind", "method"))]
+        rows = with_predictions([*(r for r in rows if r not in same), row])
+        print(row, flush=True)
+        record.write(options.out, rows)
+
+
+def rows_together(
+    asked: list[tuple[str, str, int]], together: int, tiny: bool, limit: float
+) -> Iterator[dict[str, Any]]:
+    """As many at once as `together` says are made ready; then each is timed while the others of them wait."""
+    for start in range(0, len(asked), together):
+        some = asked[start : start + together]
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(some)) as pool:
+            turns = [Path(folder) / str(i) for i in range(len(some))]
+            futures = [pool.submit(row_of, *row, tiny, turn, limit) for row, turn in zip(some, turns, strict=True)]
+            for future, turn, (_, _, ranks) in zip(futures, turns, some, strict=True):
+                while not (future.done() or all(_ready(turn, rank).exists() for rank in range(ranks))):
+                    time.sleep(0.05)
+            for future, turn in zip(futures, turns, strict=True):
+                turn.touch()
+                yield future.result()
+
+
+def row_of(name: str, method: str, ranks: int, tiny: bool, turn: Path, limit: float) -> dict[str, Any]:
+    """By processes of its own."""
+    try:
+        return on_ranks(ranks, measured, name, method, tiny, turn, limit=limit)
+    except Exception as error:  # the next row may do: torchao is not everywhere
+        common = {"model": name, "ranks": ranks, "kind": _kind(method, ranks), "method": method}
+        return common | {"error": str(error).strip().splitlines()[-1]}
 
 
 if __name__ == "__main__":

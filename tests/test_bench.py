@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,3 +214,27 @@ def test_multi_gpu_predicts_what_was_not_measured() -> None:
     assert predicted[2] > predicted[4] > predicted[8] > 80 / 8
     assert [row["ranks"] for row in rows if row["kind"] == "predicted"] == [4, 8, 16]
     assert multi_gpu.with_predictions(rows) == rows
+
+
+def test_rows_of_several_gpus_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are ready before the first is timed; one that fails does not keep the others waiting."""
+    ready, timed = [], []
+
+    def row_of(name: str, method: str, ranks: int, tiny: bool, turn: Path, limit: float) -> dict:
+        if method == "torchao-fp8":
+            return {"error": "not here"}
+        ready.append(method)
+        for rank in range(ranks):
+            multi_gpu._ready(turn, rank).touch()
+        while not turn.exists():
+            time.sleep(0.01)
+        timed.append((method, len(ready)))
+        time.sleep(0.1)
+        return {"method": method, "timed_before": len(timed)}
+
+    monkeypatch.setattr(multi_gpu, "row_of", row_of)
+    asked = [("flux", method, 2) for method in ("ours", "torchao-fp8", "compile", "ours-graphs")]
+    rows = list(multi_gpu.rows_together(asked, 3, True, 60))
+    assert rows[1] == {"error": "not here"}
+    assert timed == [("ours", 2), ("compile", 2), ("ours-graphs", 3)]
+    assert [row.get("timed_before") for row in rows] == [1, None, 2, 3]
