@@ -19,6 +19,7 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from conftest import compiled
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.passes import fuse, pipeline
 from svdq_compile.passes.join_exchanges import join_exchanges
@@ -255,6 +256,34 @@ def test_inductor_writes_what_is_sent_and_attention_reads_what_came(as_on_a_gpu:
     attention = next(line for line in lines if "_scaled_dot_product" in line and "torch.ops" in line)
     (came,) = {*re.findall(r"reinterpret_tensor\((\w+), ", attention)}
     assert any(line.startswith(f"{came} = torch.ops._c10d_functional.all_to_all_single") for line in lines)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_compiled_code_goes_past_autograd() -> None:
+    """As an exchange has it, autograd's part of this operator is Python."""
+    asked: list[bool] = []
+
+    def by_autograd(keys: torch.DispatchKeySet, x: Tensor) -> Tensor:
+        asked.append(True)
+        return send.redispatch(keys & torch._C._after_autograd_keyset, x)
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(send(x))
+
+    with torch.library._scoped_library("svdq_test_exchanges", "DEF") as library, torch.no_grad():
+        library.define("send(Tensor x) -> Tensor")
+        library.impl("send", torch.clone, "CompositeExplicitAutograd")
+        library.impl("send", by_autograd, "Autograd", with_keyset=True)
+        send = torch.ops.svdq_test_exchanges.send.default
+        model, x = compiled(Net(128, 128)), torch.randn(2, 128)
+        model(x)  # observed, eagerly
+        observed = len(asked)
+        assert observed > 0
+        model(x)  # traced
+        del asked[:]
+        model(x)
+        assert not asked
 
 
 class TestGraph(TestCase):
