@@ -75,6 +75,13 @@ def without_views() -> AbstractContextManager:
     return torch._C._AutoDispatchBelowADInplaceOrView()
 
 
+def below_autograd() -> AbstractContextManager:
+    """Within the context torch's operators are called past autograd, whose part in an exchange between ranks is Python
+    (torch 2.13), whether or not somebody wants gradients.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def plainly(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Call a function as if no tensor had a __torch_function__.
 

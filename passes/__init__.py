@@ -18,6 +18,7 @@ from .fuse_gates import fuse_gates
 from .fuse_heads import fuse_heads
 from .fuse_prologues import fuse_prologues
 from .group_sequences import group_sequences
+from .join_exchanges import join_exchanges
 from .join_parts import join_parts
 from .lift_waits import gives_streams_work as gives_streams_work
 from .lift_waits import lift_waits as lift_waits
@@ -54,6 +55,7 @@ FUSING: dict[str, Callable[..., int]] = {
     "rows": measure_rows,  # before what it measures becomes part of a prologue
     "prologues": fuse_prologues,
     "joins": join_parts,  # after: it asks who reads what
+    "exchanges": join_exchanges,  # after: heads are looked for through what is sent
     "attention": replace_attention,  # after: the others know torch's operators
     "sequences": group_sequences,  # last: the others know these operators one by one
 }

@@ -14,10 +14,19 @@ def sends(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", None) == "_c10d_functional"
 
 
+def waits(node: fx.Node) -> bool:
+    """Whether it waits for what a collective gives."""
+    return sends(node) and node.target.name().endswith("::wait_tensor")  # type: ignore[union-attr]
+
+
+def collectives(graph: fx.Graph) -> list[fx.Node]:
+    """In their order, without the waiting."""
+    return [node for node in graph.nodes if sends(node) and not waits(node)]
+
+
 def collective_before(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Of each collective but the first, the one before it."""
-    collectives = [n for n in graph.nodes if sends(n) and not n.target.name().endswith("::wait_tensor")]
-    return {later: earlier for earlier, later in pairwise(collectives)}
+    return {later: earlier for earlier, later in pairwise(collectives(graph))}
 
 
 def sort_topologically(graph: fx.Graph) -> None:

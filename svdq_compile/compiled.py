@@ -20,7 +20,7 @@ from .fallback import cause_of, go_on, is_out_of_memory
 from .lowering import kernel_table
 from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
-from .lowering.torch_private import are_differentiated, clone_dynamo_graph, eagerly
+from .lowering.torch_private import are_differentiated, below_autograd, clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .pace import Pace
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
@@ -231,4 +231,5 @@ class Resolved:
         inputs = self._template.copy()
         for position, index in self._variant.plain:
             inputs[position] = args[index]
-        return self._variant.run(*inputs)
+        with below_autograd():
+            return self._variant.run(*inputs)

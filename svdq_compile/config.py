@@ -56,10 +56,11 @@ class Config:
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
-                       kernels, and linears of one input into one product, run attention by the kernel that measures
-                       fastest, and make one operator, and on a GPU one CUDA graph, of what follows one another: True,
-                       False, or a list of what to do ("epilogues", "gates", "siblings", "heads", "rows", "prologues",
-                       "joins", "attention", "sequences")
+                       kernels, and linears of one input into one product, send q, k and v to other GPUs by one
+                       exchange, run attention by the kernel that measures fastest, and make one operator, and on a GPU
+                       one CUDA graph, of what follows one another: True, False, or a list of what to do ("epilogues",
+                       "gates", "siblings", "heads", "rows", "prologues", "joins", "exchanges", "attention",
+                       "sequences")
     attention          "exact"; or "fp8": q, k and v may be rounded to 8 bits where that is faster, which needs an sm_90
                        GPU and the package fa3-fwd. An attention's result is off by 5 % then, for random values; what
                        has a mask stays exact

@@ -55,7 +55,7 @@ def graphs_of(name: str, monkeypatch: pytest.MonkeyPatch, prepare: Callable) -> 
 def test_all_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = graphs_of(name, monkeypatch, split)
     theirs = graphs_of(name, monkeypatch, lambda *_: None)
-    assert count(ours, SEND) == 4 * len(ours)  # q, k, v, and back
+    assert count(ours, SEND) == 2 * len(ours)  # q, k and v, and back
     for operator in (ops.head_region, ops.joined):
         assert count(ours, operator) / len(ours) == count(theirs, operator) / len(theirs)
     if name == "flux":
@@ -71,9 +71,7 @@ def test_sequences_end_where_something_is_sent(monkeypatch: pytest.MonkeyPatch) 
     kinds = [
         "sequence" if n.target is ops.sequence else "send" for n in gm.graph.nodes if n.target in (SEND, ops.sequence)
     ]
-    assert kinds == ["sequence", *4 * ["send"], "sequence"]
-    sent = [n.name for n in gm.graph.nodes if n.target is SEND]
-    assert sent == sorted(sent), "as they were traced"
+    assert kinds == ["sequence", "send", "send", "sequence"]
 
 
 def graph_of(*lines: tuple[str, str, list[str]]) -> fx.Graph:
