@@ -6,7 +6,8 @@ Each model is made in a process of its own, and runs with its weights in one pla
 held to so many GiB, what the driver takes for the process included, and so is the peak that is told: torch's reserved
 memory and that of the driver. No one else may use the GPU. torch's allocator has expandable segments, as PyTorch
 advises where memory is short. What is timed is checked: `error_vs_16bit` is against the output of the 16-bit model,
-whole on the device and held to nothing. A cap that is too small is a row without times.
+whole on the device and held to nothing, in a process before them, of which nothing is left in their memory. A cap that
+is too small is a row without times.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from record import results, write
 
 Model = FluxTransformer2DModel
 STEPS = 5
+REFERENCE = "reference"
 Place = Callable[[Model, torch.device], None]
 
 
@@ -122,13 +124,22 @@ class Card:
             torch.cuda.synchronize()
 
 
-def measure(name: str, caps: list[float], tiny: bool) -> Iterator[dict]:
+def built(tiny: bool, device: torch.device) -> tuple[Model, dict]:
+    """The model, in CPU memory, and the call of a step."""
+    model = memory.build(memory.TINY if tiny else memory.DEV, device)
+    return model, memory.inputs(model, *((64, 16) if tiny else (4096, 512)), device)
+
+
+def write_reference(tiny: bool, out: Path) -> None:
+    device = Card().device
+    model, call = built(tiny, device)
+    torch.save(model.to(device)(**call)[0].cpu(), out)
+
+
+def measure(name: str, caps: list[float], tiny: bool, reference: torch.Tensor) -> Iterator[dict]:
     """The rows of one way, for each place the largest cap first."""
     way, card = WAYS[name], Card()
-    model = memory.build(memory.TINY if tiny else memory.DEV, card.device)
-    call = memory.inputs(model, *((64, 16) if tiny else (4096, 512)), card.device)
-    reference = model.to(card.device)(**call)[0].cpu()
-    model.to("cpu")
+    model, call = built(tiny, card.device)
     card.hold_to(max(caps))
     way.prepare(model, call, card.device)
     for place in way.places:
@@ -137,8 +148,8 @@ def measure(name: str, caps: list[float], tiny: bool) -> Iterator[dict]:
             row = {"method": f"{name}-{place.__name__}", "cap_gib": cap}
             try:
                 yield row | _row(model, call, card, cap, 1 if place is sequential else STEPS, reference)
-            except torch.cuda.OutOfMemoryError:
-                yield row | {"ms": None, "peak_gib": None, "error": "out of memory"}
+            except torch.cuda.OutOfMemoryError as error:
+                yield row | {"ms": None, "peak_gib": None, "error": f"out of memory: {error}"[:400]}
 
 
 def _row(model: Model, call: dict, card: Card, cap: float, steps: int, reference: torch.Tensor) -> dict:
@@ -166,7 +177,7 @@ def _timed(model: Model, call: dict, card: Card) -> float:
 
 def in_a_process(name: str, args: argparse.Namespace, folder: Path) -> list[dict]:
     """`measure` there; a row that says why where it does not end well or in time."""
-    out = folder / f"{name}.json"
+    out = folder / name
     command = [sys.executable, __file__, "--one", name, "--out", str(out), "--caps", args.caps]
     command += ["--tiny"] if args.tiny else []
     reason = []
@@ -177,7 +188,7 @@ def in_a_process(name: str, args: argparse.Namespace, folder: Path) -> list[dict
         reason = [{"method": name, "error": f"stopped after the limit of {args.limit} s"}]
     except subprocess.CalledProcessError as error:
         reason = [{"method": name, "error": f"ended with {error.returncode}"}]
-    return (json.loads(out.read_text()) if out.exists() else []) + reason
+    return (json.loads(out.read_text()) if out.exists() and name != REFERENCE else []) + reason
 
 
 def write_rows(rows: Iterator[dict], out: Path) -> None:
@@ -189,6 +200,15 @@ def write_rows(rows: Iterator[dict], out: Path) -> None:
         out.write_text(json.dumps(done))
 
 
+def one(args: argparse.Namespace) -> None:
+    """What a process is for."""
+    if args.one == REFERENCE:
+        write_reference(args.tiny, args.out)
+    else:
+        reference = torch.load(args.out.parent / REFERENCE)
+        write_rows(measure(args.one, list(map(float, args.caps.split(","))), args.tiny, reference), args.out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(WAYS))
@@ -196,11 +216,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=240, help="seconds for each model")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
     parser.add_argument("--out", type=Path, default=results("small-memory"))
-    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[REFERENCE, *WAYS], help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.one:
         with torch.no_grad():
-            write_rows(measure(args.one, list(map(float, args.caps.split(","))), args.tiny), args.out)
+            one(args)
         return
     names = args.models.split(",")
     for name in names:
@@ -208,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"no model {name}; there are {', '.join(WAYS)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
+        for name in [REFERENCE, *names]:
             rows += in_a_process(name, args, Path(folder))
             write(args.out, rows)
 
