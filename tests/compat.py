@@ -45,8 +45,8 @@ class Pair(NamedTuple):
 
 
 PAIRS = (
-    Pair("2.11.0", "3.6.0", whole=True, beside=("numpy==2.3.5",)),
-    Pair("2.12.0", "3.7.0"),
+    Pair("2.11.0", "3.6.0", beside=("numpy==2.3.5",)),
+    Pair("2.12.0", "3.7.0", whole=True),
     Pair("2.13.0", "3.7.1"),
     Pair("2.14.1", "3.8.0", whole=True),
     Pair("2.13.0", "3.9.0"),
@@ -59,8 +59,8 @@ NOTES = """\
   correct and slow. sm_121 needs Triton 3.8 for nvfp4. `kernels/portable/gemm_nvfp4.py` decides both.
 - A kernel that another Triton cannot import or compile is left out with one warning that names it, and the next in its
   table runs. Without any Triton that can be imported the reference runs, and a warning says why.
-- Of the whole suite with torch 2.14.1 three tests failed and pass since: one had a time limit that a busy machine
-  missed, one counted a division by 1.0 that torch 2.14 drops by itself, one compared version strings.
+- Of the whole suite with torch 2.14.1 one test failed: with Triton 3.8 one kernel spills three registers on RDNA 3, which
+  its test allows by now.
 - No GPU here: what kernels compile to is checked for sm_80 to sm_120, their numbers in Triton's interpreter.
 """
 
