@@ -10,7 +10,7 @@ of a calibration, thinned to 512 rows each:
 
     ours-*          by default; linears of one input share what is done to it
     modelopt        NVIDIA's NVFP4_SVDQUANT_DEFAULT_CFG: smoothing searched on the outputs, truncated SVD
-    sdnq-int4-svd   SDNQ, by the weights alone; the product in 16 bits, or by "-int8" in 8
+    sdnq-*4-svd     SDNQ, by the weights alone, uint4 with a zero point; the product in 16 bits, or by "-int8" in 8
     torchao-int4    by the weights alone, HQQ
     torchao-fp8     weights and activations, a scale for each row
 
@@ -177,11 +177,11 @@ def modelopt(model: nn.Module, calls: Sequence[Tensor]) -> float:
     return n * k * (4 + 8 / 16) / 8 + 2 * (RANK * (n + k) + k)  # codes and scales; branch and smoothing
 
 
-def sdnq(quantized_product: bool) -> Callable[[nn.Module, Sequence[Tensor]], float]:
+def sdnq(codes: str, quantized_product: bool) -> Callable[[nn.Module, Sequence[Tensor]], float]:
     def quantize(model: nn.Module, calls: Sequence[Tensor]) -> float:
         from sdnq import sdnq_post_load_quant
 
-        options = {"weights_dtype": "int4", "use_svd": True, "svd_rank": RANK}
+        options = {"weights_dtype": codes, "use_svd": True, "svd_rank": RANK}
         sdnq_post_load_quant(model, use_quantized_matmul=quantized_product, **options)
         return held(model)
 
@@ -226,8 +226,9 @@ METHODS = {
     "ours-w4a8": Method(ours("w4a8"), "int4, int8", "4.13, 8"),
     "ours-int4": Method(ours("int4"), "int4", "4.25, 4.25"),
     "modelopt": Method(alone(modelopt), "nvfp4", "4.5, 4.5", "ours-nvfp4", MODELOPT),
-    "sdnq-int4-svd": Method(alone(sdnq(False)), "int4, bf16", "4.25, 16", "ours-w4a8", SDNQ),
-    "sdnq-int4-svd-int8": Method(alone(sdnq(True)), "int4, int8", "4.25, 8", "ours-w4a8", SDNQ),
+    "sdnq-int4-svd": Method(alone(sdnq("int4", False)), "int4, bf16", "4.25, 16", "ours-w4a8", SDNQ),
+    "sdnq-int4-svd-int8": Method(alone(sdnq("int4", True)), "int4, int8", "4.25, 8", "ours-w4a8", SDNQ),
+    "sdnq-uint4-svd": Method(alone(sdnq("uint4", False)), "int4, bf16", "5, 16", "ours-w4a8", SDNQ),
     "torchao-int4": Method(alone(torchao_int4), "int4, bf16", "4.5, 16", "ours-w4a8", TORCHAO),
     "torchao-fp8": Method(alone(torchao_fp8), "fp8", "8, 8", "ours-w4a8", TORCHAO),
 }

@@ -6,6 +6,7 @@ Smoothing moves an input's outliers into the weight, rotation spreads them over 
 from layer to layer; where it matters the quantizer tries several (`choose`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,10 +63,12 @@ def choose(
     loss   how far their outputs are off, a number of any unit; None: what is best for most layers
     """
     codes = FORMATS[precision].codes
+    peak = None if codes is None else codes.peak
     if codes is None or not config.smooth:
         smooth = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     else:
         smooth = smoothing(weights, span, *EXPONENTS[0])
+    smooth = _within_reach(smooth, span, peak)
     shift = shift if codes is not None and codes.unsigned else 0.0
     plain = Transform(smooth, shift, False)
     tried = [plain]
@@ -77,7 +80,8 @@ def choose(
     best, least = _best(tried, loss)
     if not config.smooth:
         return best
-    others = [replace(best, smooth=smoothing(weights, span, *exponents)) for exponents in EXPONENTS[1:]]
+    smooths = [_within_reach(smoothing(weights, span, *exponents), span, peak) for exponents in EXPONENTS[1:]]
+    others = [replace(best, smooth=smooth) for smooth in smooths]
     return _best([best, *others], loss, least)[0]
 
 
@@ -103,3 +107,14 @@ def smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, o
     smooth = smooth / smooth[usable].log().mean().exp() if bool(usable.any()) else ones
     # Outside this range a 16-bit D = D' / smooth would lose what it is for.
     return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3).to(weights[0].dtype).float()
+
+
+def _within_reach(smooth: Tensor, span: Tensor | None, peak: float | None) -> Tensor:
+    """smooth times the power of two that brings the largest magnitude of the input to peak / 2 to peak.
+
+    Codes, low-rank branch and output are the same to the bit, but for scales that a format could not have held.
+    """
+    largest = 0.0 if span is None else float((span.to(smooth) / smooth).amax())
+    if peak is None or largest == 0:
+        return smooth
+    return smooth * 2.0 ** math.frexp(largest / peak)[1]
