@@ -21,6 +21,7 @@ from .kernels.formats.rotation import rotate
 # W4A8, since the branch takes what the weight gets. (0.7, 0.3) betters most layers of int4 on the demo model, and its
 # velocity at other prompts gets worse.
 EXPONENTS = ((0.3, 0.7), (0.3, 0.3), (0.5, 0.5))
+MOST_DOUBLINGS = 60  # of smoothing factors: the weight that they are multiplied into still has squares in fp32
 MARGIN = 0.01  # by so much another transform must be better than the one it replaces
 
 
@@ -112,9 +113,10 @@ def smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, o
 def _within_reach(smooth: Tensor, span: Tensor | None, peak: float | None) -> Tensor:
     """smooth times the power of two that brings the largest magnitude of the input to peak / 2 to peak.
 
-    Codes, low-rank branch and output are the same to the bit, but for scales that a format could not have held.
+    By a power of two nothing else changes: the weight's own scale takes it up.
     """
-    largest = 0.0 if span is None else float((span.to(smooth) / smooth).amax())
-    if peak is None or largest == 0:
+    if peak is None or span is None:
         return smooth
-    return smooth * 2.0 ** math.frexp(largest / peak)[1]
+    largest = float((span.to(smooth) / smooth).amax())
+    exponent = math.frexp(largest / peak)[1] if largest else 0
+    return smooth * 2.0 ** max(-MOST_DOUBLINGS, min(MOST_DOUBLINGS, exponent))
