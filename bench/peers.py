@@ -1,5 +1,5 @@
 """Output errors of linears quantized by this program and by its peers: the same 16-bit weights, the same inputs to fit
-to, and errors on inputs that fitted nothing. On the CPU, five minutes.
+to, and errors on inputs that fitted nothing. On the CPU, some five minutes.
 
     pip install --target PEERS --no-deps nvidia-modelopt sdnq torchao omegaconf antlr4-python3-runtime==4.9.3 pulp scipy
     PYTHONPATH=PEERS python bench/peers.py
@@ -10,7 +10,7 @@ of a calibration, thinned to 512 rows each:
 
     ours-*          by default; linears of one input share what is done to it
     modelopt        NVIDIA's NVFP4_SVDQUANT_DEFAULT_CFG: smoothing searched on the outputs, truncated SVD
-    sdnq-*4-svd     SDNQ, by the weights alone, uint4 with a zero point; the product in 16 bits, or by "-int8" in 8
+    sdnq-*-svd      SDNQ, by the weights alone, uint4 with zero points; the product in 16 bits, or by "-int8" in 8
     torchao-int4    by the weights alone, HQQ
     torchao-fp8     weights and activations, a scale for each row
 
@@ -142,11 +142,11 @@ def alone(quantize: Callable[[nn.Module, Sequence[Tensor]], float]) -> Callable[
 
 def held(model: nn.Module) -> float:
     """Bytes of its tensors and of those that they are made of."""
-    tensors = list(model.state_dict().values())
-    parts = [
-        [getattr(t, n) for n in t.__tensor_flatten__()[0]] if hasattr(t, "__tensor_flatten__") else [t] for t in tensors
-    ]
-    return sum(part.nbytes for one in parts for part in one)
+    parts: list[Tensor] = []
+    for tensor in model.state_dict().values():
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        parts += [tensor] if inner is None else [getattr(tensor, name) for name in inner]
+    return sum(part.nbytes for part in parts)
 
 
 def modelopt(model: nn.Module, calls: Sequence[Tensor]) -> float:
@@ -170,8 +170,7 @@ def modelopt(model: nn.Module, calls: Sequence[Tensor]) -> float:
         if "cfg" in entry:
             entry["cfg"]["backend"] = name
     mtq.quantize(model, config, lambda model: [model(call) for call in calls])
-    quantizers = [model[0].weight_quantizer, model[0].input_quantizer]
-    if not all(quantizer.is_enabled for quantizer in quantizers):
+    if not (model[0].weight_quantizer.is_enabled and model[0].input_quantizer.is_enabled):
         return held(model)
     n, k = model[0].weight.shape
     return n * k * (4 + 8 / 16) / 8 + 2 * (RANK * (n + k) + k)  # codes and scales; branch and smoothing
@@ -228,7 +227,7 @@ METHODS = {
     "modelopt": Method(alone(modelopt), "nvfp4", "4.5, 4.5", "ours-nvfp4", MODELOPT),
     "sdnq-int4-svd": Method(alone(sdnq("int4", False)), "int4, bf16", "4.25, 16", "ours-w4a8", SDNQ),
     "sdnq-int4-svd-int8": Method(alone(sdnq("int4", True)), "int4, int8", "4.25, 8", "ours-w4a8", SDNQ),
-    "sdnq-uint4-svd": Method(alone(sdnq("uint4", False)), "int4, bf16", "5, 16", "ours-w4a8", SDNQ),
+    "sdnq-uint4-svd": Method(alone(sdnq("uint4", False)), "int4, bf16", "4.5, 16", "ours-w4a8", SDNQ),
     "torchao-int4": Method(alone(torchao_int4), "int4, bf16", "4.5, 16", "ours-w4a8", TORCHAO),
     "torchao-fp8": Method(alone(torchao_fp8), "fp8", "8, 8", "ours-w4a8", TORCHAO),
 }
