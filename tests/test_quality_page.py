@@ -31,6 +31,13 @@ def test_the_page_is_up_to_date(results: dict[str, Any], of_peers: dict[str, Any
     assert (ROOT / "docs" / name).read_text() == expected, "run python bench/quality_page.py"
 
 
+def test_modelopts_layers_are_in_both_results(results: dict[str, Any], of_peers: dict[str, Any]) -> None:
+    found = [(one["layer"], one["ours"], one["modelopt"]) for one in results["layers"] if one["recipe"] == "peers"]
+    assert found == [(one["layer"], one["ours-nvfp4"], one["modelopt"]) for one in of_peers["layers"]], (
+        "run python bench/peers.py"
+    )
+
+
 def test_only_what_is_between_the_markers_is_replaced(results: dict[str, Any], of_peers: dict[str, Any]) -> None:
     before = "before\n<!-- table: quality -->\nold\n<!-- end -->\nafter\n"
     page = quality_page.made(results, of_peers, before)["quality.md"]
