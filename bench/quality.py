@@ -15,7 +15,7 @@ torch's reference, nvfp4 on an H200 too. Calibration is a user's: four prompts, 
 The code -8 of int4's activations is in the kernels, and so in all of these.
 
 Intervals are 95 % over pictures; `gain_db` is the paired difference to "today" of the same format and rank. "layers"
-has each linear's output error on inputs that calibrated nothing.
+has each linear's output error on inputs that calibrated nothing, and what bench/peers.py has put there.
 """
 
 import argparse
@@ -270,6 +270,12 @@ def measure(
     return rows, layers
 
 
+def of_peers(path: Path) -> list[dict[str, Any]]:
+    """The layers that bench/peers.py has put into a file that is there already."""
+    layers = json.loads(path.read_text())["layers"] if path.exists() else []
+    return [layer for layer in layers if layer["recipe"] == "peers"]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
@@ -287,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = job(args.pictures, args.steps, device)
     with torch.no_grad():
         rows, layers = measure(todo, args.formats.split(","), recipes, [int(r) for r in args.ranks.split(",")])
+    layers += of_peers(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(environment() | {"rows": rows, "layers": layers}, indent=1) + "\n")
     print(f"wrote {args.output}")

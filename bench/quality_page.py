@@ -1,4 +1,4 @@
-"""docs/quality.md's table and plots, made from bench/results/quality.json.
+"""docs/quality.md's tables and plots, made from bench/results/quality.json and peers.json.
 
     python bench/quality_page.py
 
@@ -25,6 +25,7 @@ from record import RESULTS
 DOCS = Path(__file__).parents[1] / "docs"
 COLOURS = ("#14857a", "#d9742b", "#5b6fc7", "#b0457f")  # readable on white and on black
 WIDTH, LEFT, RIGHT = 640, 150, 30
+EQUAL = 0.01  # errors of so small a relative difference count as equal
 Layers = dict[tuple[str, str, int], dict[str, float]]  # (format, recipe, rank) -> linear -> error
 
 
@@ -61,6 +62,29 @@ def numbers(results: dict[str, Any]) -> str:
         cells += [gain, f"{row['ssim']:.4f}", cell(row.get("latent_error"), ".4f"), f"{row['bytes'] / 2**20:.1f}"]
         cells += [f"{sum(r < 1 for r in own)} of {len(own)}" if own else "-"]
         cells += [f"{100 * (statistics.median(own) - 1):+.1f} %" if own else "-"]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def peers(results: dict[str, Any]) -> str:
+    """The table of peers.json: each method, and of a peer on how many layers the one of ours that it is held against is
+    better, about equal, worse.
+    """
+    head = ["method", "weights, activations", "bits", "bytes a weight", "error, median", "90 %", "planted outliers"]
+    head += ["held against", "ours better, equal, worse"]
+    lines = []
+    for row in results["rows"]:
+        name, against = row["method"], row.get("against")
+        planted = [layer[name] for layer in results["layers"] if layer["layer"].startswith("planted.") and layer[name]]
+        cells = [f"`{name}`", row["format"], row["bits"], f"{row['bytes_per_weight']:.2f}"]
+        cells += [f"{100 * row[key]:.2f} %" for key in ("median_rel_err", "p90")]
+        cells += [f"{100 * statistics.median(planted):.2f} %" if planted else "-"]
+        if against is None:
+            cells += ["-", "-"]
+        else:
+            shares = [layer[against] / layer[name] for layer in results["layers"] if layer[against] and layer[name]]
+            better, worse = sum(s < 1 - EQUAL for s in shares), sum(s > 1 + EQUAL for s in shares)
+            cells += [f"`{against}`", f"{better}, {len(shares) - better - worse}, {worse}"]
         lines.append(cells)
     return table(head, lines)
 
@@ -185,16 +209,17 @@ def by_layer(results: dict[str, Any]) -> str:
 PLOTS = {"quality-gain.svg": gains, "quality-bytes.svg": by_bytes, "quality-layers.svg": by_layer}
 
 
-def made(results: dict[str, Any], document: str) -> dict[str, str]:
+def made(results: dict[str, Any], of_peers: dict[str, Any], document: str) -> dict[str, str]:
     """The document and the plots, by the names of their files."""
     shown = "\n\n".join(f"![{name.removesuffix('.svg')}]({name})" for name in PLOTS)
     page = filled(document, "quality", f"{numbers(results)}\n\n{shown}")
+    page = filled(page, "peers", peers(of_peers))
     return {"quality.md": page} | {name: plot(results) for name, plot in PLOTS.items()}
 
 
 def main() -> None:
-    results = json.loads((RESULTS / "quality.json").read_text())
-    for name, content in made(results, (DOCS / "quality.md").read_text()).items():
+    results, of_peers = (json.loads((RESULTS / name).read_text()) for name in ("quality.json", "peers.json"))
+    for name, content in made(results, of_peers, (DOCS / "quality.md").read_text()).items():
         (DOCS / name).write_text(content)
 
 

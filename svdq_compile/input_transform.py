@@ -6,6 +6,7 @@ Smoothing moves an input's outliers into the weight, rotation spreads them over 
 from layer to layer; where it matters the quantizer tries several (`choose`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from .kernels.formats.rotation import rotate
 # W4A8, since the branch takes what the weight gets. (0.7, 0.3) betters most layers of int4 on the demo model, and its
 # velocity at other prompts gets worse.
 EXPONENTS = ((0.3, 0.7), (0.3, 0.3), (0.5, 0.5))
+MOST_DOUBLINGS = 60  # of smoothing factors: the weight that they are multiplied into still has squares in fp32
 MARGIN = 0.01  # by so much another transform must be better than the one it replaces
 
 
@@ -62,10 +64,12 @@ def choose(
     loss   how far their outputs are off, a number of any unit; None: what is best for most layers
     """
     codes = FORMATS[precision].codes
+    peak = None if codes is None else codes.peak
     if codes is None or not config.smooth:
         smooth = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     else:
         smooth = smoothing(weights, span, *EXPONENTS[0])
+    smooth = _within_reach(smooth, span, peak)
     shift = shift if codes is not None and codes.unsigned else 0.0
     plain = Transform(smooth, shift, False)
     tried = [plain]
@@ -77,7 +81,8 @@ def choose(
     best, least = _best(tried, loss)
     if not config.smooth:
         return best
-    others = [replace(best, smooth=smoothing(weights, span, *exponents)) for exponents in EXPONENTS[1:]]
+    smooths = [_within_reach(smoothing(weights, span, *exponents), span, peak) for exponents in EXPONENTS[1:]]
+    others = [replace(best, smooth=smooth) for smooth in smooths]
     return _best([best, *others], loss, least)[0]
 
 
@@ -103,3 +108,15 @@ def smoothing(weights: Sequence[Tensor], span: Tensor | None, of_input: float, o
     smooth = smooth / smooth[usable].log().mean().exp() if bool(usable.any()) else ones
     # Outside this range a 16-bit D = D' / smooth would lose what it is for.
     return torch.where(usable, smooth, 1.0).clamp(1e-3, 1e3).to(weights[0].dtype).float()
+
+
+def _within_reach(smooth: Tensor, span: Tensor | None, peak: float | None) -> Tensor:
+    """smooth times the power of two that brings the largest magnitude of the input to peak / 2 to peak.
+
+    By a power of two nothing else changes: the weight's own scale takes it up.
+    """
+    if peak is None or span is None:
+        return smooth
+    largest = float((span.to(smooth) / smooth).amax())
+    exponent = math.frexp(largest / peak)[1] if largest else 0
+    return smooth * 2.0 ** max(-MOST_DOUBLINGS, min(MOST_DOUBLINGS, exponent))

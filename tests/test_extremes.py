@@ -66,16 +66,18 @@ def test_another_default_device() -> None:
     assert relative_error(model(*inputs()), expected) < 0.3
 
 
-@pytest.mark.parametrize("scale", [1e20, 1e30])
-@pytest.mark.parametrize("what", ["weight", "input"])
-def test_huge_numbers(what: str, scale: float) -> None:
+HUGE = [("weight", 1e20, "w4a8"), ("weight", 1e30, "w4a8"), ("input", 1e20, "w4a8"), ("input", 1e30, "w4a8")]
+
+
+@pytest.mark.parametrize(("what", "scale", "precision"), [*HUGE, ("input", 1e30, "nvfp4")])
+def test_huge_numbers(what: str, scale: float, precision: str) -> None:
     """Quantized within the budget, or left in 16-bit with a reason; the others as ever."""
     model = net()
     if what == "weight":
         model.blocks[0].up.weight.data.mul_(scale)
     else:
         model.blocks[0].norm = Scaled(scale)
-    call = compiled(model)
+    call = compiled(model, precision=precision)
     for _ in range(2):
         call(*inputs())
     rows = {row.name: row for row in svdq.report(model)}

@@ -15,7 +15,7 @@ from svdq_compile.errors import FileRefused
 from svdq_compile.header import check_layout, read_header
 from svdq_compile.input_statistics import InputStatistics
 from svdq_compile.input_transform import EXPONENTS, Transform, choose
-from svdq_compile.kernels.formats import FORMATS, int4
+from svdq_compile.kernels.formats import FORMATS, int4, nvfp4
 from svdq_compile.kernels.formats.rotation import rotate
 from svdq_compile.lowering import ops, reference
 from svdq_compile.lowering.packed import expand
@@ -178,6 +178,39 @@ def test_the_same_bits_again() -> None:
     assert torch.equal(first.shared.smooth, second.shared.smooth)
     for name, tensor in first.own_tensors().items():
         assert torch.equal(tensor, second.own_tensors()[name]), name
+
+
+# ** the reach of a format's scales **
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e3, 1e8])
+def test_nvfp4_takes_inputs_of_any_size(size: float, smooth: bool) -> None:
+    """e4m3 has scales from 2^-9 to 448 only."""
+    w, known, new = matrix(32, 128), with_outliers(128, 128, 0), with_outliers(64, 128, 1)
+    usual, other = (loss(quantized(known * s, w, "nvfp4", smooth=smooth), w, new * s) for s in (1.0, size))
+    assert usual < 0.12
+    assert other == pytest.approx(usual, rel=0.1)  # else 0.2 and more
+
+
+def test_the_peak_of_nvfp4s_inputs_leaves_room_for_others() -> None:
+    x = with_outliers(128, 128, 0) * 1e-3
+    smooth = quantized(x, matrix(32, 128), "nvfp4").packed.shared.smooth
+    peak = float((x / smooth).abs().amax())
+    assert nvfp4.PEAK / 2 <= peak < nvfp4.PEAK
+    assert 20 * peak < nvfp4.E4M3_MAX * nvfp4.E2M1_MAX
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "int4"])
+def test_other_formats_keep_their_smoothing(precision: str) -> None:
+    x, w = with_outliers(128, 128, 0), matrix(32, 128)
+    smooth = quantized(x * 1e-3, w, precision).packed.shared.smooth
+    assert float(smooth.log().mean().exp()) == pytest.approx(1, rel=0.01)
+
+
+def test_an_input_of_zeros_says_nothing_of_its_size() -> None:
+    smooth = quantized(torch.zeros(128, 128), matrix(32, 128), "nvfp4").packed.shared.smooth
+    assert float(smooth.log().mean().exp()) == pytest.approx(1, rel=0.01)
 
 
 # ** files and graphs **

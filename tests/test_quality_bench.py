@@ -63,13 +63,17 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(quality.RECIPES, "all", quality.Recipe({"refine": 1}))
     monkeypatch.setattr(quality, "LAYER_PICTURES", 1)
     out = tmp_path / "quality.json"
+    of_peers = {"layer": "a", "format": "nvfp4", "recipe": "peers", "rank": 32, "ours": 0.1, "modelopt": 0.2}
+    out.write_text(json.dumps({"layers": [of_peers, of_peers | {"recipe": "all"}]}))
     run = ["--pictures", "1", "--steps", "1", "--formats", "w4a8", "--recipes", "rtn,all", "--output", str(out)]
     quality.main(run)
     result = json.loads(out.read_text())
     assert result.keys() == {"device", "torch", "triton", "command", "date", "rows", "layers"}
     assert [(row["recipe"], row["rank"]) for row in result["rows"]] == [("rtn", 0), ("all", 32)]
     assert all(20 < row["psnr_db"] < 80 and row["bytes"] > 1e6 for row in result["rows"])
+    assert result["layers"].pop() == of_peers
     errors = {(row["layer"], row["recipe"]): row["ours"] for row in result["layers"]}
+    assert ("a", "all") not in errors, "of an earlier run"
     assert 0 < errors["transformer_blocks.0.ff.net.2", "all"] < errors["transformer_blocks.0.ff.net.2", "rtn"] < 0.2
 
 

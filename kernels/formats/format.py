@@ -24,6 +24,8 @@ class Codes:
     unsigned     there are codes for inputs shifted to be non-negative
     rotates      the input may be rotated before it is rounded (rotation.py), where K is whole blocks of it
     in_fp8       sm_90 kernels write and read them as e4m3, which holds them exactly
+    peak         where the largest magnitude of an input should lie, half of it at least, for its scales to be neither
+                 too large for scale_dtype nor too small; None: anywhere
     """
 
     name: str
@@ -35,6 +37,7 @@ class Codes:
     unsigned: bool = False
     rotates: bool = False
     in_fp8: bool = False
+    peak: float | None = None
 
     def empty(self, like: Tensor, lead: torch.Size, k: int, fp8: bool = False) -> tuple[Tensor, Tensor]:
         """Memory for qx and ascales of inputs [*lead, k], on the device of `like`.
