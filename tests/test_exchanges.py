@@ -4,8 +4,9 @@ What it does to diffusers' models on processes of their own is in test_context_p
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -240,17 +241,21 @@ def test_two_attentions_that_depend_on_nothing_are_sent_together() -> None:
     assert exchanges(gm) == 1
 
 
+@pytest.fixture
+def first_of_two() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("first_of_two")
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
 def test_inductor_writes_what_is_sent_and_attention_reads_what_came(as_on_a_gpu: bool) -> None:
     """Nothing is copied but q, k and v, as before, by one kernel."""
     rewrite = partial(fuse, fusions=["exchanges"])
     gm = traced(lambda q, k, v: (ulysses(q, k, v),))
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    try:
-        with torch._inductor.config.patch(force_disable_caches=True, force_pointwise_cat=as_on_a_gpu):
-            (text,) = run_and_get_code(compile_with_inductor, gm, heads(), None, rewrite)[1]
-    finally:
-        dist.destroy_process_group()
+    with torch._inductor.config.patch(force_disable_caches=True, force_pointwise_cat=as_on_a_gpu):
+        (text,) = run_and_get_code(compile_with_inductor, gm, heads(), None, rewrite)[1]
     lines = [line.strip() for line in text.splitlines()]
     assert sum(line.startswith("cpp_fused") and "async_compile" not in line for line in lines) == 1
     attention = next(line for line in lines if "_scaled_dot_product" in line and "torch.ops" in line)
@@ -267,7 +272,7 @@ def test_compiled_code_goes_past_autograd() -> None:
         asked.append(True)
         return send.redispatch(keys & torch._C._after_autograd_keyset, x)
 
-    class Net(nn.Linear):
+    class Sending(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(send(x))
 
@@ -276,7 +281,7 @@ def test_compiled_code_goes_past_autograd() -> None:
         library.impl("send", torch.clone, "CompositeExplicitAutograd")
         library.impl("send", by_autograd, "Autograd", with_keyset=True)
         send = torch.ops.svdq_test_exchanges.send.default
-        model, x = compiled(Net(128, 128)), torch.randn(2, 128)
+        model, x = compiled(Sending(128, 128)), torch.randn(2, 128)
         model(x)  # observed, eagerly
         observed = len(asked)
         assert observed > 0
@@ -284,6 +289,40 @@ def test_compiled_code_goes_past_autograd() -> None:
         del asked[:]
         model(x)
         assert not asked
+
+
+class Net(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return ulysses(*3 * [super().forward(x).view(1, -1, HEADS, CHANNELS)])
+
+
+def fails(*_: Any) -> Callable:
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize(
+    ("inductor", "fuse", "error"),
+    [
+        (fails, True, r"a bug\. Mend that, or .* on all ranks, with options=\{'fuse': \['epilogues', "),
+        (fails, ["epilogues"], None),  # sent one by one, compiled or not
+        (lambda *_: fails, True, "a bug"),  # the others may have got what the first call has sent: it is not repeated
+        (lambda *_: fails, ["epilogues"], "a bug"),
+    ],
+)
+def test_no_rank_sends_what_others_do_not_expect(
+    inductor: Callable, fuse: Any, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdq_compile.compiled.compile_with_inductor", inductor)
+    with torch.no_grad():
+        model, x = compiled(Net(128, HEADS * CHANNELS), fuse=fuse, fallback=True, group="alone"), torch.randn(2, 128)
+        model(x)
+        if error is None:
+            assert model(x).shape == (1, RANKS * 2, HEADS // RANKS, CHANNELS)
+            return
+        for _ in range(2):
+            with pytest.raises(Exception, match=error):
+                model(x)
 
 
 class TestGraph(TestCase):
