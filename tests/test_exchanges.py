@@ -329,6 +329,25 @@ def test_no_rank_sends_what_others_do_not_expect(
                 model(x)
 
 
+def test_a_graph_in_16_bits_sends_as_one_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which layers are quantized may differ between ranks that quantize each for itself."""
+    rewrites: list[Callable] = []
+
+    def inductor(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable) -> Callable:
+        rewrites.append(rewrite)
+        return gm.forward
+
+    monkeypatch.setattr("svdq_compile.undecided.compile_with_inductor", inductor)
+    with torch.no_grad():
+        model = compiled(nn.Linear(8, 8))
+        for _ in range(2):
+            model(torch.randn(2, 8))
+    gm = traced(ulysses)
+    (rewrite,) = rewrites
+    rewrite(gm)
+    assert exchanges(gm) == 1
+
+
 class TestGraph(TestCase):
     """Read the difference before a new one is accepted."""
 
