@@ -1,5 +1,6 @@
 """One denoising step on one GPU and over several, by Ulysses: ours, compiled 16-bit and torchao's fp8; and ours with
-its weights split (svdq_compile.parallelize), method ours-tensor.
+its weights split (svdq_compile.parallelize), method ours-tensor, or with an exchange for each of q, k and v, method
+ours-without-exchanges.
 
     python bench/multi_gpu.py                                 # on 1 and on all GPUs: results/multi-gpu-h200.json
     python bench/multi_gpu.py --models flux --methods ours    # a part; rows of the file that it does not measure stay
@@ -15,7 +16,8 @@ its weights split (svdq_compile.parallelize), method ours-tensor.
     predicted_ms what the model of the cost below says, from one GPU's ms; rows of kind "predicted" are nothing else
 
 Cost of a step over P ranks: one GPU's time, what does not depend on tokens taken out, by P; and that; and for each
-attention four exchanges (q, k, v, and back) of 2 T C / P bytes, of which (P - 1) / P leave the GPU.
+attention four times (q, k, v, and back) 2 T C / P bytes, of which (P - 1) / P leave the GPU, by four exchanges; ours
+sends q, k and v by one.
 """
 
 import argparse
@@ -43,25 +45,34 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import record
 import svdq_compile as svdq
+from svdq_compile.config import FUSIONS
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
 
 MODELS = {"flux": (57, 4608, 3072), "qwen-image": (60, 4352, 3072), "wan2.1-14b-81": (40, 32760, 5120)}
-TENSOR = "ours-tensor"
-METHODS = ("ours", "ours-graphs", "compile", "compile-graphs", "torchao-fp8", TENSOR)
+TENSOR, APART = "ours-tensor", "ours-without-exchanges"
+METHODS = ("ours", "ours-graphs", "compile", "compile-graphs", "torchao-fp8", TENSOR, APART)
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-graphs": {"mode": "reduce-overhead"},
+    APART: {"fuse": tuple(name for name in FUSIONS if name != "exchanges")},
+}
 EXTRAPOLATED = (2, 4, 8, 16)
 # Bytes a second that leave a GPU, 3/4 of what NVLink 4 has; beyond 8 GPUs by the network, one 400 Gbit/s card each.
 RATE, NETWORK = 0.75 * 450e9, 0.75 * 50e9
 LATENCY = 25e-6  # seconds an exchange takes whatever its size
 MEMORY = 4.2e12  # bytes a second that a linear with few rows reads its weight at
 FEW_ROWS = 16
-BYTES = {"ours": 0.56, "compile": 2.0, "torchao-fp8": 1.0}  # for each value of such a weight; -graphs: the same
+# Of a method, and with CUDA graphs the same: exchanges for each attention, and bytes for each value of such a weight.
+EXCHANGES = {"ours": 2, APART: 4, "compile": 4, "torchao-fp8": 4}
+BYTES = {"ours": 0.56, APART: 0.56, "compile": 2.0, "torchao-fp8": 1.0}
 
 
 def prepared(model: nn.Module, method: str, other: dict[str, Any]) -> None:
     """The method's own code at the next call."""
-    if method == "ours":  # once observed: speed does not depend on it
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False, **step_methods._ours(calibration_steps=1))
+    if method in OURS:  # once observed: speed does not depend on it
+        options = step_methods._ours(calibration_steps=1, **OURS[method])
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, **options)
         model(**other)
     else:
         step_methods.METHODS[method](model, [other])
@@ -247,8 +258,10 @@ def predicted_ms(name: str, ranks: int, one: dict[str, Any]) -> float:
     """From one GPU's row."""
     attentions, tokens, channels = MODELS[name]
     leaving = 2 * tokens * channels / ranks * (ranks - 1) / ranks
-    exchanges = 4 * attentions * (LATENCY + leaving / (RATE if ranks <= 8 else NETWORK)) if ranks > 1 else 0.0
-    return (one["ms"] - one["serial_ms"]) / ranks + one["serial_ms"] + 1e3 * exchanges
+    sending = attentions * (
+        EXCHANGES[one["method"].removesuffix("-graphs")] * LATENCY + 4 * leaving / (RATE if ranks <= 8 else NETWORK)
+    )
+    return (one["ms"] - one["serial_ms"]) / ranks + one["serial_ms"] + (1e3 * sending if ranks > 1 else 0.0)
 
 
 def with_predictions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ over ranks (Ulysses).
              z = view(wait(all_to_all_single(view(y, [n, 2]), splits, splits, group)), [n / D, 2 D])
              q2 = view(slice(z, 1, 0, D), shape);  k2 = view(slice(z, 1, D, 2 D), shape)
 
-Beside its bytes an exchange has a latency, and it keeps the host for longer than a kernel does. Rows of D lie side by
-side, so all strides of a result but the last are those of before, times the number: attention reads what came where it
-is. Inductor writes the copies that were made to be sent into their places in one buffer.
+Beside its bytes an exchange has a latency, and takes the host longer than a kernel. Rows of D lie side by side, so all
+strides of a result but the last are those of before, times the number: attention reads what came where it is. Inductor
+writes the copies that were made to be sent into their places in one buffer.
 
 The ranks must decide alike. So only parts of one size are joined, where every rank sends as much as every other; where
 they are uneven, sizes that are equal here need not be so there.
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..lowering.torch_private import describe
-from .order import collectives, sort_topologically
+from .order import collectives, sort_topologically, waits
 from .pipeline import log
 from .restrided import restrided
 from .vocabulary import aten, operation, same_shape
@@ -69,7 +69,7 @@ class _Exchange:
         (wait,) = node.users
         operand: Any = node.args[0]
         copy, is_flat = _copy(operand), operand.meta["val"].dim() == 1
-        if copy is None or not wait.target.name().endswith("::wait_tensor"):  # type: ignore[union-attr]
+        if copy is None or not waits(wait):
             return None
         exchange = cls(node, wait, copy if is_flat else operand, is_flat)
         return exchange if exchange._is_even() and exchange._has_rows() else None

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import fx
 
+from .subgraphs import bodies
+
 
 def sends(node: fx.Node) -> bool:
     """Whether it is one of torch's functional collectives, the waiting for their results included."""
@@ -17,6 +19,14 @@ def sends(node: fx.Node) -> bool:
 def waits(node: fx.Node) -> bool:
     """Whether it waits for what a collective gives."""
     return sends(node) and node.target.name().endswith("::wait_tensor")  # type: ignore[union-attr]
+
+
+def may_send(gm: fx.GraphModule, collective: str = "") -> bool:
+    """Whether a graph, as Dynamo made it, has collectives, or those whose name begins so; in subgraphs too."""
+    name = f"_c10d_functional.{collective}"
+    return any(str(n.target).startswith(name) for n in gm.graph.nodes) or any(
+        may_send(b, collective) for b in bodies(gm)
+    )
 
 
 def collectives(graph: fx.Graph) -> list[fx.Node]:

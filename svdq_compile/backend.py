@@ -47,7 +47,7 @@ def svdquant(
     try:
         compiled = _compile(gm, example_inputs, config)
     except Exception as error:
-        go_on(error, "compiling a graph", EAGERLY, config)
+        go_on(error, "compiling a graph", EAGERLY, config, gm)
         compiled = eagerly(gm)
     return compiled if waits is None else _after(eagerly(waits), compiled)
 

@@ -25,6 +25,7 @@ from .observing import ObservingGraph
 from .pace import Pace
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
+from .passes.order import may_send
 from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
@@ -100,7 +101,7 @@ class CompiledGraph:
         try:
             variant = self._variants[key] if key in self._variants else self._compile(list(args), packs)
         except Exception as error:
-            go_on(error, "compiling a graph", EAGERLY, self._config)
+            go_on(error, "compiling a graph", EAGERLY, self._config, self._gm)
             variant = None
         self._variants[key] = variant
         if variant is None:
@@ -118,9 +119,10 @@ class CompiledGraph:
 
     def _without(self, key: tuple, error: Exception, args: tuple) -> Any:
         """The first call of compiled code has failed: run the graph eagerly, from now on. If that fails as well it was
-        the call's fault; and where a call may have written to its inputs already, it is not repeated.
+        the call's fault; and where a call may have written to its inputs already, or sent something to other ranks, it
+        is not repeated.
         """
-        if not self._config.fallback:
+        if not self._config.fallback or may_send(self._gm):
             raise error
         if may_write(self._gm):
             self._variants[key] = None

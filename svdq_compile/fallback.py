@@ -5,21 +5,24 @@ told. What is quantized runs in 4 bits, eagerly where it cannot be compiled; the
 import logging
 
 import torch
+from torch import fx
 
 from .config import Config
-from .errors import SvdqError, WeightsReleased
+from .errors import SendsAlone, SvdqError, WeightsReleased
 from .lowering.torch_private import is_for_dynamo
+from .passes.order import may_send
 from .passes.verify import BrokenGraph
 
 log = logging.getLogger("svdq_compile")
 
 
-def go_on(error: Exception, what: str, then: str, config: Config) -> None:
+def go_on(error: Exception, what: str, then: str, config: Config, graph: fx.GraphModule | None = None) -> None:
     """Called where an error was caught: warn that `what` failed and what happens `then`, or raise it.
 
     Raised are mistakes of the user's, which have a class in errors.py; want of memory, since whatever comes instead
     would want it too, and another call may find more; what Dynamo sends to itself; a graph that SVDQ_VERIFY found
-    broken; and everything with fallback=False.
+    broken; a `graph` that could not be compiled and would exchange otherwise with ranks where it was
+    (passes/join_exchanges.py); and everything with fallback=False.
     """
     cause = cause_of(error)
     if isinstance(cause, WeightsReleased):
@@ -31,6 +34,8 @@ def go_on(error: Exception, what: str, then: str, config: Config) -> None:
         raise cause
     if not config.fallback or isinstance(cause, BrokenGraph) or is_for_dynamo(error):
         raise error
+    if graph is not None and "exchanges" in config.fusions and may_send(graph, "all_to_all_single"):
+        raise SendsAlone(what, cause, [name for name in config.fusions if name != "exchanges"]) from error
     log.warning(
         "svdquant: %s failed, so %s (options={'fallback': False} raises instead): %s: %s",
         what,

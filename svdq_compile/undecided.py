@@ -7,6 +7,7 @@ asks what is decided of its own weights.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,6 +20,7 @@ from .lowering.inductor import compile_with_inductor
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
 from .parameter import QuantizedWeight
+from .passes import fuse
 from .passes.weight_groups import WeightInputs
 from .roots import model_of, models_under_way
 from .stages import compiling
@@ -65,10 +67,12 @@ class UndecidedGraph:
         try:
             return make()
         except Exception as error:
-            go_on(error, "compiling a graph", EAGERLY, self._config)
+            go_on(error, "compiling a graph", EAGERLY, self._config, self._gm)
             return eagerly(self._gm)
 
     def _compile(self, args: list) -> Callable:
         if any(isinstance(value, QuantizedWeight) for value in args):
             return CompiledGraph(self._gm, args, self._inputs, self._config)
-        return compile_with_inductor(clone_dynamo_graph(self._gm), args, self._config.mode)
+        # What is exchanged must fit ranks where some layer of this graph is in 4 bits.
+        rewrite = partial(fuse, fusions=[name for name in self._config.fusions if name == "exchanges"])
+        return compile_with_inductor(clone_dynamo_graph(self._gm), args, self._config.mode, rewrite)

@@ -209,8 +209,8 @@ def test_multi_gpu_predicts_what_was_not_measured() -> None:
     rows = multi_gpu.with_predictions([one, two])
     predicted = {row["ranks"]: row["predicted_ms"] for row in rows}
     assert predicted[1] == 80.0
-    # Half of 78 ms, 2 ms, and 228 exchanges of 7 MB, each 25 us and 21 us.
-    assert predicted[2] == pytest.approx(41 + 228 * (0.025 + 0.021), rel=0.01)
+    # Half of 78 ms, 2 ms, 114 exchanges of 25 us, and 228 times 7 MB of 21 us.
+    assert predicted[2] == pytest.approx(41 + 114 * 0.025 + 228 * 0.021, rel=0.01)
     assert predicted[2] > predicted[4] > predicted[8] > 80 / 8
     assert [row["ranks"] for row in rows if row["kind"] == "predicted"] == [4, 8, 16]
     assert multi_gpu.with_predictions(rows) == rows
