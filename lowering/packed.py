@@ -249,9 +249,10 @@ class PackedLinear:
         rest = _without_branch(self.precision, shared.smooth, self.weight, shared.rotate)
         return (rest + self.up.float() @ self.down.float()).to(dtype)
 
-    def values(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """`dequantize`, in the shape of the weight."""
-        return _in_shape(self.dequantize(dtype), shape, self.taps_first)
+    def values(self, weight: Tensor) -> Tensor:
+        """`dequantize`, of the shape, dtype and order of the weight that this is of."""
+        values = _in_shape(self.dequantize(weight.dtype), weight.shape, self.taps_first)
+        return values.contiguous() if weight.is_contiguous() else values
 
     def signature(self) -> tuple:
         """What a compiled graph depends on: equal signatures can run the same code."""

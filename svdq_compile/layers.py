@@ -100,7 +100,11 @@ def _matrices(modules: dict[str, nn.Module]) -> dict[str, tuple[nn.Parameter, bo
 def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
     """Adapters are no part of the model: what is a block must not depend on them."""
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
-    flat = {name: w for name, (w, _) in found.items() if all(size == 1 for size in w.shape[2:])}
+    flat = {
+        name: w
+        for name, (w, is_linear) in found.items()
+        if all(size == 1 for size in w.shape[2:]) and (is_linear or _is_wide(w))
+    }
     return repeated_blocks(own, {name: w.numel() for name, w in flat.items() if not is_adapter(name)})
 
 
@@ -121,8 +125,12 @@ def _is_convolution(module: nn.Module | None) -> bool:
 
 def _may_be_read(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a product may read a Parameter of a module that is no linear: a matrix that is not a short table, several
-    matrices, or a convolution's kernels.
+    matrices, or a convolution's kernels, few or many.
     """
     if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding) or parameter.dim() < 2:
         return False
-    return min(features(parameter.shape)) >= MIN_FEATURES
+    return _is_convolution(module) or _is_wide(parameter)
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return min(features(weight.shape)) >= MIN_FEATURES

@@ -404,7 +404,7 @@ def _restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None, dequanti
             originals(weight)
             values.append(weight)
     for (_, weight), value in zip(found, values, strict=True):
-        thaw(weight, weight._svdq.values(weight.shape, weight.dtype) if value is None else value)
+        thaw(weight, weight._svdq.values(weight) if value is None else value)
     renew_copies(groups_of(model))
     thawed = {id(weight) for _, weight in found}
     decisions.turn_back(m.weight for m in matrices(model) if id(m.weight) in thawed or m.why_not(False) is None)
