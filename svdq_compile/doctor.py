@@ -205,8 +205,11 @@ def _blocks(model: nn.Module, quantized: list[str]) -> Iterator[Blocks]:
 
 def _way(model: nn.Module, blocks: tuple[Blocks, ...], plans: tuple[Plan, ...]) -> str:
     """By blocks where some are repeated: a block is compiled once for all like it."""
-    if all(plan.reason for plan in plans):
+    taken = {plan.name for plan in plans if not plan.reason}
+    if not taken:
         return "not at all: no linear would be quantized"
+    if any(layer.is_between and layer.name in taken for layer in layers(model)):
+        return "svdq_compile.compile(model, convolutions=True)"  # only the whole model holds them
     if getattr(type(model), "_repeated_blocks", None):
         return 'model.compile_repeated_blocks(backend="svdquant")'
     repeated = [found.path for found in blocks if found.count > 1]

@@ -120,15 +120,19 @@ def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: An
 def run_convolution(
     kind: str,
     input: Tensor,
-    weight: nn.Parameter,
+    weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Called by the graph for each convolution whose weight is to be expanded: as it was, and watched."""
-    if decisions.is_undecided(weight) and groups == 1:
+    """Called by the graph for each convolution whose weight is to be expanded: as it was, and watched; or by its 4 bits
+    if it is quantized already.
+    """
+    if isinstance(weight, QuantizedWeight):
+        weight = eager.expanded(weight, weight._svdq)
+    elif decisions.is_undecided(weight) and groups == 1:
         rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
         decisions.statistics_of((weight,)).observe(rows)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import svdq_compile as svdq
+import zoo
 from conftest import quiet, relative_error, run_eagerly
 from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError
 from svdq_compile.header import UNSEALED, read_header, seal
@@ -24,6 +27,7 @@ from svdq_compile.lowering.packed import as_matrix, expand
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.patches import patches
 from svdq_compile.sharing import _read, _written
+from svdq_compile.streaming import quantize_file
 
 WIDTH = 64
 CONVOLUTIONS = ["resnets.0.conv1", "resnets.0.conv2", "down", "up"]
@@ -178,6 +182,18 @@ def test_inductor_makes_one_kernel_of_a_weight() -> None:
     assert relative_error(convolve(x, *codes), F.conv2d(x, weight.bfloat16(), padding=1)) < 0.12
 
 
+def test_a_branch_lies_in_the_same_order() -> None:
+    """Which a target may give a convolution."""
+    weight, up, down = torch.randn(WIDTH, 32, 3, 3), torch.randn(WIDTH, 8), torch.randn(8, 9 * 32)
+    codes = FORMATS["w4a16"].quantize_weight(as_matrix(weight))
+    expected = as_matrix(weight) + up @ down
+    values = expand(
+        "w4a16", False, (WIDTH, 32, 3, 3), torch.float32, torch.ones(9 * 32), up, down, *codes, taps_first=True
+    )
+    assert values.is_contiguous()
+    assert relative_error(as_matrix(values), expected) < 0.05
+
+
 def test_what_was_observed_counts() -> None:
     """On other pictures than those that calibrated, whose channels and neighbours are alike, as they are in models."""
 
@@ -271,9 +287,6 @@ def test_restoring_gives_each_value_its_place() -> None:
 
 def rewritten(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The same file with its layers said otherwise, and a digest that is right."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     with safe_open(file, "pt") as opened:
         metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     entries = json.loads(metadata["layers"])
@@ -381,6 +394,24 @@ def test_an_adapter_computes_beside(way: str, monkeypatch: pytest.MonkeyPatch) -
     assert relative_error(run(x), expected(x)) < 0.05
     with pytest.raises(svdq.SvdqError, match="16-bit"):
         model.down.merge()
+
+
+def test_a_diffusers_unet() -> None:
+    """All but its first and last ones, and those of 1x1."""
+    pytest.importorskip("diffusers")
+    model, call = zoo.make("sd15")
+    spatial = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)}
+    exact = model(**call)[0]
+    quantized(model, calibrate=lambda model: model(**call))
+    assert set(in_4_bits(model)) == spatial - {"conv_in", "conv_out"}
+    assert len(in_4_bits(model)) > 10
+    assert relative_error(model(**call)[0], exact) < 0.15
+
+
+def test_a_file_that_does_not_say_its_class_is_refused(tmp_path: Path) -> None:
+    save_file({"blocks.0.conv.weight": torch.randn(64, 64, 3, 3)}, file := tmp_path / "one.safetensors")
+    with pytest.raises(OptionError, match=r"option convolutions: one.safetensors does not say of which class"):
+        quantize_file(file, tmp_path / "out", svdq.Config(convolutions=True), torch.device("cpu"))
 
 
 def test_what_is_no_truth_value_is_refused() -> None:
