@@ -1,6 +1,6 @@
 """Convolutions kept in 4 bits: what they take, what they lose, and what they cost.
 
-    python bench/convolutions.py [--steps 250] [--out bench/results/convolutions.json]
+    python bench/convolutions.py [--steps 200] [--out bench/results/convolutions.json]
     python bench/convolutions.py --gpu [--out bench/results/convolutions-h200.json]
 
 Without a GPU: bytes of the UNets of SD 1.5 and SDXL (nothing is computed for them), and the errors of a small UNet that
@@ -31,7 +31,7 @@ from svdq_compile.passes.linears import is_over_channels
 from svdq_compile.patches import patches
 from svdq_compile.quantizer import quantize_group
 
-SIDE, BATCH = 32, 8
+SIDE, BATCH = 16, 8
 RANKS = (0, 4, 16, 32)
 SMALL = {
     "sample_size": SIDE,
@@ -197,7 +197,7 @@ def on_gpu(name: str, channels: int, out: int, side: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--steps", type=int, default=250, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if options.gpu:
