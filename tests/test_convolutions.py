@@ -162,11 +162,13 @@ def test_every_way_gives_one_result(order: torch.memory_format, tmp_path: Path, 
     assert relative_error(svdq.compile(loaded, quiet())(x), result) < 1e-5, "compiled from a file"
 
 
-def test_inductor_makes_one_kernel_of_a_weight() -> None:
+@pytest.mark.parametrize("order", ["plain", "of kernels"])
+def test_inductor_makes_one_kernel_of_a_weight(order: str) -> None:
     """Codes are read and values written in one, in the order that a convolution wants."""
     out, channels = 64, 128
     weight = torch.randn(out, channels, 3, 3)
-    codes = layout.to_kernel("w4a16", FORMATS["w4a16"].quantize_weight(as_matrix(weight)))
+    codes = FORMATS["w4a16"].quantize_weight(as_matrix(weight))
+    codes = layout.to_kernel("w4a16", codes) if order == "of kernels" else codes
     columns = 9 * channels
     branch = torch.ones(columns), torch.zeros(out, 0), torch.zeros(0, columns)
 
