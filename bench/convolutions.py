@@ -139,7 +139,7 @@ def by_layers(model: nn.Module, calibration: list[dict[str, Any]], others: list[
                 statistics = InputStatistics()
                 if way == "observed":
                     statistics.observe(seen[name])
-                (made,) = quantize_group([weight], [name], "w4a16", svdq.Config(rank=rank), statistics)
+                (made,) = quantize_group([weight.bfloat16()], [name], "w4a16", svdq.Config(rank=rank), statistics)
                 own.append(relative_error(unseen[name] @ made.packed.dequantize(torch.float32).t(), truth.double()))
             nbytes += made.packed.nbytes()
         means = {f"error_{way}": sum(own) / len(own) for way, own in errors.items()}

@@ -69,6 +69,8 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
     for name, (weight, is_linear) in found.items():
         never = foreign.get(id(weight)) or why_never(name, weight)
         expanded, beside = _is_convolution(modules.get(name)) and not is_linear, is_beside(name, blocks)
+        if expanded and not beside and not _is_wide(weight):
+            continue  # nobody would ask why; of a UNet's first and last ones somebody may
         never = never or (OUTSIDE if beside and not expanded else None)
         yield Layer(name, weight, never, is_linear, expanded, is_between=beside and expanded and never is None)
 

@@ -132,7 +132,7 @@ def run_convolution(
     """
     if isinstance(weight, QuantizedWeight):
         weight = eager.expanded(weight, weight._svdq)
-    elif decisions.is_undecided(weight) and groups == 1:
+    elif isinstance(weight, nn.Parameter) and decisions.is_undecided(weight) and groups == 1:
         rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
         decisions.statistics_of((weight,)).observe(rows)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)
