@@ -82,6 +82,7 @@ def noisy(count: int) -> tuple[dict[str, Any], Tensor]:
     return {"sample": (1 - share) * clean + share * noise, "timestep": 1000 * t}, noise - clean
 
 
+@torch.enable_grad()
 def trained(steps: int) -> nn.Module:
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(**SMALL)
