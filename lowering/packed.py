@@ -282,8 +282,8 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def is_kernel(shape: Sequence[int]) -> bool:
-    """Whether it is a convolution's, with a matrix of channels for each tap."""
-    return len(shape) > 2 and not _are_several(shape)
+    """Whether it is a convolution's of several taps, which has a matrix of channels for each."""
+    return any(size > 1 for size in shape[2:]) and not _are_several(shape)
 
 
 def _are_several(shape: Sequence[int]) -> bool:
