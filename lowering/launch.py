@@ -293,7 +293,7 @@ def _expanded_gemv(o: Gemv) -> Tensor:
     """A 16-bit copy of the weight, and a library's product."""
     k = o.x.shape[-1]
     rows = o.x
-    w = FORMATS[o.precision].dequantize_weight(*layout.to_plain(o.precision, o.weight, k))[:, :k].to(rows.dtype)
+    w = layout.dequantize(o.precision, tuple(o.weight), k).to(rows.dtype)
     if o.xd is not None and o.up is not None:
         rows, w = torch.cat((rows, o.xd), 1), torch.cat((w, o.up), 1)
     return F.linear(rows, w, None if o.bias is None else o.bias.to(rows.dtype)).to(o.out_dtype)

@@ -185,6 +185,7 @@ class PackedLinear:
     offset      [N]     fp32 or None: what the input's shift adds to each output; the GEMM subtracts it
     siblings    where the tensors are parts of larger ones (`side_by_side`), and which part
     expanded    no linear reads it: it is expanded before each use (`expand`), and its shape is `as_matrix`'s
+    taps_first  of a convolution: its columns are those of `as_matrix`; of older files they are [I, kh, kw] in a row
     """
 
     shared: SharedInput
@@ -195,6 +196,7 @@ class PackedLinear:
     siblings: Siblings | None = None
     place: int = 0
     expanded: bool = False
+    taps_first: bool = False
     # What compiled graphs look up once for the block this linear comes first in; it goes when the weights go.
     resolved: "WeakKeyDictionary[Any, Any]" = field(default_factory=WeakKeyDictionary, repr=False)
 
@@ -291,6 +293,11 @@ class PackedLinear:
         rest = _without_branch(self.precision, shared.smooth, self.weight, shared.rotate)
         return (rest + self.up.float() @ self.down.float()).to(dtype)
 
+    def values(self, weight: Tensor) -> Tensor:
+        """`dequantize`, of the shape, dtype and order of the weight that this is of."""
+        values = _in_shape(self.dequantize(weight.dtype), weight.shape, self.taps_first)
+        return values.contiguous() if weight.is_contiguous() else values
+
     def signature(self) -> tuple:
         """What a compiled graph depends on: equal signatures can run the same code."""
         tensors = (*self.own_tensors().values(), self.shared.smooth, self.shared.down)
@@ -300,6 +307,7 @@ class PackedLinear:
             self.shared.rotate,
             self.rank_start,
             self.place,
+            self.taps_first,
             self.siblings and self.siblings.count,
             *((t.dtype, tuple(t.shape), t.device) for t in tensors),
         )
@@ -311,8 +319,15 @@ def features(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """The [N, K] as which a weight is packed: several matrices under one another, the kernels of an output in a row."""
-    return weight.flatten(0, -2) if _are_several(weight.shape) else weight.flatten(1)
+    """The [N, K] as which a weight is packed: several matrices under one another; of a convolution [O, I, kh, kw] rows
+    of [kh, kw, I], which is how channels_last has them: codes are read and values written in one order.
+    """
+    return weight.flatten(0, -2) if _are_several(weight.shape) else weight.movedim(1, -1).flatten(1)
+
+
+def is_kernel(shape: Sequence[int]) -> bool:
+    """Whether it is a convolution's of several taps, which has a matrix of channels for each."""
+    return any(size > 1 for size in shape[2:]) and not _are_several(shape)
 
 
 def _are_several(shape: Sequence[int]) -> bool:
@@ -329,18 +344,28 @@ def expand(
     up: Tensor,
     down: Tensor,
     *weight: Tensor,
+    taps_first: bool = False,
+    contiguous: bool = True,
 ) -> Tensor:
-    """A weight of this shape out of its packed tensors, `weight` those of the format, in any order. rotate: as in
-    SharedInput
+    """A weight of this shape out of its packed tensors, `weight` those of the format, in any order.
+
+    rotate, taps_first   as in SharedInput and PackedLinear
+    contiguous           False: a convolution's channels may lie last
     """
     matrix = _without_branch(precision, smooth, weight, rotate).to(dtype)
-    return (torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix).reshape(shape)
+    matrix = torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix
+    values = _in_shape(matrix, shape, taps_first)
+    return values.contiguous() if contiguous else values
+
+
+def _in_shape(matrix: Tensor, shape: Sequence[int], taps_first: bool) -> Tensor:
+    """The inverse of `as_matrix`."""
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if taps_first else matrix.reshape(shape)
 
 
 def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...], rotate: bool) -> Tensor:
     """[N, K] fp32: what the codes of a weight stand for, in any order."""
-    k = smooth.shape[0]
-    values = FORMATS[precision].dequantize_weight(*layout.to_plain(precision, weight, k))[:, :k]
+    values = layout.dequantize(precision, weight, smooth.shape[0])
     return (rotated(values) if rotate else values) / smooth
 
 

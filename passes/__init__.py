@@ -24,6 +24,7 @@ from .lift_waits import gives_streams_work as gives_streams_work
 from .lift_waits import lift_waits as lift_waits
 from .measure_rows import measure_rows
 from .merge_siblings import merge_siblings
+from .observe_convolutions import observe_convolutions
 from .observe_linears import observe_linears
 from .pipeline import Pass, run
 from .quantize_linears import Packs, quantize_linears
@@ -31,9 +32,20 @@ from .replace_attention import replace_attention
 from .share_quantized_inputs import share_quantized_inputs
 
 
-def observing(observe: Callable[..., None], run: Callable, names: Mapping[fx.Node, str]) -> list[Pass]:
-    """The passes of the first phase, while inputs are watched; `names` as for `find_linears`."""
-    return [partial(observe_linears, observe=observe, run=run, names=names)]
+def observing(
+    observe: Callable[..., None],
+    run: Callable,
+    names: Mapping[fx.Node, str],
+    run_convolution: Callable,
+    expanded: Collection[fx.Node],
+) -> list[Pass]:
+    """The passes of the first phase, while inputs are watched; `names` as for `find_linears`, and `expanded` as for
+    `observe_convolutions`.
+    """
+    return [
+        partial(observe_linears, observe=observe, run=run, names=names),
+        partial(observe_convolutions, run=run_convolution, weights=expanded),
+    ]
 
 
 def quantizing(packs: Packs, expanded: Collection[fx.Node]) -> list[Pass]:

@@ -1,7 +1,7 @@
 """Expand weights that no 4-bit product takes, before each use.
 
     before   y = matmul(x, w)
-    after    w16 = expand("w4a16", False, shape, dtype, smooth, up, down, qweight, ...)
+    after    w16 = expand("w4a16", False, shape, dtype, smooth, up, down, qweight, ..., taps_first=..., contiguous=...)
              y = matmul(x, w16)
 
 `expand` is a plain function of tensors: AOTAutograd traces through it, and Inductor makes a kernel of it.
@@ -39,5 +39,7 @@ def _expand(graph: fx.Graph, weight: fx.Node, inputs: PackedInputs) -> None:
     tensors = inputs.get(weight, "smooth"), inputs.own(weight, "up", first), down, *fields
     form = packed.precision, packed.shared.rotate, tuple(value.shape), value.dtype
     expanded = emit(graph, first, expand, *form, *tensors)
+    # In the strides that the graph was traced with: Inductor's kernel writes them as its convolution wants them.
+    expanded.kwargs = {"taps_first": packed.taps_first, "contiguous": value.is_contiguous()}
     expanded.meta["example_value"] = value
     weight.replace_all_uses_with(expanded)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from torch import fx
 
 from .expanded import find_expanded, is_matrix
-from .linears import OTHERWISE, find_linears, group_by_input
+from .linears import OTHERWISE, find_linears, group_by_input, why_not
 from .pipeline import log
 from .subgraphs import invocations, other_bodies, placeholders
 
@@ -79,7 +79,8 @@ def weight_inputs(
     known_of = {i for group in found.groups for i in group.indices} | {i for i, _, _ in found.rejected}
     for i in parameters:
         if i not in known_of and nodes[i].users and is_matrix(nodes[i]):
-            found.rejected.append((i, known.get(i, nodes[i].name), OTHERWISE))
+            name = known.get(i, nodes[i].name)
+            found.rejected.append((i, name, why_not(name, nodes[i].meta["example_value"]) or OTHERWISE))
     return found
 
 

@@ -67,7 +67,7 @@ convert_by_our_settings(svdquant, tracing)
 
 def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callable:
     decisions.note_compiled_anew(example_inputs)
-    inputs = find_weights(gm, example_inputs, models_of(gm))
+    inputs = find_weights(gm, example_inputs, models_of(gm), config.convolutions)
     weights = [example_inputs[i] for group in inputs.groups for i in group.indices]
     is_decided = not any(decisions.is_undecided(w) for w in weights)
     if not is_decided:

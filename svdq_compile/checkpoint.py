@@ -213,6 +213,7 @@ def _entry(name: str, weight: QuantizedWeight, shared: str) -> LayerEntry:
         shift=packed.shared.shift,
         rotate=packed.shared.rotate,
         expanded=packed.expanded,
+        taps_first=packed.taps_first,
         has_offset=packed.offset is not None,
         error=weight._svdq_error,
         effect=weight._svdq_effect,
@@ -306,7 +307,13 @@ def packs(header: Header, tensors: dict[str, Tensor]) -> list[tuple[LayerEntry, 
         own = {field: tensors.pop(name) for field, name in entry.own_names().items()}
         weight = in_device_order(entry.precision, tuple(own[field] for field in FORMATS[entry.precision].fields))
         packed = PackedLinear(
-            shared[entry.shared], weight, own["up"], entry.rank_start, own.get("offset"), expanded=entry.expanded
+            shared[entry.shared],
+            weight,
+            own["up"],
+            entry.rank_start,
+            own.get("offset"),
+            expanded=entry.expanded,
+            taps_first=entry.taps_first,
         )
         found.append((entry, packed))
     return found

@@ -102,6 +102,9 @@ Refine = Annotated[int, typer.Option(help="Rounds of refitting the branch to wha
 Skip = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Layers to leave in 16-bit, with * and ?. Repeatable.")
 ]
+Convolutions = Annotated[
+    bool, typer.Option("--convolutions", help="A UNet's convolutions too, which are kept in 4 bits and run in 16.")
+]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps for each prompt.")]
 Device = Annotated[
     str | None, typer.Option(metavar="cpu|cuda", help="Where the work is done; by default cuda if there is one.")
@@ -122,6 +125,7 @@ def quantize(
     rank: Rank = DEFAULT.rank,
     refine: Refine = DEFAULT.refine,
     skip: Skip = None,
+    convolutions: Convolutions = DEFAULT.convolutions,
     error_budget: Annotated[
         float, typer.Option(help="A layer with a larger relative error stays 16-bit.")
     ] = DEFAULT.error_budget,
@@ -172,6 +176,7 @@ def quantize(
         rank=rank,
         refine=refine,
         skip=tuple(skip or ()),
+        convolutions=convolutions,
         error_budget=error_budget,
         target_bytes=target_bytes,
         target_error=target_error,
@@ -265,6 +270,7 @@ def observe(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Observe these too: a text file with a prompt in each line.")
     ] = None,
+    convolutions: Convolutions = DEFAULT.convolutions,
     steps: Steps = DEFAULT.calibration_steps,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda", help="Where it is drawn; by default cuda if there is one.")
@@ -281,7 +287,7 @@ def observe(
     _join_others(at, draws=True)
     with _console(stderr=True).status(f"loading {source}"):
         pipeline = open_pipeline(folder, at, component=component, trust_code=trust_code)
-    found = svdq.observe(pipeline.model, _calibration(pipeline, shown, steps))
+    found = svdq.observe(pipeline.model, _calibration(pipeline, shown, steps), convolutions=convolutions)
     found.save(output)
     _console().print(repr(found), soft_wrap=True)
 
@@ -318,6 +324,7 @@ def evaluate(
     rank: Rank = DEFAULT.rank,
     refine: Refine = DEFAULT.refine,
     skip: Skip = None,
+    convolutions: Convolutions = DEFAULT.convolutions,
     device: Device = None,
     component: Component = None,
     compile: Annotated[
@@ -348,7 +355,7 @@ def evaluate(
         component=component,
         call=({} if steps is None else {"num_inference_steps": steps}) | dict(map(_argument, call or ())),
         compile=compile,
-        config=Config(precision=precision, rank=rank, refine=refine, skip=tuple(skip or ())),
+        config=Config(precision=precision, rank=rank, refine=refine, skip=tuple(skip or ()), convolutions=convolutions),
     )
     _console().print(str(result), soft_wrap=True)
 
@@ -545,10 +552,11 @@ def doctor(
     precision: Precision = DEFAULT.precision,
     rank: Rank = DEFAULT.rank,
     skip: Skip = None,
+    convolutions: Convolutions = DEFAULT.convolutions,
     layers: Annotated[bool, typer.Option("--layers", help="Every linear, in a table.")] = False,
 ) -> None:
     """Say what would be quantized, what not and why, and how much memory it would take. No weight is read."""
-    chosen = Config(precision=precision, rank=rank, skip=tuple(skip or ()))
+    chosen = Config(precision=precision, rank=rank, skip=tuple(skip or ()), convolutions=convolutions)
     found = svdq.doctor(empty_model(model, config=config, component=component), chosen)
     console = _console(names=[plan.name for plan in found.plans] if layers else ())
     if layers:

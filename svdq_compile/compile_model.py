@@ -12,7 +12,7 @@ from .config import Config
 from .convert import warn_of_skip
 from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
-from .layers import matrices
+from .layers import layers, matrices
 from .lowering.torch_private import compile_in_place
 from .parameter import QuantizedWeight, has_quantized
 from .progress import say
@@ -30,7 +30,8 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
         svdq.compile(pipe.text_encoder, calibration_steps=0)
 
     Where the class of a model names its repeated blocks (diffusers' `_repeated_blocks`) each of them is compiled, which
-    takes the compiler a fraction of the time; else the model whole. What was compiled before is compiled anew. The
+    takes the compiler a fraction of the time; else the model whole, as where convolutions outside these blocks are in 4
+    bits (option `convolutions`). What was compiled before is compiled anew. The
     first calls run in 16-bit and watch, unless the model is quantized already; a model that `restore` has turned back
     to 16-bit is quantized again.
 
@@ -41,7 +42,7 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
     chosen = Config.of(config, options)
     found = denoisers(model, "compile")
     for name, part in found.items():
-        _check(name, part)
+        _check(name, part, chosen)
     if not all(has_quantized(part) for part in found.values()):
         chosen.refuse_target("needs the whole model at once, so it is quantized before it is compiled")
     warn_of_skip(list(found.values()), chosen)
@@ -50,10 +51,14 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
     return model
 
 
-def _check(name: str, model: nn.Module) -> None:
+def _check(name: str, model: nn.Module, config: Config) -> None:
     if hasattr(model, "_orig_mod"):
         raise AlreadyWrapped(f"pipe.{name}" if name else "model")
-    if not any(isinstance(matrix.weight, QuantizedWeight) or matrix.never is None for matrix in matrices(model)):
+    if not any(
+        isinstance(matrix.weight, QuantizedWeight)
+        or (matrix.never is None and (config.convolutions or not matrix.is_between))
+        for matrix in matrices(model)
+    ):
         raise NothingToQuantize(f"{why_nothing(model)} torch.compile(model) compiles it as it is.")
 
 
@@ -64,13 +69,19 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
         module._compiled_call_impl = None
     options, place = config.to_dict(), name or type(model).__name__
     blocks = declared(model, dict(model.named_modules())).values()
-    if not blocks:
+    if not blocks or _has_convolutions(model, config):
         compile_in_place(model, backend="svdquant", options=options)
         return f"{place} compiled as a whole"
     for block in blocks:  # not fullgraph=True: hooks break graphs, as those of step caches do, and may come later
         block.compile(backend="svdquant", options=options)
     kinds = Counter(type(block).__name__ for block in blocks)
     return f"{place} compiled by its blocks ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+
+
+def _has_convolutions(model: nn.Module, config: Config) -> bool:
+    """Whether convolutions outside the blocks are in 4 bits, or shall be: only the whole model holds them."""
+    between = [layer.weight for layer in layers(model) if layer.is_between]
+    return any(config.convolutions or isinstance(weight, QuantizedWeight) for weight in between)
 
 
 def _what_comes(models: list[nn.Module], config: Config) -> str:

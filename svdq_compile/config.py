@@ -53,6 +53,9 @@ class Config:
     target_error       instead: how far the model's output may be off, relative, as 0.02; the least bytes for it
     skip               layers to leave in 16-bit: their full names in the model, as `report` has them, or those of
                        modules that hold them, with * and ?: ("*.proj_out", "transformer_blocks.0")
+    convolutions       keep in 4 bits the convolutions outside the repeated blocks too, larger than 1x1, as most of a
+                       UNet's weights are; they are computed in 16 bits. Where blocks alone are compiled nothing comes
+                       of it: compile the model whole, as svdq_compile.compile does then
     weights            what becomes of the 16-bit weights: "release" gives their memory back, "offload" keeps a copy in
                        CPU memory, "keep" leaves them in place
     fuse               compute what surrounds a linear elementwise (norms, activations, gates, residuals) in its
@@ -84,6 +87,7 @@ class Config:
     target_bytes: int | str | None = None
     target_error: float | None = None
     skip: tuple[str, ...] = ()
+    convolutions: bool = False
     weights: str = "release"
     fuse: bool | tuple[str, ...] = True
     attention: str = "exact"
@@ -108,7 +112,7 @@ class Config:
         _one_of("mode", self.mode, MODES)
         for name, most in (("rank", MAX_RANK), ("refine", 1000), ("calibration_steps", 1_000_000)):
             object.__setattr__(self, name, _whole(name, getattr(self, name), most))
-        for name in ("smooth", "rotate", "progress", "fallback"):
+        for name in ("smooth", "rotate", "convolutions", "progress", "fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name}={getattr(self, name)!r}: must be True or False")
         object.__setattr__(self, "error_budget", _share("error_budget", self.error_budget))

@@ -20,7 +20,7 @@ from .fallback import go_on, is_out_of_memory
 from .foreign import await_copies, groups_of, renew_copies
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .layers import matrices
-from .lowering.packed import as_matrix
+from .lowering.packed import as_matrix, is_kernel
 from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freezing
 from .passes import linears
@@ -137,6 +137,7 @@ def _quantize(task: Task, config: Config, device: torch.device | None) -> Outcom
     if config.weights == "keep":
         _check_versions(weight for weight, _ in task.undecided)
     precision: str | None = choose_precision(config, task.has_few_rows or task.expanded)
+    config = replace(config, rank=choose_rank(config, task.expanded, task.weights[0]))
     if task.form is not None:
         precision, config = task.form.precision, replace(config, rank=task.form.rank)
     outcomes: Outcomes = {}
@@ -165,7 +166,10 @@ def quantized(
         matrices = [as_matrix(_in_arithmetic(weight.detach().to(at))) for weight in weights]
         with torch.autocast(at.type, enabled=False):
             results = quantize_group(matrices, names, precision, config, task.statistics, task.shift)
-        return [replace(result, packed=replace(result.packed, expanded=task.expanded)) for result in results]
+        return [
+            replace(own, packed=replace(own.packed, expanded=task.expanded, taps_first=is_kernel(weight.shape)))
+            for own, weight in zip(results, weights, strict=True)
+        ]
     except torch.linalg.LinAlgError as error:
         log.warning("svdquant: %s cannot be decomposed and stays 16-bit: %s", ", ".join(names), error)
         return [TOO_EXTREME] * len(names)
@@ -221,6 +225,11 @@ def choose_precision(config: Config, weight_only: bool) -> str:
     if weight_only:
         return FEW_ROWS
     return AUTO if config.precision == "auto" else config.precision
+
+
+def choose_rank(config: Config, expanded: bool, weight: Tensor) -> int:
+    """The rank of one weight's branch. A convolution has none: for its bytes it gains little (docs/architecture.md)."""
+    return 0 if expanded and is_kernel(weight.shape) else config.rank
 
 
 def is_skipped(name: str, patterns: Iterable[str]) -> bool:

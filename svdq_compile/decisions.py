@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .foreign import is_plain
 from .input_statistics import InputStatistics
-from .layers import matrices
+from .layers import BETWEEN, matrices
 from .lowering.locks import free_in_child
 from .lowering.torch_private import compilations, compilations_under_way
 from .parameter import has_quantized
@@ -46,11 +46,17 @@ class Place:
     model   the root of the tree
     name    of its layer in there, None if it is no matrix
     reason  why it must stay 16-bit there (Layer.never), None if it may be quantized
+    is_between  as in Layer
     """
 
     model: "ref[nn.Module]"
     name: str | None
     reason: str | None
+    is_between: bool = False
+
+    def why_not(self, convolutions: bool) -> str | None:
+        """The reason, by this option too."""
+        return BETWEEN if self.is_between and not convolutions else self.reason
 
 
 def place(model: nn.Module) -> None:
@@ -63,7 +69,7 @@ def _place(model: nn.Module) -> None:
     for parameter in model.parameters():
         _PLACES[parameter] = Place(root, None, "no linear holds it: the table of an embedding")
     for layer in matrices(model):
-        _PLACES[layer.weight] = Place(root, layer.name, layer.never)
+        _PLACES[layer.weight] = Place(root, layer.name, layer.never, layer.is_between)
 
 
 def place_weights(weights: Iterable[object], models: Iterable[nn.Module]) -> None:
@@ -93,8 +99,10 @@ def model_of(values: Iterable[object]) -> nn.Module | None:
     return next((model for model in models if model is not None), None)
 
 
-def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
-    """Leave alone those of a graph's weights that must stay 16-bit, where they stand or as the graph uses them."""
+def settle(inputs: WeightInputs, args: Sequence[Any], convolutions: bool) -> None:
+    """Leave alone those of a graph's weights that must stay 16-bit: where they stand, by the option `convolutions`, or
+    as the graph uses them.
+    """
     for index, _, use in inputs.rejected:
         if is_undecided(args[index]):
             leave_alone(args[index], use)
@@ -103,9 +111,16 @@ def settle(inputs: WeightInputs, args: Sequence[Any]) -> None:
         if is_undecided(weight):
             # Where no model was found, the graph is all there is to ask.
             in_graph = OUTSIDE if index in inputs.outside else None
-            reason = _PLACES[weight].reason if is_placed(weight) else in_graph
+            reason = _PLACES[weight].why_not(convolutions) if is_placed(weight) else in_graph
             if reason is not None:
                 leave_alone(weight, reason)
+
+
+def leave_convolutions(model: nn.Module) -> None:
+    """Leave alone what the option `convolutions` would take."""
+    for layer in matrices(model):
+        if layer.is_between and is_undecided(layer.weight):
+            leave_alone(layer.weight, BETWEEN)
 
 
 def statistics_of(weights: tuple[nn.Parameter, ...]) -> InputStatistics:
@@ -128,7 +143,7 @@ def is_observed(weight: nn.Parameter) -> bool:
 
 def may_be_quantized(weight: nn.Parameter) -> bool:
     """Whether nothing speaks against it where a weight stands."""
-    return is_placed(weight) and _PLACES[weight].name is not None and _PLACES[weight].reason is None
+    return is_placed(weight) and _PLACES[weight].name is not None and _PLACES[weight].why_not(False) is None
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from torch import nn
 
 from .config import Config
-from .convert import choose_precision, warn_of_skip, why_not_as_asked
+from .convert import choose_precision, choose_rank, warn_of_skip, why_not_as_asked
 from .given import denoisers, model_in
 from .kernels.formats import FEW_ROWS, FORMATS
 from .kernels.runtime.target import describe
@@ -165,8 +165,8 @@ def _plan(layer: Layer, precision: str, config: Config) -> Plan:
     before = weight.numel() * weight.element_size()
     if isinstance(weight, QuantizedWeight):
         return Plan(name, tuple(weight.shape), before, weight._svdq.nbytes(), "")
-    reason = layer.reason or why_not_as_asked(weight, name, precision, config) or ""
-    after = before if reason else _packed_bytes(weight, precision, config.rank)
+    reason = layer.why_not(config.convolutions) or why_not_as_asked(weight, name, precision, config) or ""
+    after = before if reason else _packed_bytes(weight, precision, choose_rank(config, layer.expanded, weight))
     return Plan(name, tuple(weight.shape), before, after, reason)
 
 
@@ -205,8 +205,11 @@ def _blocks(model: nn.Module, quantized: list[str]) -> Iterator[Blocks]:
 
 def _way(model: nn.Module, blocks: tuple[Blocks, ...], plans: tuple[Plan, ...]) -> str:
     """By blocks where some are repeated: a block is compiled once for all like it."""
-    if all(plan.reason for plan in plans):
+    taken = {plan.name for plan in plans if not plan.reason}
+    if not taken:
         return "not at all: no linear would be quantized"
+    if any(layer.is_between and layer.name in taken for layer in layers(model)):
+        return "svdq_compile.compile(model, convolutions=True)"  # only the whole model holds them
     if getattr(type(model), "_repeated_blocks", None):
         return 'model.compile_repeated_blocks(backend="svdquant")'
     repeated = [found.path for found in blocks if found.count > 1]

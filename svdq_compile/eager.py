@@ -102,7 +102,15 @@ def expanded(weight: Tensor, packed: PackedLinear) -> Tensor:
     """A weight that no 4-bit product takes, in 16-bit: gone when its reader is done."""
     shared = packed.shared
     tensors = shared.smooth, packed.up, packed.down, *packed.weight
-    return expand(packed.precision, shared.rotate, tuple(weight.shape), weight.dtype, *tensors)
+    return expand(
+        packed.precision,
+        shared.rotate,
+        tuple(weight.shape),
+        weight.dtype,
+        *tensors,
+        taps_first=packed.taps_first,
+        contiguous=weight.is_contiguous(),
+    )
 
 
 @cache

@@ -76,6 +76,8 @@ def fill(
     if not keeper.keeps:
         keeper.add({name: model.get_parameter(name) for name in done})
     decisions.place(model)
+    if not config.convolutions:
+        decisions.leave_convolutions(model)
     warn_of_skip([model], config)
     stages.begin_anew(model)
     filling = _Filling(model, found, path, place, keeper, done)

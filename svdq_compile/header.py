@@ -4,7 +4,8 @@
     checksums   CRC-32 of each tensor's bytes
 
 Together they cover every byte that means something. Files of version 1 have no digest: the shapes and dtypes of their
-layers are held against what the format makes of such a weight. Since version 3 layers have `rotate` and `effect`.
+layers are held against what the format makes of such a weight. Since version 3 layers have `rotate`, `effect` and
+`taps_first`.
 
 A large model may lie in several files (shards): each says all of the model and holds some of the tensors.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .errors import FileRefused
 from .kernels.formats import FORMATS, can_rotate
-from .lowering.packed import as_matrix
+from .lowering.packed import as_matrix, is_kernel
 from .reading import opened, shards_of
 
 FORMAT = "svdq-compile"
@@ -59,6 +60,7 @@ class LayerEntry:
     bytes_before: int
     bytes_after: int
     expanded: bool = False  # as in PackedLinear
+    taps_first: bool = False  # likewise
     rotate: bool = False  # as in SharedInput
     effect: float | None = None  # the error that it makes in the model's output, where a target had it measured
 
@@ -268,6 +270,8 @@ def check_layout(entry: LayerEntry, found: Mapping[str, Tensor], path: str | os.
     found  tensors by name
     """
     n, k = as_matrix(torch.empty(entry.shape, device="meta")).shape
+    if entry.taps_first and not is_kernel(entry.shape):
+        raise FileRefused(path, f"{entry.weight} has the columns of a convolution, and the shape {entry.shape}")
     if entry.rotate and (entry.shift or not can_rotate(entry.precision, k)):
         raise FileRefused(
             path, f"{entry.weight} reads a rotated input, which {entry.precision} has not for {k} channels"

@@ -99,7 +99,7 @@ class InputStatistics:
         if self.span is not None:
             span = torch.maximum(self.span, span)
         self._add_moment(x)
-        self._rows.append(x[_evenly(x.shape[0], ROWS_PER_CALL, x.device)])
+        self._rows.append(x[evenly(x.shape[0], ROWS_PER_CALL, x.device)])
         self.span = span  # last: where there is a span there are rows, however far an observation came
         self._thin_out()
 
@@ -154,7 +154,7 @@ class InputStatistics:
         try:
             if self.moment is None and Moment.nbytes(x.shape[1]) > MOMENT_SHARE * _free_memory(x.device):
                 raise torch.OutOfMemoryError
-            moment = Moment.of(x[_evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
+            moment = Moment.of(x[evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
             self.moment = moment if self.moment is None else self.moment + moment
         except Exception as error:
             if not is_out_of_memory(error):
@@ -189,9 +189,9 @@ def _free_memory(device: torch.device) -> float:
 
 def thinned(rows: Tensor, most: int) -> Tensor:
     """At most so many rows, evenly from the first to the last."""
-    return rows if rows.shape[0] <= most else rows[_evenly(rows.shape[0], most, rows.device)]
+    return rows if rows.shape[0] <= most else rows[evenly(rows.shape[0], most, rows.device)]
 
 
-def _evenly(rows: int, most: int, device: torch.device) -> Tensor:
+def evenly(rows: int, most: int, device: torch.device) -> Tensor:
     """The numbers of `most` rows or fewer, evenly from the first to the last."""
     return torch.linspace(0, rows - 1, min(most, rows), dtype=torch.float32, device=device).round().long()

@@ -16,6 +16,8 @@ from .passes.linears import is_over_channels, is_storage, why_never, why_not_in
 from .passes.peft_names import is_adapter, without_wrapper
 from .passes.scope import OUTSIDE
 
+BETWEEN = "a convolution outside the repeated blocks: see option convolutions"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -27,6 +29,8 @@ class Layer:
     is_linear  whether its module is a linear or a 1x1 convolution
     expanded   whether its module is a larger convolution, whose weight is expanded before use (passes/expanded.py); of
                other modules only running tells what they do
+    is_between whether it is such a convolution outside the repeated blocks, as a UNet's are: only the option
+               `convolutions` has it quantized
     """
 
     name: str
@@ -34,11 +38,16 @@ class Layer:
     never: str | None
     is_linear: bool
     expanded: bool
+    is_between: bool
 
     @property
     def reason(self) -> str | None:
-        """Why it stays 16-bit as it is now, None if it may be quantized."""
+        """Why it stays 16-bit as it is now, whatever the options; None if it may be quantized."""
         return self.never or (None if is_storage(self.weight.dtype) else why_not_in(self.weight.dtype))
+
+    def why_not(self, convolutions: bool) -> str | None:
+        """The reason, by this option too."""
+        return self.reason or (BETWEEN if self.is_between and not convolutions else None)
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
@@ -58,8 +67,12 @@ def matrices(model: nn.Module) -> Iterator[Layer]:
     found = _matrices(modules)
     blocks, foreign = _blocks(modules, found), foreign_weights(modules.values())
     for name, (weight, is_linear) in found.items():
-        never = foreign.get(id(weight)) or why_never(name, weight) or (OUTSIDE if is_beside(name, blocks) else None)
-        yield Layer(name, weight, never, is_linear, expanded=_is_convolution(modules.get(name)) and not is_linear)
+        never = foreign.get(id(weight)) or why_never(name, weight)
+        expanded, beside = _is_convolution(modules.get(name)) and not is_linear, is_beside(name, blocks)
+        if expanded and not beside and not _is_wide(weight):
+            continue  # nobody would ask why; of a UNet's first and last ones somebody may
+        never = never or (OUTSIDE if beside and not expanded else None)
+        yield Layer(name, weight, never, is_linear, expanded, is_between=beside and expanded and never is None)
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -89,7 +102,11 @@ def _matrices(modules: dict[str, nn.Module]) -> dict[str, tuple[nn.Parameter, bo
 def _blocks(modules: dict[str, nn.Module], found: dict[str, tuple[nn.Parameter, bool]]) -> set[str]:
     """Adapters are no part of the model: what is a block must not depend on them."""
     own = {path: module for path, module in modules.items() if not is_adapter(path)}
-    flat = {name: w for name, (w, _) in found.items() if all(size == 1 for size in w.shape[2:])}
+    flat = {
+        name: w
+        for name, (w, is_linear) in found.items()
+        if all(size == 1 for size in w.shape[2:]) and (is_linear or _is_wide(w))
+    }
     return repeated_blocks(own, {name: w.numel() for name, w in flat.items() if not is_adapter(name)})
 
 
@@ -110,8 +127,12 @@ def _is_convolution(module: nn.Module | None) -> bool:
 
 def _may_be_read(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a product may read a Parameter of a module that is no linear: a matrix that is not a short table, several
-    matrices, or a convolution's kernels.
+    matrices, or a convolution's kernels, few or many.
     """
     if nn.parameter.is_lazy(parameter) or isinstance(module, nn.Embedding) or parameter.dim() < 2:
         return False
-    return min(features(parameter.shape)) >= MIN_FEATURES
+    return _is_convolution(module) or _is_wide(parameter)
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return min(features(weight.shape)) >= MIN_FEATURES

@@ -318,7 +318,7 @@ def _plain(content: _Content, name: str, weight: Tensor) -> Tensor:
     if not isinstance(weight, QuantizedWeight):
         return weight.detach().cpu()
     content.expanded.append(name)
-    return weight._svdq.dequantize(weight.dtype).reshape(weight.shape).cpu()
+    return weight._svdq.values(weight).cpu()
 
 
 def _add_rest(model: nn.Module, content: _Content) -> None:

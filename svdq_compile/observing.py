@@ -5,6 +5,7 @@ with that, Dynamo traces again at the next call, and the backend compiles the 4-
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,11 +15,14 @@ from . import decisions, eager, stages
 from .config import Config
 from .convert import convert
 from .fallback import is_out_of_memory
+from .input_statistics import MOMENT_ROWS
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
 from .passes.linears import rows_read
+from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
+from .patches import patches
 from .ranks import ranks_of
 from .roots import models_under_way
 from .task import Task
@@ -35,7 +39,10 @@ class ObservingGraph:
         self._gm = clone_dynamo_graph(gm)
         self._inputs = inputs
         self._config = config
-        pipeline.run(self._gm, observing(_observe, run_linear, inputs.known_by_node(self._gm)))
+        graph_inputs = placeholders(self._gm.graph)
+        expanded = [graph_inputs[i] for i in inputs.expanded]
+        names = inputs.known_by_node(self._gm)
+        pipeline.run(self._gm, observing(_observe, run_linear, names, run_convolution, expanded))
         self._run = eagerly(self._gm)
 
     def tasks(self, args: tuple) -> list[Task]:
@@ -43,7 +50,7 @@ class ObservingGraph:
         groups = [(tuple(args[i] for i in group.indices), group) for group in self._inputs.groups]
         if any(decisions.is_undecided(w) and not decisions.is_placed(w) for weights, _ in groups for w in weights):
             decisions.place_weights(args, models_under_way())  # another model than the one that the graph was made for
-        decisions.settle(self._inputs, args)
+        decisions.settle(self._inputs, args, self._config.convolutions)
         return [
             Task(
                 weights,
@@ -108,3 +115,24 @@ def run_linear(kind: str, channel_dim: int, x: Tensor, weight: Tensor, *args: An
     if not isinstance(weight, QuantizedWeight):
         return getattr(F, kind)(x, weight, *args, **kwargs)
     return eager.product(x, weight._svdq, args[0] if args else kwargs.get("bias"), channel_dim)
+
+
+def run_convolution(
+    kind: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Called by the graph for each convolution whose weight is to be expanded: as it was, and watched; or by its 4 bits
+    if it is quantized already.
+    """
+    if isinstance(weight, QuantizedWeight):
+        weight = eager.expanded(weight, weight._svdq)
+    elif isinstance(weight, nn.Parameter) and decisions.is_undecided(weight) and groups == 1:
+        rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
+        decisions.statistics_of((weight,)).observe(rows)
+    return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)

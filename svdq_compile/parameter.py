@@ -359,7 +359,11 @@ def _in_16_bit(func: Callable, operands: Any) -> Any:
         # A graph cannot see a later write to kept values, so it reads them.
         if is_kept(value) and (torch.compiler.is_dynamo_compiling() or is_stale(value)):
             return value
-        return eager.expanded(value, value._svdq) if name in PRODUCTS or value._svdq.expanded else value
+        if name not in PRODUCTS and not value._svdq.expanded:
+            return value
+        if not torch.compiler.is_compiling():
+            eager.advise()
+        return eager.expanded(value, value._svdq)
 
     return tree_map(expand, operands)
 

@@ -76,6 +76,8 @@ def quantize(
     warn_of_skip([model], chosen)
     was_quantized = has_quantized(model)
     _begin(model)
+    if not chosen.convolutions:
+        decisions.leave_convolutions(model)
     if ranks is not None:
         ranks.agree([[pair] for pair in _named(model)], chosen)
         chosen.refuse_target("is met by one process, and several ranks would choose differently: give it group='alone'")
@@ -110,15 +112,18 @@ def quantize(
     return outcome
 
 
-def observe(model: nn.Module, calibrate: Callable[[nn.Module], Any], *, progress: bool = True) -> Statistics:
+def observe(
+    model: nn.Module, calibrate: Callable[[nn.Module], Any], *, convolutions: bool = False, progress: bool = True
+) -> Statistics:
     """Watch what the linears of a 16-bit model read, and leave the model as it is: for `quantize(model, statistics=)`,
     here or elsewhere, now or from a file.
 
         seen = svdq.observe(pipe.transformer, lambda model: pipe("a dog"))
         seen.save("flux.statistics.safetensors")
 
-    calibrate  runs the model on what it is for, as for `quantize`
-    progress   show how far it has come
+    calibrate     runs the model on what it is for, as for `quantize`
+    convolutions  watch what the option of this name has quantized, too
+    progress      show how far it has come
 
     Raises NotAModel, OptionError, NothingToQuantize where no linear of the model ran.
     """
@@ -127,6 +132,8 @@ def observe(model: nn.Module, calibrate: Callable[[nn.Module], Any], *, progress
         raise OptionError(f"this {type(model).__name__} is quantized already: observe it before that, in 16 bits")
     weights = tuple(model.parameters())
     _begin(model)
+    if not convolutions:
+        decisions.leave_convolutions(model)
     decisions.forget_statistics(weights)  # of calls before
     try:
         return Statistics.of(model, _observed(model, calibrate, progress))
@@ -216,15 +223,15 @@ class _Watch:
 
 
 _WATCHES: list[_Watch] = []  # one for each `_observed` that is under way
-# None of its graphs is ever done with observing; `quantize` has asked the other ranks.
-_ENDLESS = Config(calibration_steps=1_000_000, progress=False, group=ALONE)
+# None of its graphs is ever done with observing; `quantize` has asked the other ranks, and left alone what it leaves.
+_ENDLESS = Config(calibration_steps=1_000_000, progress=False, group=ALONE, convolutions=True)
 
 
 def _watching(gm: fx.GraphModule, example_inputs: list) -> Callable:
     """The backend that observes. There is one for all models and calls: each new one would be a graph more for Dynamo
     to keep, and at its limit it would go on without observing.
     """
-    graph = ObservingGraph(gm, find_weights(gm, example_inputs, ()), _ENDLESS)
+    graph = ObservingGraph(gm, find_weights(gm, example_inputs, (), _ENDLESS.convolutions), _ENDLESS)
 
     def run(*args: Any) -> Any:
         held, visible, tasks = {id(value) for value in args}, False, graph.tasks(args)
@@ -397,9 +404,10 @@ def _restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None, dequanti
             originals(weight)
             values.append(weight)
     for (_, weight), value in zip(found, values, strict=True):
-        thaw(weight, weight._svdq.dequantize(weight.dtype).reshape(weight.shape) if value is None else value)
+        thaw(weight, weight._svdq.values(weight) if value is None else value)
     renew_copies(groups_of(model))
-    decisions.turn_back(layer.weight for layer in matrices(model) if layer.never is None)
+    thawed = {id(weight) for _, weight in found}
+    decisions.turn_back(m.weight for m in matrices(model) if id(m.weight) in thawed or m.why_not(False) is None)
     return len(found)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import decisions
 from .given import model_in
-from .layers import Layer, layers, matrices
+from .layers import BETWEEN, Layer, layers, matrices
 from .parameter import QuantizedWeight
 from .passes.linears import OTHERWISE
 from .tables import as_text, names
@@ -133,7 +133,7 @@ def _row(layer: Layer, compiled: set[int]) -> LayerReport:
         told = before, packed.nbytes(), weight._svdq_error, "", weight._svdq_effect
         return LayerReport(layer.name, packed.precision, packed.rank, *told)
     dtype = str(weight.dtype).removeprefix("torch.")
-    reason = decisions.reason_of(weight) or layer.reason or _why_not_yet(weight, compiled)
+    reason = decisions.reason_of(weight) or layer.reason or _why_not_yet(layer, compiled)
     return LayerReport(layer.name, dtype, 0, before, before, None, reason)
 
 
@@ -143,11 +143,13 @@ def _compiled_weights(model: nn.Module) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _why_not_yet(weight: nn.Parameter, compiled: set[int]) -> str:
+def _why_not_yet(layer: Layer, compiled: set[int]) -> str:
     """Of a weight that nothing is decided of."""
-    seen = decisions.seen_by(weight)
+    weight, seen = layer.weight, decisions.seen_by(layer.weight)
     if seen is not None and seen.calls:
         return f"observed in {seen.calls} of {seen.wanted} calls"
+    if layer.is_between:
+        return BETWEEN
     if compiled and id(weight) not in compiled:
         return "not compiled: it stands outside the modules that were"
     return "not reached yet"

@@ -16,14 +16,16 @@ from .lowering.torch_private import modules_behind
 from .passes.weight_groups import WeightInputs, weight_inputs
 
 
-def find_weights(gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module]) -> WeightInputs:
+def find_weights(
+    gm: fx.GraphModule, example_inputs: list, models: Iterable[nn.Module], convolutions: bool
+) -> WeightInputs:
     """The weights of linears and other products in a graph that Dynamo has made. Those that must stay 16-bit in their
-    model, one of these, are left alone from now on.
+    model, one of these, or by the option `convolutions`, are left alone from now on.
     """
     decisions.place_weights(example_inputs, models)
     names = {i: decisions.name_of(w) for i, w in enumerate(example_inputs) if isinstance(w, nn.Parameter)}
     inputs = weight_inputs(gm, {i: name for i, name in names.items() if name is not None}, names)
-    decisions.settle(inputs, example_inputs)
+    decisions.settle(inputs, example_inputs, convolutions)
     return inputs
 
 

@@ -199,7 +199,7 @@ def _written(outcomes: Outcomes | Exception) -> tuple[Any, list[Tensor]]:
 
 def _words(outcome: Quantized) -> dict[str, Any]:
     packed = outcome.packed
-    own = {"rank_start": packed.rank_start, "expanded": packed.expanded}
+    own = {"rank_start": packed.rank_start, "expanded": packed.expanded, "taps_first": packed.taps_first}
     return {"error": outcome.error, "packed": own, "tensors": list(packed.own_tensors())}
 
 

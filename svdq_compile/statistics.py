@@ -27,7 +27,7 @@ from .errors import FileRefused, OptionError, OtherModel
 from .given import model_in
 from .header import check_digest, parsed, part, version_in
 from .input_statistics import InputStatistics, Moment
-from .layers import matrices
+from .layers import BETWEEN, matrices
 from .lowering.packed import as_matrix
 from .progress import steps
 from .reading import opened, unchanged
@@ -103,7 +103,7 @@ class Statistics:
                 )
                 inputs.append((known, seen))
         reasons = {layer.name: decisions.reason_of(layer.weight) for layer in matrices(model)}
-        others = {name: reason for name, reason in reasons.items() if reason is not None}
+        others = {name: reason for name, reason in reasons.items() if reason not in (None, BETWEEN)}
         return Statistics(type(model_in(model, "observe")).__name__, tuple(inputs), others)
 
     def tasks(self, model: nn.Module) -> list[Task]:

@@ -26,6 +26,7 @@ from .model_files import Source, check_dtype, empty_model, in_dtype, model_folde
 from .parallelize_model import as_facts, check_splittable
 from .ranks import ranks_of, together
 from .reading import fingerprint, state_of
+from .skeleton import StateDict
 from .split_plan import Plan, check_inputs, plan_for
 from .statistics import Statistics
 from .summary import tell_again, tell_to_compile
@@ -154,6 +155,7 @@ def quantize_file(
     each, is_first = together(ranks), ranks is None or ranks.own == 0
     with ExitStack() as kept, ExitStack() as held:
         source = each(lambda: held.enter_context(opened_source(path, model=model, component=component)))
+        each(lambda: _check_convolutions(source, config))
         if ranks is not None:
             ranks.compare(lambda: {"file": _prints(source, statistics)})
 
@@ -184,6 +186,15 @@ def quantize_file(
         each(save)
     tell_again(source.model, config.progress)
     return source.place
+
+
+def _check_convolutions(source: Source, config: Config) -> None:
+    """Raises OptionError where nothing tells which tensors are convolutions."""
+    if config.convolutions and isinstance(source.model, StateDict):
+        raise OptionError(
+            f"option convolutions: {source.path.name} does not say of which class its model is, so nothing tells its "
+            "convolutions; give --model, or a folder with its config.json"
+        )
 
 
 def _prints(source: Source, statistics: Statistics | None) -> list[tuple[str, Any]]:

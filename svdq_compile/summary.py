@@ -107,7 +107,7 @@ def _is_waiting(model: nn.Module) -> bool:
     """
     if _WAITING.get(model) == decisions.left_alone():
         return True
-    is_waiting = any(layer.reason is None and decisions.is_undecided(layer.weight) for layer in layers(model))
+    is_waiting = any(layer.why_not(False) is None and decisions.is_undecided(layer.weight) for layer in layers(model))
     if is_waiting:
         _WAITING[model] = decisions.left_alone()
     return is_waiting

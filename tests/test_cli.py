@@ -221,10 +221,18 @@ def test_every_option_reaches_the_config(pipeline: Path, tmp_path: Path) -> None
         0.9,
         "--no-smooth",
         "--no-rotate",
+        "--convolutions",
     )
     ok("quantize", pipeline, tmp_path / "out", "--precision", "nvfp4", "--device", "cpu", *options)
     config = svdq.Config(
-        precision="nvfp4", rank=4, refine=1, skip=("a*", "b?"), error_budget=0.9, smooth=False, rotate=False
+        precision="nvfp4",
+        rank=4,
+        refine=1,
+        skip=("a*", "b?"),
+        convolutions=True,
+        error_budget=0.9,
+        smooth=False,
+        rotate=False,
     )
     assert read_header(tmp_path / "out").config == json.loads(json.dumps(config.to_dict()))
 

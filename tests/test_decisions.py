@@ -17,6 +17,7 @@ import zoo
 from conftest import WIDTH, quiet, relative_error
 from svdq_compile import undecided
 from svdq_compile.errors import NothingToQuantize
+from svdq_compile.layers import BETWEEN
 from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.passes.scope import OUTSIDE
 
@@ -716,7 +717,9 @@ def test_chroma(regional: bool) -> None:
 
 def test_a_unets_blocks_are_the_inner_ones() -> None:
     model, _ = zoo.make("sdxl")
-    inside = {row.name for row in svdq.report(model) if row.reason != OUTSIDE and "small" not in row.reason}
+    inside = {
+        row.name for row in svdq.report(model) if row.reason not in (OUTSIDE, BETWEEN) and "small" not in row.reason
+    }
     assert inside == {name for name in linears(model) if ".transformer_blocks." in name}
 
 

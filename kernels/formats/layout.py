@@ -70,3 +70,11 @@ def to_plain(precision: str, weight: tuple[Tensor, ...], in_features: int) -> tu
     if planar is None or weight[0].dtype == torch.uint8:
         return weight
     return planar.unpack(-(-in_features // GROUP_SIZE), *to_kernel(precision, weight))
+
+
+def dequantize(precision: str, weight: tuple[Tensor, ...], in_features: int) -> Tensor:
+    """[N, K] fp32: what the codes of a weight in any order stand for."""
+    form = FORMATS[precision]
+    if form.planar is not None and form.planar.dequantize is not None and is_planar(weight[0]):
+        return form.planar.dequantize(*weight)[:, :in_features]
+    return form.dequantize_weight(*to_plain(precision, weight, in_features))[:, :in_features]

@@ -4,7 +4,7 @@ codes  [..., K]    uint8, 0..15, K even
 bytes  [..., K/2]  uint8
 """
 
-from torch import Tensor, stack, uint8
+from torch import Tensor, arange, uint8
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -15,4 +15,12 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """[..., K/2] bytes -> [..., K] codes of 0..15; the inverse of `pack`."""
-    return stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+    return split(packed.unsqueeze(-2)).mT.flatten(-2)
+
+
+def split(packed: Tensor) -> Tensor:
+    """[..., 1, J] bytes -> [..., 2, J], the low nibbles and the high ones. The shift is broadcast: Inductor makes one
+    kernel of that and what follows, while it stores what is stacked.
+    """
+    shift = arange(0, 8, 4, dtype=uint8, device=packed.device).unsqueeze(-1)
+    return (packed >> shift) & 0xF

@@ -29,12 +29,14 @@ class Planar:
     unpack        (groups, *the kernel's) -> the plain ones, bit for bit; groups: of 64 input channels
     feature_dims  which dimension of each of the kernel's counts output channels, if siblings are merged
     words         sm_90 reads its codes as words (layout.py)
+    dequantize    (*the kernel's) -> [N, P] fp32 at once, of which Inductor makes one kernel; None: by the plain ones
     """
 
     pack: Callable[..., tuple[Tensor, ...]]
     unpack: Callable[..., tuple[Tensor, ...]]
     feature_dims: tuple[int, ...] = ()
     words: bool = False
+    dequantize: Callable[..., Tensor] | None = None
 
 
 def pack_codes(qweight: Tensor) -> Tensor:
@@ -47,9 +49,12 @@ def pack_codes(qweight: Tensor) -> Tensor:
 
 def unpack_codes(planar: Tensor, groups: int) -> Tensor:
     """[N, P/2] int8 -> [N, groups * 32] uint8."""
-    halves = planar.view(torch.uint8).unflatten(-1, (-1, GROUP_SIZE))
-    codes = torch.stack((halves & 0xF, halves >> 4), dim=-2).flatten(-3)
-    return nibbles.pack(codes[..., : GROUP_SIZE * groups])
+    return nibbles.pack(codes(planar).flatten(1)[..., : GROUP_SIZE * groups])
+
+
+def codes(planar: Tensor) -> Tensor:
+    """[N, P/2] int8 -> [N, P/64, 64] uint8, of 0..15."""
+    return nibbles.split(planar.view(torch.uint8).unflatten(-1, (-1, 1, GROUP_SIZE))).flatten(1, 2)
 
 
 def by_group(scales: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ def _from_planar(groups: int, qweight: Tensor, pairs: Tensor, wzeros: Tensor) ->
     return planar.unpack_codes(qweight, groups), *(planar.by_row(scales, groups) for scales in pairs.unbind(-1))
 
 
+def _dequantize_planar(qweight: Tensor, pairs: Tensor, wzeros: Tensor) -> Tensor:
+    """[N, P] fp32; a group that pads K has scale and zero point 0."""
+    scale, zero = pairs.float().transpose(0, 1).unsqueeze(-1).unbind(2)
+    return (planar.codes(qweight) * scale + zero).flatten(1)
+
+
 W4A16 = Format(
     name="w4a16",
     summary="4-bit weights, activations as they are",
@@ -91,7 +97,7 @@ W4A16 = Format(
     dequantize_weight=dequantize_weight,
     matmul=matmul,
     group_size=GROUP_SIZE,
-    planar=planar.Planar(_to_planar, _from_planar),
+    planar=planar.Planar(_to_planar, _from_planar, dequantize=_dequantize_planar),
     grid=Grid(_steps, _nearest, _encode),
     rounding="zeros",
 )
