@@ -136,7 +136,8 @@ class SharedInput:
         self._copies[Copy.of(self.down, self.smooth)] = self
         made = self._copies.get(copy)
         if made is None:
-            made = self._copies[copy] = replace(self, **copy.moved({"smooth": self.smooth, "down": self.down}))
+            moved = copy.moved({"smooth": self.smooth, "down": self.down})
+            made = self._copies[copy] = replace(self, smooth=moved["smooth"], down=moved["down"])
         return made
 
 

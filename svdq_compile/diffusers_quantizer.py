@@ -114,7 +114,7 @@ class SVDQuantizer(DiffusersQuantizer):
         """How wide a number of each tensor is, by which accelerate spreads the model, filled by now, over devices."""
         return {name: _about_as_wide(p) for name, p in (*model.named_parameters(), *model.named_buffers())}
 
-    def adjust_max_memory(self, max_memory: dict[str, float | str]) -> dict[str, float | str]:
+    def adjust_max_memory(self, max_memory: Mapping[str, float | str]) -> dict[str, int | str]:
         """Room for what 4-bit weights have beside their codes. Sizes are as users give them, or accelerate's own for
         "auto": a part of what is free, no whole number.
         """

@@ -59,7 +59,7 @@ NOTES = """\
   correct and slow. sm_121 needs Triton 3.8 for nvfp4. `kernels/portable/gemm_nvfp4.py` decides both.
 - A kernel that another Triton cannot import or compile is left out with one warning that names it, and the next in its
   table runs. Without any Triton that can be imported the reference runs, and a warning says why.
-- Of the whole suite with torch 2.14.1 one test failed: with Triton 3.8 one kernel spills three registers on RDNA 3, which
+- Of the whole suite with torch 2.14.1 one test failed: with Triton 3.8 a kernel spills three registers on RDNA 3, which
   its test allows by now.
 - No GPU here: what kernels compile to is checked for sm_80 to sm_120, their numbers in Triton's interpreter.
 """
