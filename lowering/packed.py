@@ -51,52 +51,76 @@ class Copy:
         return moved | _ordered(precision, moved, self.device)
 
     def moved(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the order that they have: those that are pinned come to lie in one piece of memory, and whatever
-        does is moved as one, since to begin a copy takes longer than the copy of a small tensor. BRANCH is cast.
+        """Tensors in the order that they have: those that are pinned come to lie in few pieces of memory, and what lies
+        in one is moved as one, since to begin a copy takes longer than the copy of a small tensor. BRANCH is cast.
         """
+        moved: dict[str, Tensor] = {}
+        for piece in _pieces(named):
+            moved |= self._moved(piece)
+        moved = _pinned(moved) if self.pinned else moved
+        return {name: moved[name] for name in named}
+
+    def _moved(self, piece: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that lie in one piece of memory, with nothing else or alone."""
         # To the host it is waited for: whoever reads it there does not know that it is under way.
         non_blocking = self.non_blocking and self.device.type != "cpu"
-        dtypes = {name: self.dtype if name in BRANCH else tensor.dtype for name, tensor in named.items()}
-        whole = _whole(list(named.values()))
-        if whole is not None and all(dtypes[name] == tensor.dtype for name, tensor in named.items()):
-            memory = whole.to(self.device, non_blocking=non_blocking)
-            moved = {name: _at_the_same_place(tensor, memory) for name, tensor in named.items()}
-        else:
-            moved = {
-                name: tensor.to(self.device, dtypes[name], non_blocking=non_blocking) for name, tensor in named.items()
-            }
-        return _pinned_together(moved) if self.pinned else moved
+        dtypes = {name: self.dtype if name in BRANCH else tensor.dtype for name, tensor in piece.items()}
+        if len(piece) == 1 or any(dtypes[name] != tensor.dtype for name, tensor in piece.items()):
+            return {name: t.to(self.device, dtypes[name], non_blocking=non_blocking) for name, t in piece.items()}
+        first = next(iter(piece.values()))
+        whole = torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
+        memory = whole.to(self.device, non_blocking=non_blocking)
+        return {
+            name: memory.view(t.dtype).as_strided(t.shape, t.stride(), t.storage_offset()) for name, t in piece.items()
+        }
 
 
-def _pinned_together(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies one after another in one piece of pinned memory."""
-    starts = list(itertools.accumulate((_room(tensor) for tensor in tensors.values()), initial=0))
-    memory = torch.empty(starts[-1], dtype=torch.uint8).pin_memory()
+def _pieces(named: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """These by the memory in which they lie, where nothing else does; else each by itself."""
+    by_memory: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in named.items():
+        by_memory.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
+    pieces = []
+    for piece in by_memory.values():
+        is_whole = next(iter(piece.values())).untyped_storage().nbytes() == sum(map(_room, piece.values()))
+        pieces += [piece] if is_whole else [{name: tensor} for name, tensor in piece.items()]
+    return pieces
+
+
+def _pinned(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in pinned memory, in one piece. In two, the largest one by itself, where that takes less: torch gives
+    pinned memory in powers of two.
+    """
+    largest = max(named, key=lambda name: named[name].nbytes)
+    rest = {name: tensor for name, tensor in named.items() if name != largest}
+    if rest and _given(named) > _given({largest: named[largest]}) + _given(rest):
+        return _in_one_piece({largest: named[largest]}) | _in_one_piece(rest)
+    return _in_one_piece(named)
+
+
+def _given(named: dict[str, Tensor]) -> int:
+    """Bytes that torch gives for one piece."""
+    return 1 << max(sum(map(_room, named.values())) - 1, 0).bit_length()
+
+
+def _in_one_piece(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    starts = list(itertools.accumulate((_room(tensor) for tensor in named.values()), initial=0))
+    memory = pinned_memory(starts[-1])
     pinned = {}
-    for (name, tensor), start in zip(tensors.items(), starts, strict=False):
+    for (name, tensor), start in zip(named.items(), starts, strict=False):
         pinned[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         pinned[name].copy_(tensor)
     return pinned
 
 
+def pinned_memory(count: int) -> Tensor:
+    """So many bytes of the host's memory that a GPU fetches from."""
+    return torch.empty(count, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
 def _room(tensor: Tensor) -> int:
     """Bytes that it takes where several lie one after another."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _whole(tensors: list[Tensor]) -> Tensor | None:
-    """The piece of memory in which these lie and nothing else, as bytes; None if they lie apart."""
-    memory = tensors[0].untyped_storage()
-    if len(tensors) == 1 or memory.nbytes() != sum(map(_room, tensors)):
-        return None
-    if any(tensor.untyped_storage().data_ptr() != memory.data_ptr() for tensor in tensors):
-        return None
-    return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(memory)
-
-
-def _at_the_same_place(tensor: Tensor, memory: Tensor) -> Tensor:
-    """What lies in this memory, a copy of the tensor's own, where the tensor lies in that."""
-    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _ordered(precision: str, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -70,3 +70,11 @@ def test_a_guess_is_not_kept(measured: list, monkeypatch: pytest.MonkeyPatch) ->
         assert [tile(512), tile(4096), tile(64)] == ["small", "large", "small"]
     assert [tile(512), tile(4096)] == ["narrow", "wide"]
     assert len(measured) == 2
+
+
+def test_tiles_do_not_use_up_the_time_of_whole_ways(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_spent", tuning.SECONDS)
+    assert tile(512) == "small", "a guess"
+    rows = tuning.choose("attention", (512,), ("exact", "flash"), lambda row: None, DEVICE, limited=False)
+    assert (rows, len(measured)) == ("flash", 1)
+    assert tuning._spent == tuning.SECONDS

@@ -74,11 +74,10 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
     if index is None:
         if not _may_measure() or (limited and _spent >= SECONDS):
             return candidates[0]
-        begin = time.perf_counter()
         with ALONE:
+            begin = time.perf_counter()
             index = _measure(candidates, run)
-        if limited:
-            _spent += time.perf_counter() - begin
+            _spent += (time.perf_counter() - begin) if limited else 0.0
         _remember(device, _key(kernel, shape, candidates), index)
     return candidates[index]
 
