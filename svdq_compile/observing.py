@@ -16,6 +16,7 @@ from .config import Config
 from .convert import convert
 from .fallback import is_out_of_memory
 from .input_statistics import MOMENT_ROWS
+from .lowering.packed import as_matrix
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
@@ -132,7 +133,12 @@ def run_convolution(
     """
     if isinstance(weight, QuantizedWeight):
         weight = eager.expanded(weight, weight._svdq)
-    elif isinstance(weight, nn.Parameter) and decisions.is_undecided(weight) and groups == 1:
+    elif (
+        isinstance(weight, nn.Parameter)
+        and decisions.is_undecided(weight)
+        # Not in groups, nor where a long kernel counts as several matrices: rows of patches are no inputs of those.
+        and as_matrix(weight).shape[1] == input.shape[1 - weight.dim()] * weight.shape[2:].numel()
+    ):
         rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
         decisions.statistics_of((weight,)).observe(rows)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)

@@ -256,6 +256,25 @@ def test_a_convolution_is_a_linear_over_patches(kind: str) -> None:
     assert patches(x, *sizes, most=7).shape == (min(7, len(rows)), rows.shape[1])
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(WIDTH, 1), (2 * WIDTH, 2)], ids=["one", "in groups"])
+def test_a_long_kernel_is_rounded_by_its_weight_alone(channels: int, groups: int, tmp_path: Path) -> None:
+    """One of 64 taps in a row counts as several matrices, which read no patches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(channels, WIDTH, WIDTH, groups=groups)).requires_grad_(False)
+    x = torch.randn(2, channels, 80)
+    exact = model(x)
+    seen = svdq.observe(model, lambda model: model(x), progress=False)
+    seen.save(tmp_path / "seen", progress=False)
+    known = svdq.Statistics.load(tmp_path / "seen", progress=False)
+    assert [(own.names, own.moment_rows) for own, _ in known.inputs] == [(("0",), None)]
+    other = copy.deepcopy(model)
+    (row,) = svdq.quantize(model, quiet(), calibrate=lambda model: model(x))
+    assert row.precision == "w4a16"
+    assert 1e-3 < relative_error(model(x), exact) < 0.15
+    svdq.quantize(other, quiet(), statistics=known)
+    assert torch.equal(other(x), model(x))
+
+
 def test_a_padding_that_is_a_step_of_its_own_is_observed() -> None:
     """`padding_mode` pads before the convolution; and a module called twice is one weight."""
 
