@@ -18,13 +18,14 @@ from torch._inductor.utils import run_and_get_code
 
 import svdq_compile as svdq
 import zoo
-from conftest import quiet, relative_error, run_eagerly
+from conftest import logged, quiet, relative_error, run_eagerly
 from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError
 from svdq_compile.header import UNSEALED, read_header, seal
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.layers import BETWEEN
 from svdq_compile.lowering.packed import as_matrix, expand
 from svdq_compile.parameter import QuantizedWeight
+from svdq_compile.passes.scope import OUTSIDE
 from svdq_compile.patches import patches
 from svdq_compile.sharing import _read, _written
 from svdq_compile.streaming import quantize_file
@@ -229,6 +230,42 @@ def test_statistics_without_them_are_no_hindrance() -> None:
     assert in_4_bits(model) == CONVOLUTIONS
     x = pictures(seed=5)
     assert relative_error(model(x), quantized(calibrate=None)(x)) < 0.05
+
+
+def from_before() -> svdq.Statistics:
+    """As they were before the option: a convolution outside the blocks was left as a linear there is."""
+    seen = svdq.observe(unet(), lambda model: model(pictures()), progress=False)
+    return replace(seen, others={**seen.others, **dict.fromkeys(CONVOLUTIONS, OUTSIDE)})
+
+
+def test_statistics_from_before_are_no_hindrance(tmp_path: Path) -> None:
+    from_before().save(tmp_path / "older", progress=False)
+    older = svdq.Statistics.load(tmp_path / "older", progress=False)
+    with logged("svdq_compile") as records:
+        model = quantized(calibrate=None, statistics=older)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert "not reached 4 linears" in records[0].getMessage()
+    assert ", ".join(CONVOLUTIONS) in records[0].getMessage()
+    rows = svdq.quantize(model := unet(), quiet(), statistics=older)
+    assert not in_4_bits(model)
+    assert {row.name: row.reason for row in rows if row.name in CONVOLUTIONS} == dict.fromkeys(CONVOLUTIONS, BETWEEN)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_merging_with_statistics_from_before_keeps_what_was_observed(is_first: bool) -> None:
+    newer = svdq.observe(unet(), lambda model: model(pictures()), convolutions=True, progress=False)
+    merged = svdq.Statistics.merge(*((from_before(), newer) if is_first else (newer, from_before())))
+    assert merged.others == newer.others
+    model = quantized(calibrate=None, statistics=merged)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert all(model.get_submodule(name).weight._svdq_calibrated for name in CONVOLUTIONS)
+
+
+def test_other_reasons_of_statistics_count() -> None:
+    newer = svdq.observe(unet(), lambda model: model(pictures()), convolutions=True, progress=False)
+    left = replace(newer, others={**newer.others, "down": "it is a table too"})
+    model = quantized(calibrate=None, statistics=svdq.Statistics.merge(left, newer))
+    assert in_4_bits(model) == [name for name in CONVOLUTIONS if name != "down"]
 
 
 SHAPES: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
