@@ -6,6 +6,7 @@ with that, Dynamo traces again at the next call, and the backend compiles the 4-
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -139,6 +140,27 @@ def run_convolution(
         # Not in groups, nor where a long kernel counts as several matrices: rows of patches are no inputs of those.
         and as_matrix(weight).shape[1] == input.shape[1 - weight.dim()] * weight.shape[2:].numel()
     ):
-        rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
-        decisions.statistics_of((weight,)).observe(rows)
+        _observe_patches(input.detach(), weight, stride, padding, dilation)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _observe_patches(
+    x: Tensor,
+    weight: nn.Parameter,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> None:
+    """A padded copy of the input may be more than there is memory for: it must not take what the call itself needs."""
+    try:
+        rows = patches(x, weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
+        decisions.statistics_of((weight,)).observe(rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _tell_of_memory()
+
+
+@cache
+def _tell_of_memory() -> None:
+    log.warning("svdquant: no memory to observe some convolutions in every call; their weights lose a bit more")

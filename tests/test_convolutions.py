@@ -19,6 +19,7 @@ from torch._inductor.utils import run_and_get_code
 import svdq_compile as svdq
 import zoo
 from conftest import logged, quiet, relative_error, run_eagerly
+from svdq_compile import observing
 from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError
 from svdq_compile.header import UNSEALED, read_header, seal
 from svdq_compile.kernels.formats import FORMATS, layout
@@ -291,6 +292,46 @@ def test_a_convolution_is_a_linear_over_patches(kind: str) -> None:
     rows = patches(x, *sizes, most=10**6)
     torch.testing.assert_close(rows @ as_matrix(conv.weight).t(), y.movedim(1, -1).flatten(0, -2))
     assert patches(x, *sizes, most=7).shape == (min(7, len(rows)), rows.shape[1])
+
+
+@pytest.mark.parametrize("padding", [0, "valid", (0, 0)])
+def test_nothing_is_copied_to_pad_by_nothing(padding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sizes = torch.randn(2, 5, 9, 7), ((3, 3), 2)
+    expected = patches(F.pad(x, (1, 1, 1, 1)), *sizes, padding, 1, 99)
+    assert torch.equal(patches(x, *sizes, 1, 1, 99), expected)
+    monkeypatch.setattr(F, "pad", None)
+    assert torch.equal(patches(x, *sizes, padding, 1, 6), patches(x, *sizes, 0, 1, 6))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("you can't allocate memory")])
+def test_a_call_needs_no_memory_to_be_watched(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes as it would alone; what could not be observed is rounded by its weight alone, and told once."""
+
+    def pad(*_: Any) -> Tensor:
+        raise error
+
+    observing._tell_of_memory.cache_clear()
+    x, results = pictures(), []
+    exact = unet()(x)
+    model = unet()
+    with logged("svdq_compile") as records, monkeypatch.context() as context:
+        context.setattr("svdq_compile.patches.F.pad", pad)
+        quantized(model, calibrate=lambda model: results.append(model(x)))
+    assert torch.equal(results[0], exact)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert not any(model.get_submodule(name).weight._svdq_calibrated for name in CONVOLUTIONS)
+    assert model.blocks[0].up.weight._svdq_calibrated
+    assert sum("no memory to observe" in record.getMessage() for record in records) == 1
+    assert relative_error(model(x), exact) < 0.15
+
+
+def test_other_errors_of_watching_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def patches(*_: Any) -> Tensor:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(observing, "patches", patches)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        quantized()
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(WIDTH, 1), (2 * WIDTH, 2)], ids=["one", "in groups"])
