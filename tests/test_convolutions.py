@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch._inductor.utils import run_and_get_code
 import svdq_compile as svdq
 import zoo
 from conftest import logged, quiet, relative_error, run_eagerly
-from svdq_compile import observing
+from svdq_compile import decisions, observing
 from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError
 from svdq_compile.header import UNSEALED, read_header, seal
 from svdq_compile.kernels.formats import FORMATS, layout
@@ -430,6 +431,91 @@ def test_the_whole_model_is_compiled_where_they_are_in_4_bits(capsys: pytest.Cap
     assert "compiled as a whole" in capsys.readouterr().err
     svdq.compile(quantized(), calibration_steps=1)
     assert "compiled as a whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["quantized", "loaded", "loaded from before"])
+def test_compiling_what_was_quantized_without_them_says_so(way: str, tmp_path: Path, capsys: Any) -> None:
+    """And compiles the blocks, since nothing else is in 4 bits."""
+    model = quantized(convolutions=False)
+    if way != "quantized":
+        if way == "loaded from before":
+            for name in CONVOLUTIONS:
+                decisions.leave_alone(model.get_submodule(name).weight, OUTSIDE)
+        svdq.save(model, tmp_path / "unet", progress=False)
+        model = svdq.load(unet(), tmp_path / "unet", progress=False)
+    with logged("svdq_compile", logging.WARNING) as records:
+        svdq.compile(model, convolutions=True)
+    (told,) = [record.getMessage() for record in records]
+    assert "this UNet was quantized without it, so its 4 convolutions stay in 16-bit" in told
+    assert "svdq_compile.quantize(model, convolutions=True)" in told
+    assert "compiled by its blocks" in capsys.readouterr().err
+    with logged("svdq_compile", logging.WARNING) as records:
+        svdq.compile(model)
+        svdq.compile(quantized(), convolutions=True)
+        svdq.compile(quantized(skip=["down"]), convolutions=True)
+        svdq.compile(unet(), convolutions=True)
+    assert not records
+
+
+class OnlyConvolutions(nn.Module):
+    """Of which nothing else may be quantized; in two graphs."""
+
+    _repeated_blocks = ("SiLU",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.act = nn.SiLU()
+        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.embed(x))
+        torch._dynamo.graph_break()
+        return self.conv1(x)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_summary_waits_for_them(asked: bool, without_inductor: None, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = OnlyConvolutions().eval().requires_grad_(False)
+    run = torch.compile(
+        model, backend="svdquant", options=quiet(convolutions=asked, progress=True, calibration_steps=2)
+    )
+    run(x := torch.randn(1, WIDTH, 6, 6))
+    assert ("nothing was quantized" in capsys.readouterr().err) is not asked
+    run(x)
+    run(x)
+    told = capsys.readouterr().err
+    assert "nothing was quantized" not in told
+    assert ("OnlyConvolutions: 1 linears quantized" in told) is asked
+
+
+def test_the_progress_counts_them(without_inductor: None, capsys: pytest.CaptureFixture) -> None:
+    """Two graphs without calibration: the first one's line tells of what the second one has."""
+
+    class Two(OnlyConvolutions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv0 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.conv0(x))
+
+    model = Two().eval().requires_grad_(False)
+    options = quiet(convolutions=True, progress=True, calibration_steps=0)
+    torch.compile(model, backend="svdquant", options=options)(torch.randn(1, WIDTH, 6, 6))
+    assert "quantizing 2 linears" in capsys.readouterr().err
+
+
+def test_restored_in_the_middle_they_stay(without_inductor: None) -> None:
+    """Those that were not quantized yet, too."""
+    model = unet()
+    run = torch.compile(model, backend="svdquant", options=quiet(convolutions=True, calibration_steps=2))
+    exact = run(pictures())
+    svdq.restore(model, progress=False)
+    for _ in range(3):
+        assert torch.equal(run(pictures()), exact)
+    assert not in_4_bits(model)
 
 
 def test_moving_and_casting_keep_them() -> None:
