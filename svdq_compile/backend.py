@@ -74,7 +74,7 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
         config.refuse_target("needs the whole model at once, which torch.compile's backend never sees")
         return UndecidedGraph(gm, example_inputs, inputs, config)
     model = model_of(example_inputs, models_of(gm))
-    tell_if_done(model, config.progress)
+    tell_if_done(model, config)
     kind = CompiledGraph if any(isinstance(value, QuantizedWeight) for value in example_inputs) else UndecidedGraph
     with compiling(model, config.progress):
         return kind(gm, example_inputs, inputs, config)

@@ -1,5 +1,6 @@
 """One call for any model or pipeline: `compile`."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -12,11 +13,13 @@ from .config import Config
 from .convert import warn_of_skip
 from .errors import AlreadyWrapped, NothingToQuantize
 from .given import denoisers
-from .layers import layers, matrices
+from .layers import UNASKED, layers, matrices
 from .lowering.torch_private import compile_in_place
 from .parameter import QuantizedWeight, has_quantized
 from .progress import say
 from .report import why_nothing
+
+log = logging.getLogger("svdq_compile")
 
 T = TypeVar("T")
 
@@ -46,6 +49,7 @@ def compile(model: T, config: Config | Mapping[str, Any] | None = None, **option
     if not all(has_quantized(part) for part in found.values()):
         chosen.refuse_target("needs the whole model at once, so it is quantized before it is compiled")
     warn_of_skip(list(found.values()), chosen)
+    _warn_of_convolutions(list(found.values()), chosen)
     told = [_compile(name, part, chosen) for name, part in found.items()]
     say(f"svdquant: {', '.join(told)}; {_what_comes(list(found.values()), chosen)}", chosen.progress)
     return model
@@ -60,6 +64,20 @@ def _check(name: str, model: nn.Module, config: Config) -> None:
         for matrix in matrices(model)
     ):
         raise NothingToQuantize(f"{why_nothing(model)} torch.compile(model) compiles it as it is.")
+
+
+def _warn_of_convolutions(models: list[nn.Module], config: Config) -> None:
+    """Say which of these models were quantized without the option `convolutions` that is given now."""
+    for model in filter(has_quantized, models if config.convolutions else ()):
+        left = [w for w in _between(model) if decisions.reason_of(w) in UNASKED]
+        if left:
+            log.warning(
+                "svdquant: option convolutions: this %s was quantized without it, so its %d convolutions stay in "
+                "16-bit: turn it back by svdq_compile.restore(model, state_dict), or load it anew in 16 bits, then "
+                "call svdq_compile.quantize(model, convolutions=True)",
+                type(model).__name__,
+                len(left),
+            )
 
 
 def _compile(name: str, model: nn.Module, config: Config) -> str:
@@ -80,8 +98,15 @@ def _compile(name: str, model: nn.Module, config: Config) -> str:
 
 def _has_convolutions(model: nn.Module, config: Config) -> bool:
     """Whether convolutions outside the blocks are in 4 bits, or shall be: only the whole model holds them."""
-    between = [layer.weight for layer in layers(model) if layer.is_between]
-    return any(config.convolutions or isinstance(weight, QuantizedWeight) for weight in between)
+    return any(
+        isinstance(weight, QuantizedWeight) or (config.convolutions and decisions.is_undecided(weight))
+        for weight in _between(model)
+    )
+
+
+def _between(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the convolutions outside the blocks."""
+    return [layer.weight for layer in layers(model) if layer.is_between]
 
 
 def _what_comes(models: list[nn.Module], config: Config) -> str:

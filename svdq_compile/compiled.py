@@ -90,7 +90,7 @@ class CompiledGraph:
         self._lay_out(packs)
         key = self._key(args, packs)
         model = model_of(args, models_under_way())
-        tell_if_done(model, self._config.progress)
+        tell_if_done(model, self._config)
         variant = self._variants.get(key)
         is_ready = key in self._variants and (variant is None or variant.has_run)
         with compiling(model, self._config.progress and not is_ready):

@@ -84,7 +84,7 @@ def _convert(
         _check_offloading(groups)
     await_copies(groups)
     try:
-        with quantizing(weights, config.calibration_steps == 0, config.progress):
+        with quantizing(weights, config):
             shared = share_out(tasks, quantize, switches_of, config, device)
             for task, switches in shared:
                 try:

@@ -141,9 +141,10 @@ def is_observed(weight: nn.Parameter) -> bool:
     return weight in _STATISTICS
 
 
-def may_be_quantized(weight: nn.Parameter) -> bool:
-    """Whether nothing speaks against it where a weight stands."""
-    return is_placed(weight) and _PLACES[weight].name is not None and _PLACES[weight].why_not(False) is None
+def may_be_quantized(weight: nn.Parameter, convolutions: bool) -> bool:
+    """Whether nothing speaks against it where a weight stands, by the option `convolutions` either."""
+    place = _PLACES.get(weight)
+    return place is not None and place.name is not None and place.why_not(convolutions) is None
 
 
 def forget_statistics(weights: tuple[nn.Parameter, ...]) -> None:

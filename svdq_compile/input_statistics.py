@@ -193,5 +193,11 @@ def thinned(rows: Tensor, most: int) -> Tensor:
 
 
 def evenly(rows: int, most: int, device: torch.device) -> Tensor:
-    """The numbers of `most` rows or fewer, evenly from the first to the last."""
-    return torch.linspace(0, rows - 1, min(most, rows), dtype=torch.float32, device=device).round().long()
+    """The numbers of `most` rows or fewer, evenly from the first to the last, a half to the even one. In integers:
+    float32 has not every number from 2^24 on, and devices divide it differently.
+    """
+    count = min(most, rows)
+    steps = max(count - 1, 1)
+    places = torch.arange(count, device=device) * (rows - 1)
+    whole = places // steps
+    return whole + (2 * (places % steps) + whole % 2 > steps)

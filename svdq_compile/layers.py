@@ -17,6 +17,8 @@ from .passes.peft_names import is_adapter, without_wrapper
 from .passes.scope import OUTSIDE
 
 BETWEEN = "a convolution outside the repeated blocks: see option convolutions"
+# What such a convolution's reason is where the option was off: in files from before it, that of linears there.
+UNASKED = frozenset((BETWEEN, OUTSIDE))
 
 
 @dataclass(frozen=True)

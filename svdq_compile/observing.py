@@ -6,6 +6,7 @@ with that, Dynamo traces again at the next call, and the backend compiles the 4-
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .config import Config
 from .convert import convert
 from .fallback import is_out_of_memory
 from .input_statistics import MOMENT_ROWS
+from .lowering.packed import as_matrix
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
@@ -132,7 +134,33 @@ def run_convolution(
     """
     if isinstance(weight, QuantizedWeight):
         weight = eager.expanded(weight, weight._svdq)
-    elif isinstance(weight, nn.Parameter) and decisions.is_undecided(weight) and groups == 1:
-        rows = patches(input.detach(), weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
-        decisions.statistics_of((weight,)).observe(rows)
+    elif (
+        isinstance(weight, nn.Parameter)
+        and decisions.is_undecided(weight)
+        # Not in groups, nor where a long kernel counts as several matrices: rows of patches are no inputs of those.
+        and as_matrix(weight).shape[1] == input.shape[1 - weight.dim()] * weight.shape[2:].numel()
+    ):
+        _observe_patches(input.detach(), weight, stride, padding, dilation)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _observe_patches(
+    x: Tensor,
+    weight: nn.Parameter,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> None:
+    """A padded copy of the input may be more than there is memory for: it must not take what the call itself needs."""
+    try:
+        rows = patches(x, weight.shape[2:], stride, padding, dilation, MOMENT_ROWS)
+        decisions.statistics_of((weight,)).observe(rows)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _tell_of_memory()
+
+
+@cache
+def _tell_of_memory() -> None:
+    log.warning("svdquant: no memory to observe some convolutions in every call; their weights lose a bit more")

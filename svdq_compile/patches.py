@@ -25,7 +25,9 @@ def patches(
     """
     dims = len(taps)
     strides, dilations = (_each(size, dims) for size in (stride, dilation))
-    x = F.pad(x if x.dim() == dims + 2 else x.unsqueeze(0), _padding(padding, taps, dilations))
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    around = _padding(padding, taps, dilations)
+    x = F.pad(x, around) if any(around) else x  # which copies it even where nothing is added
     for i, (size, step, between) in enumerate(zip(taps, strides, dilations, strict=True)):
         x = x.unfold(2 + i, between * (size - 1) + 1, step)[..., ::between]
     places = x.movedim(1, -1)  # [B, places..., taps..., C], a view

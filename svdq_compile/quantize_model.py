@@ -407,7 +407,7 @@ def _restore(model: nn.Module, state_dict: Mapping[str, Tensor] | None, dequanti
         thaw(weight, weight._svdq.values(weight) if value is None else value)
     renew_copies(groups_of(model))
     thawed = {id(weight) for _, weight in found}
-    decisions.turn_back(m.weight for m in matrices(model) if id(m.weight) in thawed or m.why_not(False) is None)
+    decisions.turn_back(m.weight for m in matrices(model) if id(m.weight) in thawed or m.reason is None)
     return len(found)
 
 

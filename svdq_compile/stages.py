@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import decisions
+from .config import Config
 from .layers import blocks_of
 from .progress import Activity
 from .summary import title
@@ -61,17 +62,14 @@ def observing(model: nn.Module | None, call: int, calls: int | None, visible: bo
     return Activity(lambda: doing, visible, opening=opening, since=course.begun["observing"])
 
 
-def quantizing(weights: Sequence[nn.Parameter], whole: bool, visible: bool) -> AbstractContextManager:
-    """Weights of one model are quantized.
-
-    whole  whether the others of the model, of which nothing was observed, will follow
-    """
-    if not visible or not weights:
+def quantizing(weights: Sequence[nn.Parameter], config: Config) -> AbstractContextManager:
+    """Weights of one model are quantized. Where nothing is to be observed, the others of the model will follow."""
+    if not config.progress or not weights:
         return nullcontext()
     model = decisions.model_of(weights)
     course = _course(model)
     if "quantizing" not in course.begun:
-        course.waiting = list(_waiting(model, weights, whole))
+        course.waiting = list(_waiting(model, weights, config))
     _, parts, kind = course.blocks()
     count = f"{parts} {kind}{'s' * (parts != 1)}"
     opening = course.begin("quantizing", f"{title(model)}: quantizing {count}")
@@ -83,7 +81,7 @@ def quantizing(weights: Sequence[nn.Parameter], whole: bool, visible: bool) -> A
         left = f", about {seconds:.0f} s left" if seconds >= 1 else ""
         return f"{title(model)}: quantizing {done} of {count}{left}"
 
-    return Activity(doing, visible, opening=opening, since=since)
+    return Activity(doing, config.progress, opening=opening, since=since)
 
 
 def compiling(model: nn.Module | None, visible: bool) -> AbstractContextManager:
@@ -111,13 +109,17 @@ def _course(model: nn.Module | None) -> _Course:
 
 
 def _waiting(
-    model: nn.Module | None, weights: Iterable[nn.Parameter], whole: bool
+    model: nn.Module | None, weights: Iterable[nn.Parameter], config: Config
 ) -> Iterable[tuple[ref[nn.Parameter], str | None]]:
     """The undecided weights among these, and those of the rest of the model that were observed, or all of them."""
+
+    def will_follow(weight: nn.Parameter) -> bool:
+        return config.calibration_steps == 0 and decisions.may_be_quantized(weight, config.convolutions)
+
     blocks = {} if model is None else blocks_of(model)
     own = {id(weight): weight for weight in weights}
     rest = () if model is None else model.parameters()
-    own |= {id(w): w for w in rest if decisions.is_observed(w) or (whole and decisions.may_be_quantized(w))}
+    own |= {id(w): w for w in rest if decisions.is_observed(w) or will_follow(w)}
     for weight in own.values():
         if decisions.is_undecided(weight):
             name = decisions.name_of(weight) or ""

@@ -27,7 +27,7 @@ from .errors import FileRefused, OptionError, OtherModel
 from .given import model_in
 from .header import check_digest, parsed, part, version_in
 from .input_statistics import InputStatistics, Moment
-from .layers import BETWEEN, matrices
+from .layers import BETWEEN, UNASKED, matrices
 from .lowering.packed import as_matrix
 from .progress import steps
 from .reading import opened, unchanged
@@ -76,7 +76,8 @@ class Statistics:
 
     model_class  of the model
     inputs       what they are, and what was seen of each
-    others       linears that must stay 16-bit, and why
+    others       linears that must stay 16-bit, and why; in files from before the option `convolutions` also what that
+                 takes, which does not count
     """
 
     model_class: str
@@ -108,7 +109,8 @@ class Statistics:
 
     def tasks(self, model: nn.Module) -> list[Task]:
         """What is to be quantized together in a model that was not observed. Raises OtherModel."""
-        weights = {layer.name: layer.weight for layer in matrices(model)}
+        found = {layer.name: layer for layer in matrices(model)}
+        weights = {name: layer.weight for name, layer in found.items()}
         for name in (*(name for known, _ in self.inputs for name in known.names), *self.others):
             if name not in weights:
                 raise OtherModel(f"they have a linear {name}, a {self.model_class}'s, which this model has not")
@@ -117,13 +119,14 @@ class Statistics:
                 if tuple(weights[name].shape) != shape:
                     raise OtherModel(f"{name} is {shape} in them, {tuple(weights[name].shape)} in this model")
         for name, reason in self.others.items():
-            if decisions.is_undecided(weights[name]):
+            is_unasked = found[name].is_between and reason in UNASKED
+            if decisions.is_undecided(weights[name]) and not is_unasked:
                 decisions.leave_alone(weights[name], reason)
-        found = [
+        tasks = [
             Task(tuple(weights[n] for n in own.names), own.names, own.few_rows, own.shift, seen, own.expanded)
             for own, seen in self.inputs
         ]
-        return [task for task in found if task.undecided]
+        return [task for task in tasks if task.undecided]
 
     @staticmethod
     def merge(*parts: "Statistics") -> "Statistics":
@@ -145,7 +148,13 @@ class Statistics:
             for name in names:
                 if owner.setdefault(name, names) != names:
                     raise OtherModel(f"{name} shares its input with {', '.join(owner[name])} in some, not in others")
-        others = {name: reason for one in parts for name, reason in one.others.items()}
+        convolutions = {name for one in parts for known, _ in one.inputs if known.expanded for name in known.names}
+        others = {
+            name: reason
+            for one in parts
+            for name, reason in one.others.items()
+            if not (name in convolutions and reason in UNASKED)
+        }
         return Statistics(parts[0].model_class, tuple(_merged(same) for same in together.values()), others)
 
     def save(self, path: str | os.PathLike, *, progress: bool = True) -> None:

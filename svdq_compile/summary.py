@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import decisions
+from .config import Config
 from .kernels.formats import FORMATS
 from .layers import layers
 from .parameter import has_quantized
@@ -19,7 +20,7 @@ from .report import LayerReport, report
 _TITLES = WeakIdKeyDictionary()  # model -> its title
 _TOLD = WeakIdKeyDictionary()  # model -> the last line of it
 _CURRENT = WeakIdKeyDictionary()  # models of which nothing was decided since their last line
-_WAITING = WeakIdKeyDictionary()  # model -> decisions.left_alone() when some of its layers were undecided
+_WAITING = WeakIdKeyDictionary()  # model -> left_alone() and the option convolutions when some layers were undecided
 _LARGE = 2**26  # bytes: what stays 16-bit and takes more is told with its size
 
 
@@ -95,21 +96,25 @@ def tell_again(model: nn.Module, visible: bool) -> None:
     tell(model, visible)
 
 
-def tell_if_done(model: nn.Module | None, visible: bool) -> None:
+def tell_if_done(model: nn.Module | None, config: Config) -> None:
     """Say the line once the first of a model's layers is quantized, or none will be."""
-    if model is not None and model not in _CURRENT and (has_quantized(model) or not _is_waiting(model)):
-        tell(model, visible)
+    if model is None or model in _CURRENT:
+        return
+    if has_quantized(model) or not _is_waiting(model, config.convolutions):
+        tell(model, config.progress)
 
 
-def _is_waiting(model: nn.Module) -> bool:
+def _is_waiting(model: nn.Module, convolutions: bool) -> bool:
     """Whether some layer may still be quantized. Asked before calls of 16-bit graphs, and a large model's tree takes a
     tenth of a second, so it is looked through again only once something was decided.
     """
-    if _WAITING.get(model) == decisions.left_alone():
+    known = decisions.left_alone(), convolutions
+    if _WAITING.get(model) == known:
         return True
-    is_waiting = any(layer.why_not(False) is None and decisions.is_undecided(layer.weight) for layer in layers(model))
+    waiting = (layer for layer in layers(model) if decisions.is_undecided(layer.weight))
+    is_waiting = any(layer.why_not(convolutions) is None for layer in waiting)
     if is_waiting:
-        _WAITING[model] = decisions.left_alone()
+        _WAITING[model] = known
     return is_waiting
 
 

@@ -45,7 +45,7 @@ class UndecidedGraph:
         decisions.note_compiled_anew(args)
         if self._is_undecided(args):
             return self._observe(args)
-        tell_if_done(decisions.model_of(args), self._config.progress)  # of another model than it was compiled for, too
+        tell_if_done(decisions.model_of(args), self._config)  # of another model than it was compiled for, too
         if self._for_all_sizes is not None:
             return self._for_all_sizes(*args)
         key = tuple(args[i] for i in self._sizes)

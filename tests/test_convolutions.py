@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +19,15 @@ from torch._inductor.utils import run_and_get_code
 
 import svdq_compile as svdq
 import zoo
-from conftest import quiet, relative_error, run_eagerly
+from conftest import logged, quiet, relative_error, run_eagerly
+from svdq_compile import decisions, observing
 from svdq_compile.errors import FileRefused, NonFiniteWeight, OptionError
 from svdq_compile.header import UNSEALED, read_header, seal
 from svdq_compile.kernels.formats import FORMATS, layout
 from svdq_compile.layers import BETWEEN
 from svdq_compile.lowering.packed import as_matrix, expand
 from svdq_compile.parameter import QuantizedWeight
+from svdq_compile.passes.scope import OUTSIDE
 from svdq_compile.patches import patches
 from svdq_compile.sharing import _read, _written
 from svdq_compile.streaming import quantize_file
@@ -231,6 +234,42 @@ def test_statistics_without_them_are_no_hindrance() -> None:
     assert relative_error(model(x), quantized(calibrate=None)(x)) < 0.05
 
 
+def from_before() -> svdq.Statistics:
+    """As they were before the option: a convolution outside the blocks was left as a linear there is."""
+    seen = svdq.observe(unet(), lambda model: model(pictures()), progress=False)
+    return replace(seen, others={**seen.others, **dict.fromkeys(CONVOLUTIONS, OUTSIDE)})
+
+
+def test_statistics_from_before_are_no_hindrance(tmp_path: Path) -> None:
+    from_before().save(tmp_path / "older", progress=False)
+    older = svdq.Statistics.load(tmp_path / "older", progress=False)
+    with logged("svdq_compile") as records:
+        model = quantized(calibrate=None, statistics=older)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert "not reached 4 linears" in records[0].getMessage()
+    assert ", ".join(CONVOLUTIONS) in records[0].getMessage()
+    rows = svdq.quantize(model := unet(), quiet(), statistics=older)
+    assert not in_4_bits(model)
+    assert {row.name: row.reason for row in rows if row.name in CONVOLUTIONS} == dict.fromkeys(CONVOLUTIONS, BETWEEN)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_merging_with_statistics_from_before_keeps_what_was_observed(is_first: bool) -> None:
+    newer = svdq.observe(unet(), lambda model: model(pictures()), convolutions=True, progress=False)
+    merged = svdq.Statistics.merge(*((from_before(), newer) if is_first else (newer, from_before())))
+    assert merged.others == newer.others
+    model = quantized(calibrate=None, statistics=merged)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert all(model.get_submodule(name).weight._svdq_calibrated for name in CONVOLUTIONS)
+
+
+def test_other_reasons_of_statistics_count() -> None:
+    newer = svdq.observe(unet(), lambda model: model(pictures()), convolutions=True, progress=False)
+    left = replace(newer, others={**newer.others, "down": "it is a table too"})
+    model = quantized(calibrate=None, statistics=svdq.Statistics.merge(left, newer))
+    assert in_4_bits(model) == [name for name in CONVOLUTIONS if name != "down"]
+
+
 SHAPES: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "3x3": (nn.Conv2d, (2, 5, 9, 7), {"kernel_size": 3, "padding": 1}),
     "in steps and apart": (
@@ -254,6 +293,65 @@ def test_a_convolution_is_a_linear_over_patches(kind: str) -> None:
     rows = patches(x, *sizes, most=10**6)
     torch.testing.assert_close(rows @ as_matrix(conv.weight).t(), y.movedim(1, -1).flatten(0, -2))
     assert patches(x, *sizes, most=7).shape == (min(7, len(rows)), rows.shape[1])
+
+
+@pytest.mark.parametrize("padding", [0, "valid", (0, 0)])
+def test_nothing_is_copied_to_pad_by_nothing(padding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sizes = torch.randn(2, 5, 9, 7), ((3, 3), 2)
+    expected = patches(F.pad(x, (1, 1, 1, 1)), *sizes, padding, 1, 99)
+    assert torch.equal(patches(x, *sizes, 1, 1, 99), expected)
+    monkeypatch.setattr(F, "pad", None)
+    assert torch.equal(patches(x, *sizes, padding, 1, 6), patches(x, *sizes, 0, 1, 6))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("you can't allocate memory")])
+def test_a_call_needs_no_memory_to_be_watched(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes as it would alone; what could not be observed is rounded by its weight alone, and told once."""
+
+    def pad(*_: Any) -> Tensor:
+        raise error
+
+    observing._tell_of_memory.cache_clear()
+    x, results = pictures(), []
+    exact = unet()(x)
+    model = unet()
+    with logged("svdq_compile") as records, monkeypatch.context() as context:
+        context.setattr("svdq_compile.patches.F.pad", pad)
+        quantized(model, calibrate=lambda model: results.append(model(x)))
+    assert torch.equal(results[0], exact)
+    assert in_4_bits(model) == CONVOLUTIONS
+    assert not any(model.get_submodule(name).weight._svdq_calibrated for name in CONVOLUTIONS)
+    assert model.blocks[0].up.weight._svdq_calibrated
+    assert sum("no memory to observe" in record.getMessage() for record in records) == 1
+    assert relative_error(model(x), exact) < 0.15
+
+
+def test_other_errors_of_watching_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def patches(*_: Any) -> Tensor:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(observing, "patches", patches)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        quantized()
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(WIDTH, 1), (2 * WIDTH, 2)], ids=["one", "in groups"])
+def test_a_long_kernel_is_rounded_by_its_weight_alone(channels: int, groups: int, tmp_path: Path) -> None:
+    """One of 64 taps in a row counts as several matrices, which read no patches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(channels, WIDTH, WIDTH, groups=groups)).requires_grad_(False)
+    x = torch.randn(2, channels, 80)
+    exact = model(x)
+    seen = svdq.observe(model, lambda model: model(x), progress=False)
+    seen.save(tmp_path / "seen", progress=False)
+    known = svdq.Statistics.load(tmp_path / "seen", progress=False)
+    assert [(own.names, own.moment_rows) for own, _ in known.inputs] == [(("0",), None)]
+    other = copy.deepcopy(model)
+    (row,) = svdq.quantize(model, quiet(), calibrate=lambda model: model(x))
+    assert row.precision == "w4a16"
+    assert 1e-3 < relative_error(model(x), exact) < 0.15
+    svdq.quantize(other, quiet(), statistics=known)
+    assert torch.equal(other(x), model(x))
 
 
 def test_a_padding_that_is_a_step_of_its_own_is_observed() -> None:
@@ -333,6 +431,91 @@ def test_the_whole_model_is_compiled_where_they_are_in_4_bits(capsys: pytest.Cap
     assert "compiled as a whole" in capsys.readouterr().err
     svdq.compile(quantized(), calibration_steps=1)
     assert "compiled as a whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["quantized", "loaded", "loaded from before"])
+def test_compiling_what_was_quantized_without_them_says_so(way: str, tmp_path: Path, capsys: Any) -> None:
+    """And compiles the blocks, since nothing else is in 4 bits."""
+    model = quantized(convolutions=False)
+    if way != "quantized":
+        if way == "loaded from before":
+            for name in CONVOLUTIONS:
+                decisions.leave_alone(model.get_submodule(name).weight, OUTSIDE)
+        svdq.save(model, tmp_path / "unet", progress=False)
+        model = svdq.load(unet(), tmp_path / "unet", progress=False)
+    with logged("svdq_compile", logging.WARNING) as records:
+        svdq.compile(model, convolutions=True)
+    (told,) = [record.getMessage() for record in records]
+    assert "this UNet was quantized without it, so its 4 convolutions stay in 16-bit" in told
+    assert "svdq_compile.quantize(model, convolutions=True)" in told
+    assert "compiled by its blocks" in capsys.readouterr().err
+    with logged("svdq_compile", logging.WARNING) as records:
+        svdq.compile(model)
+        svdq.compile(quantized(), convolutions=True)
+        svdq.compile(quantized(skip=["down"]), convolutions=True)
+        svdq.compile(unet(), convolutions=True)
+    assert not records
+
+
+class OnlyConvolutions(nn.Module):
+    """Of which nothing else may be quantized; in two graphs."""
+
+    _repeated_blocks = ("SiLU",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.act = nn.SiLU()
+        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.embed(x))
+        torch._dynamo.graph_break()
+        return self.conv1(x)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_summary_waits_for_them(asked: bool, without_inductor: None, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = OnlyConvolutions().eval().requires_grad_(False)
+    run = torch.compile(
+        model, backend="svdquant", options=quiet(convolutions=asked, progress=True, calibration_steps=2)
+    )
+    run(x := torch.randn(1, WIDTH, 6, 6))
+    assert ("nothing was quantized" in capsys.readouterr().err) is not asked
+    run(x)
+    run(x)
+    told = capsys.readouterr().err
+    assert "nothing was quantized" not in told
+    assert ("OnlyConvolutions: 1 linears quantized" in told) is asked
+
+
+def test_the_progress_counts_them(without_inductor: None, capsys: pytest.CaptureFixture) -> None:
+    """Two graphs without calibration: the first one's line tells of what the second one has."""
+
+    class Two(OnlyConvolutions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv0 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.conv0(x))
+
+    model = Two().eval().requires_grad_(False)
+    options = quiet(convolutions=True, progress=True, calibration_steps=0)
+    torch.compile(model, backend="svdquant", options=options)(torch.randn(1, WIDTH, 6, 6))
+    assert "quantizing 2 linears" in capsys.readouterr().err
+
+
+def test_restored_in_the_middle_they_stay(without_inductor: None) -> None:
+    """Those that were not quantized yet, too."""
+    model = unet()
+    run = torch.compile(model, backend="svdquant", options=quiet(convolutions=True, calibration_steps=2))
+    exact = run(pictures())
+    svdq.restore(model, progress=False)
+    for _ in range(3):
+        assert torch.equal(run(pictures()), exact)
+    assert not in_4_bits(model)
 
 
 def test_moving_and_casting_keep_them() -> None:

@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from svdq_compile import decisions, sharing
 from svdq_compile.checkpoint import contents
 from svdq_compile.errors import FileRefused, NothingToQuantize, OptionError, OtherModel
 from svdq_compile.header import read_header
-from svdq_compile.input_statistics import MAX_ROWS, InputStatistics
+from svdq_compile.input_statistics import MAX_ROWS, InputStatistics, evenly
 from svdq_compile.quantizer import TRIAL_ROWS
 from svdq_compile.statistics import Statistics
 from svdq_compile.task import Task
@@ -72,6 +73,14 @@ def test_the_fingerprint_is_of_all_that_quantizing_reads(whole: Statistics) -> N
     assert other.fingerprint() != whole.fingerprint()
     turned = replace(other, others=dict(reversed(other.others.items())))
     assert turned.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 6, 512, 4096, 5001, 2**24 + 2, 2**31 + 9])
+@pytest.mark.parametrize("most", [1, 3, 512, 4096])
+def test_rows_are_chosen_evenly_of_any_number(rows: int, most: int) -> None:
+    count = min(rows, most)
+    expected = [round(Fraction(i * (rows - 1), max(count - 1, 1))) for i in range(count)]
+    assert evenly(rows, most, torch.device("cpu")).tolist() == expected
 
 
 @pytest.fixture(scope="module")
