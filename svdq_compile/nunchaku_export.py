@@ -1,6 +1,7 @@
 """A quantized model as a checkpoint that Nunchaku reads: its single file, or a folder of diffusers' nunchaku_lite.
 
-Integers, scales, smoothing factors and low-rank branches are written as they are. What their formats have no place for
+Integers, scales, smoothing factors and low-rank branches are written as they are, but for powers of two where the
+file's dtype is too narrow (nunchaku_range.py). What their formats have no place for
 goes in 16 bits, and what they want otherwise is coded anew; both are told.
 """
 
@@ -37,6 +38,7 @@ from .nunchaku_linear import (
     unpack,
     write,
 )
+from .nunchaku_range import in_range
 from .parameter import QuantizedWeight
 from .passes.activations import GELU_SHIFT
 from .passes.peft_names import is_adapter, without_adapters
@@ -98,6 +100,7 @@ def _write_single(model: nn.Module, path: Path, progress: bool) -> None:
     architecture = _architecture(model)
     content, skipped = _for_engine(model, architecture)
     precision, rank, dtype = _common(content)
+    _bring_in_range(content, dtype)
     tensors = _tensors(content, rank, dtype, architecture.legacy, progress)
     metadata = {
         "model_class": architecture.engines[0],
@@ -117,6 +120,7 @@ def _write_lite(model: nn.Module, folder: Path, progress: bool) -> None:
         raise OptionError(f"{folder} holds other weights ({others[0]}): give a folder of its own")
     content = _for_lite(model)
     precision, rank, dtype = _common(content)
+    _bring_in_range(content, dtype)
     tensors = _tensors(content, rank, dtype, False, progress)
     for name, (linear, _, sizes) in content.modules.items():
         tensors.pop(f"{name}.smooth_factor_orig", None)
@@ -354,6 +358,12 @@ def _common(content: _Content) -> tuple[str, int, torch.dtype]:
             f"the model is {dtype}, and Nunchaku's files are bfloat16 or float16: cast it first, with .to"
         )
     return next(iter(names)), rank, dtype
+
+
+def _bring_in_range(content: _Content, dtype: torch.dtype) -> None:
+    for name, (linear, rule, sizes) in content.modules.items():
+        if linear.precision in W4A4_FORMATS:
+            content.modules[name] = in_range(linear, name, dtype), rule, sizes
 
 
 def _tensors(content: _Content, rank: int, dtype: torch.dtype, legacy: bool, progress: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import compiled, relative_error
-from svdq_compile import quantizer
+from svdq_compile import input_transform, quantizer
 from svdq_compile.config import Config
 from svdq_compile.errors import FileRefused
 from svdq_compile.header import check_layout, read_header
@@ -199,6 +199,46 @@ def test_the_peak_of_nvfp4s_inputs_leaves_room_for_others() -> None:
     peak = float((x / smooth).abs().amax())
     assert nvfp4.PEAK / 2 <= peak < nvfp4.PEAK
     assert 20 * peak < nvfp4.E4M3_MAX * nvfp4.E2M1_MAX
+
+
+def beside_a_loud_channel(rows: int, loud: float, seed: int) -> Tensor:
+    x = with_outliers(rows, 128, seed)
+    x[:, 5] *= loud
+    return x
+
+
+def unmoved(monkeypatch: pytest.MonkeyPatch, x: Tensor, w: Tensor, **options) -> Quantized:
+    """By smoothing factors as they are without regard to e4m3."""
+    with monkeypatch.context() as patch:
+        patch.setattr(input_transform, "_within_reach", lambda smooth, *_: [smooth])
+        return quantized(x, w, "nvfp4", **options)
+
+
+@pytest.mark.parametrize("rows", [32, 128], ids=["few-rows", "rows-to-try"])
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("loud", [1e3, 1e5, 1e7])
+def test_a_loud_channel_that_nothing_reads_takes_nothing_from_others(
+    monkeypatch: pytest.MonkeyPatch, loud: float, smooth: bool, rows: int
+) -> None:
+    w = matrix(32, 128)
+    w[:, 5] = 0
+    known, new = beside_a_loud_channel(rows, loud, 0), beside_a_loud_channel(64, loud, 1)
+    result, before = quantized(known, w, "nvfp4", smooth=smooth), unmoved(monkeypatch, known, w, smooth=smooth)
+    assert loss(result, w, new) < 1.02 * loss(before, w, new)
+
+
+@pytest.mark.parametrize("rows", [32, 128], ids=["few-rows", "rows-to-try"])
+@pytest.mark.parametrize("loud", [300.0, 2e3, 1e5])
+def test_others_beside_a_loud_channel_keep_their_scales(
+    monkeypatch: pytest.MonkeyPatch, loud: float, rows: int
+) -> None:
+    """Measured where the channel is as loud as they are, too: they have not become zeros."""
+    w, known = matrix(32, 128), beside_a_loud_channel(rows, loud, 0)
+    result, before = quantized(known, w, "nvfp4", smooth=False), unmoved(monkeypatch, known, w, smooth=False)
+    for now in (1.0, loud):
+        new = beside_a_loud_channel(64, now, 1)
+        if loud < 1e4 or now == loud:  # else nothing holds both
+            assert loss(result, w, new) < 1.02 * loss(before, w, new)
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "int4"])
