@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from expecttest import TestCase
+from fusion_testing import run, run_as_aten
 from test_passes import show
 from torch import Tensor, fx, nn
 from torch._inductor.utils import run_and_get_code
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import compiled
+from svdq_compile import compiled as compiled_module
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.passes import fuse, pipeline
 from svdq_compile.passes.join_exchanges import join_exchanges
@@ -92,7 +94,7 @@ def read_early(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def computed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """No copies: what Inductor computes to send it."""
+    """Not copied to be sent: in 4 bits this is in an epilogue."""
     return tuple(exchanged(x.flatten(2).unflatten(1, (RANKS, -1)) * 2.0).exp() for x in (q, k, v))
 
 
@@ -148,7 +150,6 @@ CASES: list[tuple[Callable, int]] = [
     (unflattened, 1),
     (with_a_reader, 1),
     (read_early, 1),
-    (computed, 1),
     (lambda q, k, v: ulysses(q, k[..., :2, :], v[..., :2, :]), 2),  # fewer heads
     (lambda q, k, v: attention(mine(q[:, :4]), mine(k), mine(v)), 2),  # fewer tokens
     (lambda q, k, v: attention(mine(q), mine(k), mine(v, "1")), 2),  # another group
@@ -161,6 +162,7 @@ CASES: list[tuple[Callable, int]] = [
     (returned, 3),
     (as_rows, 3),
     (as_they_came, 3),
+    (computed, 3),
     (written, 3),
     (lambda q, k, v: tuple(exchanged(x).exp() for x in (q, k, v)), 3),  # what others hold is sent as it is
     (lambda q, k, v: ulysses(*(x[..., :4].contiguous() for x in (q, k, v))), 3),  # rows of 8 bytes
@@ -346,6 +348,50 @@ def test_a_graph_in_16_bits_sends_as_one_in_4_bits(monkeypatch: pytest.MonkeyPat
     (rewrite,) = rewrites
     rewrite(gm)
     assert exchanges(gm) == 1
+
+
+class Layers(nn.Module):
+    """What `send` does with its linears, and a linear of that."""
+
+    def __init__(self, send: Callable) -> None:
+        super().__init__()
+        self.send = send
+        self.q, self.k, self.v, self.gate = (nn.Linear(128, HEADS * CHANNELS) for _ in range(4))
+        self.o = nn.Linear(HEADS * CHANNELS, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.send(self, x).reshape(1, -1, HEADS * CHANNELS))
+
+
+def product(model: Layers, x: Tensor, send: Callable) -> Tensor:
+    return exchanged(send(model.q(x))) * exchanged(send(model.k(x)))
+
+
+def heads_of(model: Layers, x: Tensor) -> Tensor:
+    return ulysses(*(layer(x).unflatten(-1, (HEADS, CHANNELS)) for layer in (model.q, model.k, model.v)))
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize(
+    ("send", "left"),
+    [
+        (heads_of, 1),
+        (lambda model, x: product(model, x, lambda y: y), 2),
+        (lambda model, x: product(model, x, F.gelu), 2),
+        (lambda model, x: product(model, x, lambda y: y * 0.3), 2),
+        (lambda model, x: product(model, x, lambda y: F.silu(model.gate(x)) * y), 2),
+    ],
+)
+def test_whatever_is_quantized(send: Callable, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that quantize each for itself may leave other layers in 16 bits."""
+    graphs = run_as_aten(monkeypatch)
+    monkeypatch.setattr("svdq_compile.undecided.compile_with_inductor", compiled_module.compile_with_inductor)
+    for skip in ([], ["q"], ["q", "k", "v"], ["o"], ["*"]):
+        del graphs[:]
+        run(
+            Layers(send).to(torch.bfloat16), (torch.randn(1, TOKENS, 128).to(torch.bfloat16),), skip=skip, group="alone"
+        )
+        assert [exchanges(gm) for gm in graphs] == [left], skip
 
 
 class TestGraph(TestCase):
