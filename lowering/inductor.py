@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import list_mode_options
+from torch._inductor import config, list_mode_options
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.codegen.wrapper import ExternKernelAllocLine
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_iter
 
@@ -32,7 +32,8 @@ def compile_with_inductor(
 
     rewrite  what to do with the aten graph that Inductor has made of it, once decomposed and functional. Inductor's
              caches know it by the sources of its folder, of this one and of kernels/, and by SVDQ_KERNELS: while
-             these stay, equal graphs must come out alike.
+             these stay, equal graphs must come out alike. What somebody has set torch._inductor.config's
+             post_grad_custom_pre_pass to runs before it.
     """
     _call_by_sites()
     patches = dict(list_mode_options(mode)) if mode not in (None, "default") else {}
@@ -76,15 +77,24 @@ def _symbols(node: Any) -> set[Any]:
 
 
 def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
+    theirs: Any = config.post_grad_custom_pre_pass or ()
+    theirs = tuple(theirs) if isinstance(theirs, list | tuple) else (theirs,)  # more than one: since torch 2.13
+
     class AtenPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
+            for their in theirs:
+                their(graph, **({"is_inference": True} if isinstance(their, CustomInferenceAwareGraphPass) else {}))
             assert graph.owning_module is not None
             rewrite(graph.owning_module)
 
         def uuid(self) -> Any:
+            """None, which keeps the code out of Inductor's caches, where they do not know a pass of theirs."""
+            known = [their.uuid() if isinstance(their, CustomGraphPass) else None for their in theirs]
+            if not all(known):
+                return None
             function, options = getattr(rewrite, "func", rewrite), getattr(rewrite, "keywords", {})
             sources = _sources(Path(inspect.getfile(function)).parent)
-            return get_hash_for_files(sources), repr(options), os.environ.get("SVDQ_KERNELS", "")
+            return get_hash_for_files(sources), repr(options), os.environ.get("SVDQ_KERNELS", ""), *known
 
     return AtenPass()
 

@@ -12,7 +12,8 @@ strides of a result but the last are those of before, times the number: attentio
 writes the copies that were made to be sent into their places in one buffer.
 
 The ranks must decide alike. So only parts of one size are joined, where every rank sends as much as every other; where
-they are uneven, sizes that are equal here need not be so there.
+they are uneven, sizes that are equal here need not be so there. And only copies are: what is computed to be sent may be
+in an epilogue here, and not where the layer stayed in 16 bits.
 
 Left alone: exchanges that depend on one another, or have another collective between them; other groups, dtypes, shapes;
 what was not copied to be sent, or is read by others too, since it would have to be copied once more; results that the
@@ -30,7 +31,7 @@ from ..lowering.torch_private import describe
 from .order import collectives, sort_topologically, waits
 from .pipeline import log
 from .restrided import restrided
-from .vocabulary import aten, operation, same_shape
+from .vocabulary import aten, same_shape
 from .writes import may_write
 
 ALIGNMENT = 16  # bytes, of where rows begin: kernels load so many at once
@@ -101,11 +102,10 @@ class _Exchange:
 
 
 def _copy(node: fx.Node) -> fx.Node | None:
-    """What Inductor's own code writes for this reader alone, views in between."""
+    """The copy that was made for this reader alone, views in between."""
     while node.target in _SHAPES and len(node.users) == 1:
         node = node.args[0]  # type: ignore[assignment]
-    is_written = node.target is aten.clone.default or operation(node) is not None
-    return node if is_written and len(node.users) == 1 else None
+    return node if node.target is aten.clone.default and len(node.users) == 1 else None
 
 
 def _size(split: Any) -> Any:

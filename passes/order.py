@@ -10,10 +10,13 @@ from torch import fx
 
 from .subgraphs import bodies
 
+# Of torch's functional collectives. The second has those that know gradients: in torch 2.13 the first do.
+_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd")
+
 
 def sends(node: fx.Node) -> bool:
     """Whether it is one of torch's functional collectives, the waiting for their results included."""
-    return getattr(node.target, "namespace", None) == "_c10d_functional"
+    return getattr(node.target, "namespace", None) in _NAMESPACES
 
 
 def waits(node: fx.Node) -> bool:
@@ -21,10 +24,10 @@ def waits(node: fx.Node) -> bool:
     return sends(node) and node.target.name().endswith("::wait_tensor")  # type: ignore[union-attr]
 
 
-def may_send(gm: fx.GraphModule, collective: str = "") -> bool:
-    """Whether a graph, as Dynamo made it, has collectives, or those whose name begins so; in subgraphs too."""
-    name = f"_c10d_functional.{collective}"
-    return any(str(n.target).startswith(name) for n in gm.graph.nodes) or any(
+def may_send(gm: fx.GraphModule, collective: str) -> bool:
+    """Whether a graph, as Dynamo made it, has collectives whose name begins so; in subgraphs too."""
+    names = tuple(f"{namespace}.{collective}" for namespace in _NAMESPACES)
+    return any(str(n.target).startswith(names) for n in gm.graph.nodes) or any(
         may_send(b, collective) for b in bodies(gm)
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .config import Config
 from .errors import TangentsNeeded, WeightsReleased
-from .fallback import cause_of, go_on, is_out_of_memory
+from .fallback import cause_of, go_on, is_out_of_memory, refuse_to_send_alone
 from .lowering import kernel_table
 from .lowering.inductor import compile_with_inductor
 from .lowering.packed import PackedLinear, form, side_by_side
@@ -25,7 +25,6 @@ from .observing import ObservingGraph
 from .pace import Pace
 from .parameter import QuantizedWeight, is_kept, is_stale, thaw
 from .passes import fuse, pipeline, quantizing
-from .passes.order import may_send
 from .passes.quantize_linears import PackedInput
 from .passes.subgraphs import placeholders
 from .passes.weight_groups import WeightInputs
@@ -37,6 +36,7 @@ from .summary import tell_if_done
 log = logging.getLogger("svdq_compile")
 
 LEAVE = 'Leave the layer in 16-bit, with the option skip=["{}"].'
+FIRST_CALL = "the first call of a compiled graph"
 EAGERLY = "it runs eagerly, what is quantized in 4 bits"
 
 
@@ -119,16 +119,17 @@ class CompiledGraph:
 
     def _without(self, key: tuple, error: Exception, args: tuple) -> Any:
         """The first call of compiled code has failed: run the graph eagerly, from now on. If that fails as well it was
-        the call's fault; and where a call may have written to its inputs already, or sent something to other ranks, it
-        is not repeated.
+        the call's fault; where a call may have written to its inputs already it is not repeated, nor where it would
+        send otherwise than on ranks where it has not failed.
         """
-        if not self._config.fallback or may_send(self._gm):
+        if not self._config.fallback:
             raise error
+        refuse_to_send_alone(error, FIRST_CALL, self._config, self._gm)
         if may_write(self._gm):
             self._variants[key] = None
             raise error
         result = eagerly(self._gm)(*args)
-        go_on(error, "the first call of a compiled graph", EAGERLY, self._config)
+        go_on(error, FIRST_CALL, EAGERLY, self._config)
         self._variants[key] = None
         return result
 

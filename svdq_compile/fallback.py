@@ -22,20 +22,20 @@ def go_on(error: Exception, what: str, then: str, config: Config, graph: fx.Grap
     Raised are mistakes of the user's, which have a class in errors.py; want of memory, since whatever comes instead
     would want it too, and another call may find more; what Dynamo sends to itself; a graph that SVDQ_VERIFY found
     broken; a `graph` that could not be compiled and would exchange otherwise with ranks where it was
-    (passes/join_exchanges.py); and everything with fallback=False.
+    (`refuse_to_send_alone`); and everything with fallback=False.
     """
     cause = cause_of(error)
     if isinstance(cause, WeightsReleased):
         # The graph reads a weight otherwise than as a linear: perhaps only to move it. Run eagerly, that is done, or
         # refused, when it comes to it.
+        refuse_to_send_alone(error, what, config, graph)
         log.info("%s, so %s", cause, then)
         return
     if isinstance(cause, SvdqError) or is_out_of_memory(cause):
         raise cause
     if not config.fallback or isinstance(cause, BrokenGraph) or is_for_dynamo(error):
         raise error
-    if graph is not None and "exchanges" in config.fusions and may_send(graph, "all_to_all_single"):
-        raise SendsAlone(what, cause, [name for name in config.fusions if name != "exchanges"]) from error
+    refuse_to_send_alone(error, what, config, graph)
     log.warning(
         "svdquant: %s failed, so %s (options={'fallback': False} raises instead): %s: %s",
         what,
@@ -44,6 +44,17 @@ def go_on(error: Exception, what: str, then: str, config: Config, graph: fx.Grap
         cause,
         exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
     )
+
+
+def refuse_to_send_alone(error: Exception, what: str, config: Config, graph: fx.GraphModule | None) -> None:
+    """Raise SendsAlone if a graph that runs eagerly, since `what` failed, sends otherwise than where it is compiled."""
+    if graph is not None and joins_exchanges(graph, config):
+        raise SendsAlone(what, cause_of(error), [name for name in config.fusions if name != "exchanges"]) from error
+
+
+def joins_exchanges(graph: fx.GraphModule, config: Config) -> bool:
+    """Whether compiling a graph may join what it sends (passes/join_exchanges.py)."""
+    return "exchanges" in config.fusions and may_send(graph, "all_to_all_single")
 
 
 def cause_of(error: BaseException) -> BaseException:

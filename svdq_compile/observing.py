@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from . import decisions, eager, stages
 from .config import Config
 from .convert import convert
-from .fallback import is_out_of_memory
+from .fallback import is_out_of_memory, refuse_to_send_alone
 from .input_statistics import MOMENT_ROWS
 from .lowering.packed import as_matrix
 from .lowering.torch_private import clone_dynamo_graph, eagerly
@@ -84,12 +84,15 @@ class ObservingGraph:
         return outputs
 
     def _convert(self, tasks: list[Task]) -> None:
-        """What there is no memory for is tried again at the next call: this one has its result."""
+        """What there is no memory for is tried again at the next call: this one has its result. Where that would send
+        otherwise than ranks that have quantized, SendsAlone is raised.
+        """
         try:
             convert(tasks, self._config)
         except Exception as error:
             if not is_out_of_memory(error) or not self._config.fallback:
                 raise
+            refuse_to_send_alone(error, "quantizing a graph's layers", self._config, self._gm)
             log.warning(
                 "svdquant: not enough memory to quantize all layers. Those that are left run in 16-bit, and the next "
                 "call tries again; svdq_compile.quantize(model, device=...) needs less, from CPU weights: %s",

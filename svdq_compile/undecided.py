@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from . import decisions
 from .compiled import EAGERLY, CompiledGraph
 from .config import Config
-from .fallback import go_on
+from .fallback import go_on, joins_exchanges
 from .lowering.inductor import compile_with_inductor
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .observing import ObservingGraph
@@ -74,5 +74,5 @@ class UndecidedGraph:
         if any(isinstance(value, QuantizedWeight) for value in args):
             return CompiledGraph(self._gm, args, self._inputs, self._config)
         # What is exchanged must fit ranks where some layer of this graph is in 4 bits.
-        rewrite = partial(fuse, fusions=[name for name in self._config.fusions if name == "exchanges"])
+        rewrite = partial(fuse, fusions=["exchanges"]) if joins_exchanges(self._gm, self._config) else None
         return compile_with_inductor(clone_dynamo_graph(self._gm), args, self._config.mode, rewrite)

@@ -5,6 +5,7 @@ What it does to diffusers' models on processes of their own is in test_context_p
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,17 +14,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from expecttest import TestCase
+from fusion_testing import run, run_as_aten
 from test_passes import show
 from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from conftest import compiled
+from conftest import compiled, relative_error
+from svdq_compile import compiled as compiled_module
+from svdq_compile.errors import SendsAlone, WeightsReleased
+from svdq_compile.lowering import inductor
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.passes import fuse, pipeline
 from svdq_compile.passes.join_exchanges import join_exchanges
+from svdq_compile.passes.order import collectives, may_send
 
 RANKS, TOKENS, HEADS, CHANNELS = 2, 6, 4, 16
 SEND = torch.ops._c10d_functional.all_to_all_single.default
@@ -92,7 +99,7 @@ def read_early(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def computed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """No copies: what Inductor computes to send it."""
+    """Not copied to be sent: in 4 bits this is in an epilogue."""
     return tuple(exchanged(x.flatten(2).unflatten(1, (RANKS, -1)) * 2.0).exp() for x in (q, k, v))
 
 
@@ -148,7 +155,6 @@ CASES: list[tuple[Callable, int]] = [
     (unflattened, 1),
     (with_a_reader, 1),
     (read_early, 1),
-    (computed, 1),
     (lambda q, k, v: ulysses(q, k[..., :2, :], v[..., :2, :]), 2),  # fewer heads
     (lambda q, k, v: attention(mine(q[:, :4]), mine(k), mine(v)), 2),  # fewer tokens
     (lambda q, k, v: attention(mine(q), mine(k), mine(v, "1")), 2),  # another group
@@ -161,6 +167,7 @@ CASES: list[tuple[Callable, int]] = [
     (returned, 3),
     (as_rows, 3),
     (as_they_came, 3),
+    (computed, 3),
     (written, 3),
     (lambda q, k, v: tuple(exchanged(x).exp() for x in (q, k, v)), 3),  # what others hold is sent as it is
     (lambda q, k, v: ulysses(*(x[..., :4].contiguous() for x in (q, k, v))), 3),  # rows of 8 bytes
@@ -304,14 +311,20 @@ def fails(*_: Any) -> Callable:
     raise RuntimeError("a bug")
 
 
+def is_released(*_: Any) -> Callable:
+    raise WeightsReleased("q", "a graph", "")
+
+
 @pytest.mark.usefixtures("first_of_two")
 @pytest.mark.parametrize(
     ("inductor", "fuse", "error"),
     [
         (fails, True, r"a bug\. Mend that, or .* on all ranks, with options=\{'fuse': \['epilogues', "),
         (fails, ["epilogues"], None),  # sent one by one, compiled or not
-        (lambda *_: fails, True, "a bug"),  # the others may have got what the first call has sent: it is not repeated
-        (lambda *_: fails, ["epilogues"], "a bug"),
+        (lambda *_: fails, True, r"the first call .* a bug\. Mend that, or .* with options=\{'fuse': \['epilogues', "),
+        (lambda *_: fails, ["epilogues"], None),
+        (is_released, True, r"needs the 16-bit weight of q.* Mend that, or .* with options=\{'fuse': \['epilogues', "),
+        (is_released, ["epilogues"], None),
     ],
 )
 def test_no_rank_sends_what_others_do_not_expect(
@@ -329,23 +342,140 @@ def test_no_rank_sends_what_others_do_not_expect(
                 model(x)
 
 
-def test_a_graph_in_16_bits_sends_as_one_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which layers are quantized may differ between ranks that quantize each for itself."""
-    rewrites: list[Callable] = []
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize("fuse", [True, ["epilogues"]])
+def test_a_rank_without_memory_to_quantize_does_not_send_alone(fuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have quantized, and compile."""
 
-    def inductor(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable) -> Callable:
-        rewrites.append(rewrite)
+    def convert(*_: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("svdq_compile.observing.convert", convert)
+    model, x = compiled(Net(128, HEADS * CHANNELS), fuse=fuse, fallback=True, group="alone"), torch.randn(2, 128)
+    refused = pytest.raises(SendsAlone, match=r"quantizing .* none left\. .* options=\{'fuse': \['epilogues', ")
+    with refused if fuse is True else nullcontext():
+        assert model(x).shape == (1, RANKS * 2, HEADS // RANKS, CHANNELS)
+
+
+@pytest.mark.usefixtures("first_of_two")
+def test_a_failed_first_call_goes_on_where_nothing_could_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Summing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return WAIT(SUM(super().forward(x), "sum", "0"))
+
+    monkeypatch.setattr("svdq_compile.compiled.compile_with_inductor", lambda *_: fails)
+    model, x = compiled(Summing(128, 128), fallback=True, group="alone"), torch.randn(2, 128)
+    assert relative_error(model(x), model(x)) < 0.2  # in 16 bits, in 4 bits
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize(
+    ("model", "fuse", "names"),
+    [(Net(128, HEADS * CHANNELS), True, ["exchanges"]), (Net(128, HEADS * CHANNELS), ["epilogues"], None),
+     (nn.Linear(128, 128), True, None)],
+)  # fmt: skip
+def test_a_graph_in_16_bits_is_rewritten_where_it_sends(
+    model: nn.Module, fuse: Any, names: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrites: list[Any] = []
+
+    def inductor(gm: fx.GraphModule, inputs: list, mode: str | None, rewrite: Callable | None) -> Callable:
+        rewrites.append(rewrite and rewrite.keywords["fusions"])
         return gm.forward
 
     monkeypatch.setattr("svdq_compile.undecided.compile_with_inductor", inductor)
-    with torch.no_grad():
-        model = compiled(nn.Linear(8, 8))
-        for _ in range(2):
-            model(torch.randn(2, 8))
+    call = compiled(model, fuse=fuse, skip=["*"], group="alone")
+    for _ in range(2):  # the first only finds out that nothing is to be quantized
+        call(torch.randn(2, 128))
+    assert rewrites == [names]
+
+
+class OfTheirs(CustomGraphPass):
+    """Counts exchanges."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name, self.seen = name, list[int]()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.seen.append(len(graph.find_nodes(op="call_function", target=SEND)))
+
+    def uuid(self) -> Any:
+        return self.name
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_pass_of_somebody_else_runs_first(several: bool) -> None:
+    theirs, rewrite = OfTheirs("theirs"), partial(fuse, fusions=["exchanges"])
+    alone = inductor._aten_pass(rewrite).uuid()
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=[theirs] if several else theirs):
+        both = inductor._aten_pass(rewrite)
     gm = traced(ulysses)
-    (rewrite,) = rewrites
-    rewrite(gm)
+    both(gm.graph)
+    assert theirs.seen == [3]
     assert exchanges(gm) == 1
+    assert both.uuid() not in (alone, None)
+
+
+@pytest.mark.parametrize("theirs", [OfTheirs(None), lambda graph: None])
+def test_inductors_caches_are_passed_by_where_a_pass_has_no_identity(theirs: Callable) -> None:
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=theirs):
+        assert inductor._aten_pass(partial(fuse, fusions=["exchanges"])).uuid() is None
+
+
+@pytest.mark.parametrize("namespace", ["_c10d_functional", "_c10d_functional_autograd"])
+def test_collectives_that_know_gradients_are_collectives(namespace: str) -> None:
+    send = getattr(torch.ops, namespace).all_to_all_single
+    for target in (send, send.default):
+        graph = fx.Graph()
+        graph.output(graph.call_function(target, (graph.placeholder("x"), [1], [1], "0")))
+        gm = fx.GraphModule({}, graph)
+        assert may_send(gm, "all_to_all_single")
+        assert not may_send(gm, "all_reduce")
+    assert [node.target for node in collectives(graph)] == [send.default]
+
+
+class Layers(nn.Module):
+    """What `send` does with its linears, and a linear of that."""
+
+    def __init__(self, send: Callable) -> None:
+        super().__init__()
+        self.send = send
+        self.q, self.k, self.v, self.gate = (nn.Linear(128, HEADS * CHANNELS) for _ in range(4))
+        self.o = nn.Linear(HEADS * CHANNELS, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.send(self, x).reshape(1, -1, HEADS * CHANNELS))
+
+
+def product(model: Layers, x: Tensor, send: Callable) -> Tensor:
+    return exchanged(send(model.q(x))) * exchanged(send(model.k(x)))
+
+
+def heads_of(model: Layers, x: Tensor) -> Tensor:
+    return ulysses(*(layer(x).unflatten(-1, (HEADS, CHANNELS)) for layer in (model.q, model.k, model.v)))
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize(
+    ("send", "left"),
+    [
+        (heads_of, 1),
+        (lambda model, x: product(model, x, lambda y: y), 2),
+        (lambda model, x: product(model, x, F.gelu), 2),
+        (lambda model, x: product(model, x, lambda y: y * 0.3), 2),
+        (lambda model, x: product(model, x, lambda y: F.silu(model.gate(x)) * y), 2),
+    ],
+)
+def test_whatever_is_quantized(send: Callable, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that quantize each for itself may leave other layers in 16 bits."""
+    graphs = run_as_aten(monkeypatch)
+    monkeypatch.setattr("svdq_compile.undecided.compile_with_inductor", compiled_module.compile_with_inductor)
+    for skip in ([], ["q"], ["q", "k", "v"], ["o"], ["*"]):
+        del graphs[:]
+        run(
+            Layers(send).to(torch.bfloat16), (torch.randn(1, TOKENS, 128).to(torch.bfloat16),), skip=skip, group="alone"
+        )
+        assert [exchanges(gm) for gm in graphs] == [left], skip
 
 
 class TestGraph(TestCase):
