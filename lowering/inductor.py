@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config, list_mode_options
+from torch._inductor import config, custom_graph_pass, list_mode_options
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.codegen.wrapper import ExternKernelAllocLine
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_iter
 
 from .. import kernels
 from .ops import BORROWING, IMPLEMENTATIONS, sites
+
+# Passes that want to know whether gradients are wanted; older releases have none.
+INFERENCE_AWARE: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
 
 
 def compile_with_inductor(
@@ -83,7 +86,7 @@ def _aten_pass(rewrite: Callable[[fx.GraphModule], None]) -> Any:
     class AtenPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             for their in theirs:
-                their(graph, **({"is_inference": True} if isinstance(their, CustomInferenceAwareGraphPass) else {}))
+                their(graph, **({"is_inference": True} if isinstance(their, INFERENCE_AWARE) else {}))
             assert graph.owning_module is not None
             rewrite(graph.owning_module)
 
