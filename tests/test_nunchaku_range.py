@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
+from test_nunchaku import flux as small_flux
 from torch import Tensor, nn
 
 import svdq_compile as svdq
@@ -89,17 +89,7 @@ def test_a_small_rest_beside_its_branch_is_taken() -> None:
 def model(dtype: torch.dtype, size: float = 1.0) -> nn.Module:
     """FLUX whose modulated norms give so large values to q, k, v and the feed-forward."""
     torch.manual_seed(0)
-    flux = diffusers.FluxTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=64,
-        num_layers=1,
-        num_single_layers=1,
-        in_channels=16,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-        axes_dims_rope=(16, 24, 24),
-    )
+    flux = small_flux()
     double, single = flux.transformer_blocks[0], flux.single_transformer_blocks[0]
     with torch.no_grad():
         for linear, chunks in ((double.norm1.linear, 6), (double.norm1_context.linear, 6), (single.norm.linear, 3)):
