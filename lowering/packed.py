@@ -1,6 +1,7 @@
 """A quantized linear as tensors: what replaces a 16-bit weight."""
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -320,8 +321,7 @@ class PackedLinear:
 
     def values(self, weight: Tensor) -> Tensor:
         """`dequantize`, of the shape, dtype and order of the weight that this is of."""
-        values = _in_shape(self.dequantize(weight.dtype), weight.shape, self.taps_first)
-        return values.contiguous() if weight.is_contiguous() else values
+        return _in_shape(self.dequantize(weight.dtype), weight.shape, self.taps_first, weight.is_contiguous())
 
     def signature(self) -> tuple:
         """What a compiled graph depends on: equal signatures can run the same code."""
@@ -348,6 +348,13 @@ def as_matrix(weight: Tensor) -> Tensor:
     of [kh, kw, I], which is how channels_last has them: codes are read and values written in one order.
     """
     return weight.flatten(0, -2) if _are_several(weight.shape) else weight.movedim(1, -1).flatten(1)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The [N, K] of `as_matrix`, which may be a copy, of a weight of this shape."""
+    if _are_several(shape):
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
 
 
 def is_kernel(shape: Sequence[int]) -> bool:
@@ -379,13 +386,13 @@ def expand(
     """
     matrix = _without_branch(precision, smooth, weight, rotate).to(dtype)
     matrix = torch.addmm(matrix, up.to(dtype), down.to(dtype)) if up.shape[1] else matrix
-    values = _in_shape(matrix, shape, taps_first)
-    return values.contiguous() if contiguous else values
+    return _in_shape(matrix, shape, taps_first, contiguous)
 
 
-def _in_shape(matrix: Tensor, shape: Sequence[int], taps_first: bool) -> Tensor:
+def _in_shape(matrix: Tensor, shape: Sequence[int], taps_first: bool, contiguous: bool) -> Tensor:
     """The inverse of `as_matrix`."""
-    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if taps_first else matrix.reshape(shape)
+    values = matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if taps_first else matrix.reshape(shape)
+    return values.contiguous() if contiguous else values
 
 
 def _without_branch(precision: str, smooth: Tensor, weight: tuple[Tensor, ...], rotate: bool) -> Tensor:

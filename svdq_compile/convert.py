@@ -20,7 +20,7 @@ from .fallback import go_on, is_out_of_memory
 from .foreign import await_copies, groups_of, renew_copies
 from .kernels.formats import AUTO, FEW_ROWS, FORMATS
 from .layers import matrices
-from .lowering.packed import as_matrix, is_kernel
+from .lowering.packed import as_matrix, is_kernel, matrix_shape
 from .lowering.torch_private import while_nothing_is_traced
 from .parameter import freezing
 from .passes import linears
@@ -260,7 +260,7 @@ def why_not_as_asked(weight: nn.Parameter, name: str, precision: str | None, con
         return "option skip"
     if precision is None:
         return BY_TARGET
-    n, k = as_matrix(weight).shape
+    n, k = matrix_shape(weight.shape)
     if FORMATS[precision].codes is not None and config.rank * (n + k) > n * k / 2:
         return f"a branch of rank {config.rank} would be half as large as its {n} x {k} weight, or larger"
     return None

@@ -21,7 +21,7 @@ from .kernels.runtime.target import describe
 from .layers import Layer, blocks_of, layers
 from .lowering.graph_breaks import graph_breaks
 from .lowering.launch import kernels_for
-from .lowering.packed import PackedLinear, SharedInput, as_matrix
+from .lowering.packed import PackedLinear, SharedInput, matrix_shape
 from .parameter import QuantizedWeight
 from .tables import as_text
 
@@ -172,7 +172,7 @@ def _plan(layer: Layer, precision: str, config: Config) -> Plan:
 
 def _packed_bytes(weight: nn.Parameter, precision: str, rank: int) -> int:
     """What a weight takes once it is packed: the format packs it on the meta device."""
-    n, k = as_matrix(weight).shape
+    n, k = matrix_shape(weight.shape)
     meta: dict[str, Any] = {"device": "meta"}
     codes = FORMATS[precision].quantize_weight(torch.empty(n, k, **meta), None)
     up, down = torch.empty(n, rank, dtype=weight.dtype, **meta), torch.empty(rank, k, dtype=weight.dtype, **meta)

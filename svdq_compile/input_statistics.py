@@ -154,7 +154,7 @@ class InputStatistics:
         try:
             if self.moment is None and Moment.nbytes(x.shape[1]) > MOMENT_SHARE * _free_memory(x.device):
                 raise torch.OutOfMemoryError
-            moment = Moment.of(x[evenly(x.shape[0], MOMENT_ROWS, x.device)] if x.shape[0] > MOMENT_ROWS else x)
+            moment = Moment.of(thinned(x, MOMENT_ROWS))
             self.moment = moment if self.moment is None else self.moment + moment
         except Exception as error:
             if not is_out_of_memory(error):

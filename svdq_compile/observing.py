@@ -17,7 +17,7 @@ from .config import Config
 from .convert import convert
 from .fallback import is_out_of_memory, refuse_to_send_alone
 from .input_statistics import MOMENT_ROWS
-from .lowering.packed import as_matrix
+from .lowering.packed import matrix_shape
 from .lowering.torch_private import clone_dynamo_graph, eagerly
 from .parameter import QuantizedWeight
 from .passes import observing, pipeline
@@ -141,7 +141,7 @@ def run_convolution(
         isinstance(weight, nn.Parameter)
         and decisions.is_undecided(weight)
         # Not in groups, nor where a long kernel counts as several matrices: rows of patches are no inputs of those.
-        and as_matrix(weight).shape[1] == input.shape[1 - weight.dim()] * weight.shape[2:].numel()
+        and matrix_shape(weight.shape)[1] == input.shape[1 - weight.dim()] * weight.shape[2:].numel()
     ):
         _observe_patches(input.detach(), weight, stride, padding, dilation)
     return getattr(F, kind)(input, weight, bias, stride, padding, dilation, groups)

@@ -28,7 +28,7 @@ from .given import model_in
 from .header import check_digest, parsed, part, version_in
 from .input_statistics import InputStatistics, Moment
 from .layers import BETWEEN, UNASKED, matrices
-from .lowering.packed import as_matrix
+from .lowering.packed import matrix_shape
 from .progress import steps
 from .reading import opened, unchanged
 from .replacing import replacing
@@ -300,7 +300,7 @@ def _columns(path: str | os.PathLike, known: ObservedInput) -> int:
     for name, shape in zip(known.names, known.shapes, strict=True):
         if len(shape) < 2 or min(shape) < 1 or math.prod(shape) > 2**60:
             raise FileRefused(path, f"its metadata is damaged: {name} has the shape {shape}")
-        found.add(as_matrix(torch.empty(shape, device="meta")).shape[1])
+        found.add(matrix_shape(shape)[1])
     if len(found) > 1:
         raise FileRefused(path, f"its metadata is damaged: {', '.join(known.names)} cannot share an input")
     return found.pop()
