@@ -14,6 +14,12 @@ linear with adapters is filled up with zeros to a multiple of RANK_STEP.
 The same for svdq.gemv, where xd = linear(x, down), and for 1x1 convolutions. A strength is a number, a symbol or a
 tensor of one value. Between x and A there may be casts and dropout that does nothing.
 
+Of a linear that is split over ranks A or B is cut out of the whole one. Where its product is summed over them, so is
+that with A:
+
+    before   y = sum(y0) + bias + linear(sum(linear(x, A1[:, own])), B1) * s1
+    after    y = sum(svdq.gemm(..., cat(up, s1 B1))) + bias               B1 is linear, so one sum does
+
 Left alone, as products beside the linear: adapters with a bias, with a weight that is computed, or on a result that
 something else reads too; and all adapters on linears that stayed 16-bit.
 """
@@ -39,13 +45,15 @@ MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go
 RANK_STEP = 16  # of the kernels' low-rank products
 XD = 2  # the result of `quantize` that is the low-rank product
 ADD = (operator.add, operator.iadd, torch.add)
+_SUM, _WAIT = torch.ops._c10d_functional.all_reduce, torch.ops._c10d_functional.wait_tensor
+SUM, WAIT = (_SUM, _SUM.default), (_WAIT, _WAIT.default)  # over ranks
 OF_INPUTS = (torch.cat, torch.mul, F.pad, torch.flatten, torch.Tensor.to, operator.getitem, "item")
 MULTIPLY = (operator.mul, operator.imul, torch.mul)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """linear(linear(x, a), b) * scales[0] * scales[1] ...; a and b are graph inputs."""
+    """linear(linear(x, a), b) * scales[0] * scales[1] ...; a and b are graph inputs, or cut out of one."""
 
     a: fx.Node
     b: fx.Node
@@ -62,7 +70,8 @@ class Reader:
 
     node       the svdq.gemm or svdq.gemv
     first, rank   its rows of `down`
-    moves      what brings its result into the model's layout, for a convolution: movedim, contiguous
+    moves      what brings its result into the model's layout, for a convolution: movedim, contiguous; or sums it over
+               ranks and adds the bias
     result     the sum of all, which goes on into the model
     """
 
@@ -147,9 +156,13 @@ def _reader(node: fx.Node, first: int, x: fx.Node) -> Reader:
         while (user := _only_user(y)) is not None and user.target in (torch.movedim, torch.Tensor.contiguous):
             moves.append(user)
             y = user
+    summed = _summed(y)
+    moves += summed
+    y = moves[-1] if moves else node
+    group = summed[0].args[2] if summed else None
     adapters: list[Adapter] = []
     while (user := _only_user(y)) is not None and user.target in ADD and len(user.args) == 2 and not user.kwargs:
-        adapter = _adapter(user.args[1] if user.args[0] is y else user.args[0], x)
+        adapter = _adapter(user.args[1] if user.args[0] is y else user.args[0], x, group)
         if adapter is None or (up is not None and _value(adapter.b).shape[0] != _value(up).shape[0]):
             break
         adapters.append(adapter)
@@ -158,8 +171,25 @@ def _reader(node: fx.Node, first: int, x: fx.Node) -> Reader:
     return Reader(node, first, rank, tuple(moves), tuple(adapters), y)
 
 
-def _adapter(term: Any, x: fx.Node) -> Adapter | None:
-    """Read linear(linear(x, a), b) * scale; None if it is anything else."""
+def _summed(y: fx.Node) -> list[fx.Node]:
+    """What sums a product over ranks and adds a bias to the sum; nothing where it is not summed."""
+    found: list[fx.Node] = []
+    for targets in (SUM, WAIT, ADD):
+        user = _only_user(y)
+        if user is None or user.target not in targets:
+            break
+        bias = user.args[1] if targets is ADD else None
+        if isinstance(bias, fx.Node) and bias.op != "placeholder":
+            break
+        found.append(user)
+        y = user
+    return found if len(found) > 1 else []
+
+
+def _adapter(term: Any, x: fx.Node, group: Any = None) -> Adapter | None:
+    """Read linear(linear(x, a), b) * scale; None if it is anything else. group: of ranks over which the inner product
+    is summed
+    """
     scales = []
     while isinstance(term, fx.Node) and term.target in MULTIPLY and len(term.args) == 2:
         left, right = term.args
@@ -168,20 +198,39 @@ def _adapter(term: Any, x: fx.Node) -> Adapter | None:
             return None
         scales.append(scale)
     b = _product(term)
-    a = _product(b[0]) if b is not None else None
+    inner = b[0] if b is not None else None
+    if inner is not None and group is not None:
+        inner = _before_sum(inner, group)
+    a = _product(inner)
     if a is None or b is None or not _passes_on(x, a[0]):
         return None
     return Adapter(a[1], b[1], tuple(scales))
 
 
+def _before_sum(node: fx.Node, group: Any) -> Any:
+    """What is summed over the ranks of a group; None if it is no such sum."""
+    reduced = node.args[0] if node.target in WAIT else None
+    if not isinstance(reduced, fx.Node) or reduced.target not in SUM or reduced.args[1:] != ("sum", group):
+        return None
+    return reduced.args[0]
+
+
 def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """linear(x, weight) without a bias, or a 1x1 convolution, -> x and the weight, a graph input."""
+    """linear(x, weight) without a bias, or a 1x1 convolution, -> x and the weight, a graph input or cut out of one."""
     if not isinstance(node, fx.Node) or node.target not in (*LINEAR, *POINTWISE_CONV) or is_spatial_conv(node):
         return None
     x, weight = node.args[0], argument(node, 1, "weight")
-    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "placeholder":
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not _is_cut(weight):
         return None
     return (x, weight) if argument(node, 2, "bias") is None else None
+
+
+def _is_cut(weight: fx.Node) -> bool:
+    """Whether it is a graph input, or parts of one side by side that nothing else reads."""
+    if weight.op == "placeholder":
+        return True
+    is_part = weight.target in (torch.cat, operator.getitem) and len(weight.users) == 1
+    return is_part and all(_is_cut(part) for part in weight.all_input_nodes)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -236,13 +285,18 @@ def _compute_together(graph: fx.Graph, wide: list[fx.Node]) -> None:
         return
     users = {user for node in wide for user in node.users}
     first = next(node for node in graph.nodes if node in users)
-    needed = _ancestors(wide)
-    for node in [node for node in graph.nodes if node in needed and node.op != "placeholder"]:
-        first.prepend(node)
+    _bring_before(graph, first, wide)
     together = emit(graph, first, torch._foreach_mul, wide, 1.0)
     for i, node in enumerate(wide):
         item = emit(graph, first, operator.getitem, together, i)
         node.replace_all_uses_with(item, delete_user_cb=lambda user: user is not together)
+
+
+def _bring_before(graph: fx.Graph, place: fx.Node, nodes: list[fx.Node]) -> None:
+    """Let nodes that are made of graph inputs alone, and all that they are made of, stand before another."""
+    needed = _ancestors(nodes)
+    for node in [node for node in graph.nodes if node in needed and node.op != "placeholder"]:
+        place.prepend(node)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -273,6 +327,7 @@ def _widen_down(graph: fx.Graph, source: fx.Node | None, x: fx.Node, readers: li
             covers = reader.rank == _value(down).shape[0]  # type: ignore[arg-type]
             own = slice(reader.first, reader.first + reader.rank)
             rows.append(down if covers else emit(graph, before, operator.getitem, down, own))
+        _bring_before(graph, before, [adapter.a for adapter in reader.adapters])
         matrices = [_matrix(graph, before, adapter.a, dtype) for adapter in reader.adapters]
         if reader.padding:
             matrices[-1] = emit(graph, before, F.pad, matrices[-1], (0, 0, 0, reader.padding))

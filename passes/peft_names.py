@@ -20,6 +20,11 @@ def is_adapter(name: str) -> bool:
     return f".{_OWN}" in f".{name}"
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module's class is one of PEFT's own."""
+    return type(module).__module__.startswith("peft.")
+
+
 def without_wrapper(name: str) -> str:
     """The name a layer had before PEFT put adapters around it: "blocks.0.to_q.base_layer" -> "blocks.0.to_q"."""
     return name.removesuffix(f".{_LAYER}")

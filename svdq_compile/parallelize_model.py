@@ -33,7 +33,7 @@ def parallelize(
           default the plan of the model's class, or attention by heads and feed-forwards by their inner channels, in
           the repeated blocks; what the ranks cannot share is left whole, and said
 
-    Call it before the model is compiled, or compile anew. Adapters do not go with it: fuse them before.
+    Call it before the model is compiled, or compile anew. Adapters are loaded after it, whole, on all ranks.
 
     Raises NotAModel, OptionError, SplitRefused, RanksDiffer, RanksApart: before anything is changed.
     """
@@ -69,8 +69,8 @@ def check_splittable(model: nn.Module) -> None:
     adapter = next((name for name, _ in model.named_modules() if is_adapter(name)), None)
     if adapter is not None:
         raise SplitRefused(
-            f"{adapter} is an adapter's, whose matrices would not be split: remove it, or fuse it into the 16-bit "
-            "model before that is quantized"
+            f"{adapter} is an adapter's, around a linear that is still whole: delete_adapters, split the model, and "
+            "load the adapter into that"
         )
 
 

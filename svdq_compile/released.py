@@ -32,10 +32,7 @@ class _Asker:
 _FUSING = ("merge", "unmerge", "merge_and_unload", "merge_adapter", "fuse_lora", "unfuse_lora")
 _AT_ONCE = "It need not be: linears that read one input are one product here. Or fuse before the model is quantized."
 _GROUPS = "Leave out offload_to_disk_path."
-_SMALLER = (
-    "Its linears are smaller than the adapter's. A model that is split over ranks takes none: fuse it into the 16-bit "
-    "model before that is quantized."
-)
+_SMALLER = "It is smaller than the adapter's: fuse that into the 16-bit model before it is quantized."
 _LORA = "A LoRA need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."
 _ASKERS = (
     _Asker("peft", "dora.py", (), "a DoRA adapter", "Fuse it into the 16-bit model, then quantize what comes out."),

@@ -4,37 +4,45 @@
     RowParallelLinear      some of the input channels: the whole y, summed over the ranks, of its channels of the input
 
 A module keeps its name and its place, and becomes one of them by its class, so compiled code finds an ordinary linear,
-and behind it the sum. The bias of a RowParallelLinear is added once, to the sum.
+and behind it the sum. The bias of a RowParallelLinear is added once, to the sum. Adapters are put around it as around
+any linear; what they become then is in split_adapters.py.
 """
 
+import sys
+from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .errors import SplitRefused
-from .lowering.stack import frames
 from .lowering.torch_private import sum_over
+from .passes.peft_names import is_of_peft
 from .splits import INPUTS, Part
 
 SAVE_BEFORE = "Write the file before the model is split: it loads into any number of ranks."
-_HOW = "Fuse the adapter into the 16-bit model before it is quantized, or give the ranks tokens or pictures instead."
 
 
 class SplitLinear(nn.Linear):
-    """A linear of which this rank has a part."""
+    """A linear of which this rank has a part. in_features and out_features are those of the whole.
+
+    group  torch's name of the ranks that have the other parts
+    """
 
     part: Part
+    group: str
 
     @property
-    def in_features(self) -> int:  # type: ignore[override]
-        _refuse_adapters(self)
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        _refuse_adapters(self)
-        return self.weight.shape[0]
+    def weight(self) -> Any:  # type: ignore[override]
+        """The part of it, and for diffusers, which would enlarge a linear that is smaller than an adapter's, a tensor
+        without values of the whole's shape.
+        """
+        own = self._parameters["weight"]
+        if torch.compiler.is_compiling() or sys._getframe(1).f_code.co_name != "_calculate_module_shape":
+            return own
+        return torch.empty(self.out_features, self.in_features, device="meta")
 
 
 class ColumnParallelLinear(SplitLinear):
@@ -42,9 +50,7 @@ class ColumnParallelLinear(SplitLinear):
 
 
 class RowParallelLinear(SplitLinear):
-    """Has some of the input channels. group: torch's name of the ranks that have the others."""
-
-    group: str
+    """Has some of the input channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = sum_over(F.linear(input, self.weight), self.group)
@@ -53,8 +59,8 @@ class RowParallelLinear(SplitLinear):
 
 def become_split(linear: nn.Module, part: Part, group: str) -> None:
     """Let a linear whose parameters are the part of them that this rank has know that they are."""
-    kept = {name: value for name, value in linear.__dict__.items() if name not in ("in_features", "out_features")}
-    linear.__dict__ = kept | {"part": part, "group": group}
+    _notice_adapters()
+    linear.__dict__ |= {"part": part, "group": group}
     linear.__class__ = RowParallelLinear if part.split.dim == INPUTS else ColumnParallelLinear
 
 
@@ -70,10 +76,14 @@ def check_whole(model: nn.Module, use: str, instead: str) -> None:
         raise SplitRefused(f"{use} needs the whole {type(model).__name__}, which is split over {size} ranks. {instead}")
 
 
-def _refuse_adapters(linear: Any) -> None:
-    """PEFT asks for these before it puts an adapter around a linear."""
-    if any("/peft/" in frame.f_code.co_filename.replace("\\", "/") for frame in frames()):
-        raise SplitRefused(
-            f"an adapter needs whole linears, and this one is split over {linear.part.size} ranks: its own matrices "
-            f"would not be. {_HOW}"
-        )
+@cache
+def _notice_adapters() -> None:
+    """From now on, in this process, see what is put around a split linear."""
+    register_module_module_registration_hook(_put_into)
+
+
+def _put_into(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if isinstance(submodule, SplitLinear) and is_of_peft(module):
+        from .split_adapters import take_part
+
+        take_part(module, submodule.part, submodule.group)

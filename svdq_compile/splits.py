@@ -59,17 +59,23 @@ class Part:
     def channels(self) -> int:
         return sum(self.split.blocks) // self.size
 
-    def cut(self, tensor: Any, dim: int) -> Tensor:
-        """The part of a tensor, one of whose dimensions counts the channels that are split, or some of them together;
-        of a tensor, or of what reads a slice of one from a file.
+    def windows(self, size: int) -> tuple[tuple[int, int], ...]:
+        """From where to where its channels lie along a dimension of this size, which counts those that are split, or
+        some of them together.
         """
-        total, sizes, start, windows = sum(self.split.blocks), tuple(tensor.shape), 0, []
+        total, start, found = sum(self.split.blocks), 0, []
         for block in self.split.blocks:
-            begin, step = start * sizes[dim] // total, block * sizes[dim] // total // self.size
-            windows.append(slice(begin + self.rank * step, begin + (self.rank + 1) * step))
+            begin, step = start * size // total, block * size // total // self.size
+            found.append((begin + self.rank * step, begin + (self.rank + 1) * step))
             start += block
-        cuts = [tensor[(*(slice(None),) * dim, window)] for window in windows]
-        return torch.cat(cuts, dim) if len(cuts) > 1 else cuts[0].clone()
+        return tuple(found)
+
+    def cut(self, tensor: Any, dim: int) -> Tensor:
+        """The part of a tensor, one of whose dimensions `windows` knows; of a tensor, or of what reads a slice of one
+        from a file.
+        """
+        windows = self.windows(tensor.shape[dim])
+        return within(tensor, dim, windows) if len(windows) > 1 else within(tensor, dim, windows).clone()
 
     def dims(self, precision: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Which dimension of a pack's tensors is split, by name; those that are not named are on every rank.
@@ -82,6 +88,12 @@ class Part:
             return dict.fromkeys((*rows, "up"), 0)
         columns = [name for name in fields if len(shapes[name]) == 2 and shapes[name][1] > 1]
         return dict.fromkeys((*columns, "down"), 1) | {"smooth": 0}
+
+
+def within(tensor: Any, dim: int, windows: Sequence[tuple[int, int]]) -> Tensor:
+    """What lies within some windows of a dimension, side by side; of one window a view."""
+    cuts = [tensor[(*(slice(None),) * dim, slice(*window))] for window in windows]
+    return torch.cat(cuts, dim) if len(cuts) > 1 else cuts[0]
 
 
 class Cutting:

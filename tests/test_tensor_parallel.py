@@ -366,7 +366,6 @@ def afterwards(folder: Path) -> Any:
         "saving": message(lambda: svdq.save(parts, path)),
         "loading": message(lambda: svdq.load(parts, path)),
         "splitting": message(lambda: split(parts)),
-        "adapter": message(lambda: inject_adapter_in_model(adapter, parts)),
         "adapter before": message(lambda: split(with_adapter)),
     }
     moved = copy.deepcopy(parts).to(torch.bfloat16).to(torch.float32)
