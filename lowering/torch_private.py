@@ -118,6 +118,13 @@ def sum_over(tensor: Tensor, group: str) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(tensor, "sum", group))
 
 
+def ranks_in(group: str) -> tuple[int, ...]:
+    """Those of a process group, by the name that graphs hold."""
+    from torch.distributed import distributed_c10d
+
+    return tuple(sorted(distributed_c10d.get_process_group_ranks(distributed_c10d._resolve_process_group(group))))
+
+
 def external_object(index: int) -> Any:
     """What Dynamo's code has put aside for a graph under a number, as a stream; None if it is gone."""
     known = torch._dynamo.graph_bytecode_inputs.index_to_external_object_weakref.get(index)

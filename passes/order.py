@@ -32,6 +32,16 @@ def may_send(gm: fx.GraphModule, collective: str) -> bool:
     )
 
 
+def groups_in(gm: fx.GraphModule) -> list[str]:
+    """torch's names of the groups of ranks that a graph, as Dynamo made it, exchanges tensors with; in subgraphs too."""
+    found = []
+    for node in gm.graph.nodes:
+        name = str(node.target).removesuffix(".default")
+        if name.startswith(_NAMESPACES) and not name.endswith(".wait_tensor"):
+            found += [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, str)][-1:]
+    return found + [group for body in bodies(gm) for group in groups_in(body)]
+
+
 def collectives(graph: fx.Graph) -> list[fx.Node]:
     """In their order, without the waiting."""
     return [node for node in graph.nodes if sends(node) and not waits(node)]

@@ -138,9 +138,13 @@ class RanksDiffer(SvdqError):
             ),
             "file": (f"reads {name} of {value}, rank {other_rank} of {other}", "Give all the same files."),
             "tensor": (f"reads another tensor {name} than rank {other_rank}", "Give all the same file."),
+            "format": (
+                f"has {name} as {value or 'none'}, rank {other_rank} as {other or 'none'}",
+                "Load one file on all.",
+            ),
             "weight": (f"has other values in the weight of {name} than rank {other_rank}", "Load one file on all."),
         }[kind]
-        super().__init__(f"rank {rank} {wrong}: they cannot be quantized as one model. {what} {OF_THEIR_OWN}")
+        super().__init__(f"rank {rank} {wrong}: they cannot work as one model. {what} {OF_THEIR_OWN}")
 
 
 class RanksApart(SvdqError):
@@ -148,8 +152,8 @@ class RanksApart(SvdqError):
 
     def __init__(self, members: str, reason: str) -> None:
         super().__init__(
-            f"ranks {members} did not all come to quantize, load or split one model: a rank has ended, has not called "
-            f"the model as often, or has it quantized already. {OF_THEIR_OWN} ({reason})"
+            f"ranks {members} did not all come to quantize, load, split or run one model: a rank has ended, has not "
+            f"called the model as often, or has it quantized already. {OF_THEIR_OWN} ({reason})"
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import decisions
+from .agreement import facts_of
 from .errors import OptionError, SplitRefused
 from .given import model_in
 from .holders import Holders
@@ -14,7 +15,7 @@ from .lowering.torch_private import shell, while_nothing_is_traced
 from .parameter import QuantizedWeight, become_quantized, has_quantized, is_kept, originals
 from .passes.peft_names import is_adapter
 from .progress import say
-from .ranks import checksums, together
+from .ranks import together
 from .split_linear import become_split, check_whole
 from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for
 from .splits import OUTPUTS, Cutting, Part
@@ -56,7 +57,7 @@ def parallelize(
         return found
 
     found = holders.ranks.each(planned)
-    holders.ranks.compare(lambda: {"split": as_facts(found), "layer": _layers(inner), "weight": _weights(inner)})
+    holders.ranks.compare(lambda: {"split": as_facts(found)} | facts_of(dict(inner.named_parameters()), values=True))
     with while_nothing_is_traced(), decisions.LOCK: _split(inner, found, holders)  # noqa: E701  # fmt: skip
     decisions.place(inner)
     finish(inner, found, holders, progress)
@@ -77,26 +78,6 @@ def check_splittable(model: nn.Module) -> None:
 def as_facts(plan: Plan) -> list[tuple[str, Any]]:
     """A plan as ranks compare it."""
     return [(name, f"{('outputs', 'inputs')[split.dim]} {list(split.blocks)}") for name, split in plan.splits.items()]
-
-
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, f"{_kind(weight)}{list(weight.shape)}") for name, weight in model.named_parameters()]
-
-
-def _kind(weight: Tensor) -> str:
-    return f"{weight.dtype} {weight._svdq.precision}" if isinstance(weight, QuantizedWeight) else str(weight.dtype)
-
-
-def _weights(model: nn.Module) -> list[tuple[str, Any]]:
-    names, values = [], []
-    for name, weight in model.named_parameters():
-        own: dict[str, Tensor] = {"": weight}
-        if isinstance(weight, QuantizedWeight):
-            packed = weight._svdq
-            own = packed.plain_tensors() | {"smooth": packed.shared.smooth, "down": packed.down}
-        names += [f"{name} {field}".rstrip() for field in own]
-        values += checksums(own.values())
-    return list(zip(names, values, strict=True))
 
 
 @torch.inference_mode(False)

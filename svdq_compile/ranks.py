@@ -52,11 +52,24 @@ def ranks_of(config: Config) -> "Ranks | None":
         )
     if len(members) == 1:
         return None
-    known = dist.group.WORLD, members
     show_by(members[0])
+    return among(members, config.progress)
+
+
+def among(members: tuple[int, ...], visible: bool) -> "Ranks":
+    """These, of which this process is one; all of them call this. Raises RanksApart if one of them does not come."""
+    known = dist.group.WORLD, members
     if known not in _KNOWN:
-        _KNOWN[known] = Ranks.meet(members, config.progress)
+        _KNOWN[known] = Ranks.meet(members, visible)
     return _KNOWN[known]
+
+
+def about(config: Config) -> dict[str, _Facts]:
+    """What ranks that work as one must have alike, whatever the model."""
+    return {
+        "version": [("torch", torch.__version__), ("svdq-compile", version("svdq-compile"))],
+        "option": [(k, v) for k, v in config.to_dict().items() if k not in ("progress", "group")],
+    }
 
 
 def together(ranks: "Ranks | None") -> Callable[[Callable[[], T]], T]:
@@ -118,9 +131,7 @@ class Ranks:
 
         def facts() -> dict[str, _Facts]:
             sums = checksums(weight for weight, _ in named)
-            return {
-                "version": [("torch", torch.__version__), ("svdq-compile", version("svdq-compile"))],
-                "option": [(k, v) for k, v in config.to_dict().items() if k not in ("progress", "group")],
+            return about(config) | {
                 "layer": [(n, f"{w.dtype}{list(w.shape)}") for w, n in named],
                 "input": [(n, [other for _, other in group]) for group in groups for _, n in group],
                 "weight": [(n, total) for (_, n), total in zip(named, sums, strict=True)],
