@@ -16,7 +16,7 @@ from .parameter import QuantizedWeight, become_quantized, has_quantized, is_kept
 from .passes.peft_names import is_adapter
 from .progress import say
 from .ranks import together
-from .split_linear import become_split, check_whole
+from .split_linear import SplitLinear, become_split, check_whole
 from .split_plan import Plan, check_inputs, inputs_in, narrow, plan_for
 from .splits import OUTPUTS, Cutting, Part
 from .summary import title
@@ -85,11 +85,11 @@ def as_facts(plan: Plan) -> list[tuple[str, Any]]:
 def _split(model: nn.Module, plan: Plan, holders: Holders) -> None:
     cutting = Cutting()
     for name, split in plan.splits.items():
-        linear, part = model.get_submodule(name), holders.part(split)
-        for leaf, parameter in list(linear.named_parameters(recurse=False)):
+        module, part = model.get_submodule(name), holders.part(split)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
             if leaf == "weight" or split.dim == OUTPUTS:
-                linear.register_parameter(leaf, part_of(parameter, part, cutting))
-        become_split(linear, part, holders.group)
+                module.register_parameter(leaf, part_of(parameter, part, cutting))
+        become_split(module, part, holders.group)
 
 
 def part_of(parameter: nn.Parameter, part: Part, cutting: Cutting) -> nn.Parameter:
@@ -109,13 +109,13 @@ def part_of(parameter: nn.Parameter, part: Part, cutting: Cutting) -> nn.Paramet
     return become_quantized(own, packed, *state, None if kept else original, kept, parameter._svdq_effect)
 
 
-def put_empty(linear: nn.Module, part: Part, group: str) -> None:
-    """Let a linear be the part of itself that a rank has, whose values are still to come."""
-    for leaf, parameter in list(linear.named_parameters(recurse=False)):
+def put_empty(module: nn.Module, part: Part, group: str) -> None:
+    """Let a linear or a norm be the part of itself that a rank has, whose values are still to come."""
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
         if leaf == "weight" or part.split.dim == OUTPUTS:
             own = _without_memory(parameter, part, torch.device("meta"))
-            linear.register_parameter(leaf, nn.Parameter(own, parameter.requires_grad))
-    become_split(linear, part, group)
+            module.register_parameter(leaf, nn.Parameter(own, parameter.requires_grad))
+    become_split(module, part, group)
 
 
 def _without_memory(parameter: Tensor, part: Part, device: torch.device) -> Tensor:
@@ -129,11 +129,10 @@ def finish(model: nn.Module, plan: Plan, holders: Holders, progress: bool) -> No
     """What is left to do for a model that has its parts. Linears that are 16-bit stay so: quantized later they would
     not be parts of one.
     """
-    for name in plan.splits:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, nn.Parameter)
-        if decisions.is_undecided(weight):
-            decisions.leave_alone(weight, _SPLIT)
+    linears = [module for name in plan.splits if isinstance(module := model.get_submodule(name), SplitLinear)]
+    for linear in linears:
+        if decisions.is_undecided(linear.weight):
+            decisions.leave_alone(linear.weight, _SPLIT)
     for name in plan.narrowed:
         narrow(model.get_submodule(name), holders.size)
-    say(f"svdquant: {title(model)}: {len(plan.splits)} linears are split over {holders.size} ranks", progress)
+    say(f"svdquant: {title(model)}: {len(linears)} linears are split over {holders.size} ranks", progress)

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .errors import SplitRefused
 from .lowering.torch_private import sum_over
 from .passes.peft_names import is_of_peft
+from .split_norm import SplitRMSNorm
 from .splits import INPUTS, Part
 
 SAVE_BEFORE = "Write the file before the model is split: it loads into any number of ranks."
@@ -57,11 +58,14 @@ class RowParallelLinear(SplitLinear):
         return y if self.bias is None else y + self.bias
 
 
-def become_split(linear: nn.Module, part: Part, group: str) -> None:
-    """Let a linear whose parameters are the part of them that this rank has know that they are."""
+def become_split(module: nn.Module, part: Part, group: str) -> None:
+    """Let a linear, or a norm, whose parameters are the part of them that this rank has know that they are."""
+    module.__dict__ |= {"part": part, "group": group}
+    if isinstance(module, nn.RMSNorm):
+        module.__class__ = SplitRMSNorm
+        return
     _notice_adapters()
-    linear.__dict__ |= {"part": part, "group": group}
-    linear.__class__ = RowParallelLinear if part.split.dim == INPUTS else ColumnParallelLinear
+    module.__class__ = RowParallelLinear if part.split.dim == INPUTS else ColumnParallelLinear
 
 
 def ranks_sharing(model: nn.Module) -> int:

@@ -3,7 +3,8 @@
 A plan says "colwise" (by output channels) or "rowwise" (by input channels) for patterns of module names, as torch's
 parallelize_module does and diffusers' models in `_tp_plan`. Without one a model's own `_tp_plan` is taken, or what the
 names of diffusers' modules say: an attention's q, k and v are split by heads and its output by the same channels, a
-feed-forward's first linear by outputs and its second by inputs. In between no rank needs what another one has.
+feed-forward's first linear by outputs and its second by inputs. In between no rank needs what another one has, but for
+the mean of squares where q or k are normed over all heads (split_norm.py).
 """
 
 import difflib
@@ -27,7 +28,7 @@ Splits = dict[str, Split]  # by the names of modules
 
 _OUTPUTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 _INPUTS = ("to_out", "to_out.0", "to_add_out")
-_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+_NORMS = {"norm_q": "to_q", "norm_k": "to_k", "norm_added_q": "add_q_proj", "norm_added_k": "add_k_proj"}
 # What an attention is told of its heads, from which its processor takes the sizes of q, k and v.
 _HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "kv_heads", "num_kv_heads", "num_key_value_heads")
 _SIZES = (*_HEADS, "inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_dim")
@@ -37,7 +38,7 @@ _SIZES = (*_HEADS, "inner_dim", "inner_kv_dim", "kv_inner_dim", "sliceable_head_
 class Plan:
     """What is split.
 
-    splits    by the names of modules
+    splits    by the names of modules: linears, and norms over the channels of all heads
     narrowed  names of the modules that are told the numbers of their heads, of which a rank has a part
     """
 
@@ -61,7 +62,7 @@ def plan_for(model: nn.Module, given: Mapping[str, Any] | None, size: int) -> Pl
         reason = next((r for name in unit if (r := _why_not(model, name, unit[name], size))), None)
         reason = reason or _why_not_heads(model, unit, size)
         if reason is None:
-            splits |= unit
+            splits |= unit | _norms_over_heads(model, unit)
         elif given is not None:
             raise OptionError(f"plan: {reason}")
         else:
@@ -137,10 +138,42 @@ def _why_not_heads(model: nn.Module, unit: Splits, size: int) -> str | None:
         if _linear(model, name).weight.shape[0] % (width * size):
             return f"{name} has other heads than q, which {size} ranks cannot share"
         for norm in _NORMS:
-            weight = getattr(getattr(holder, norm, None), "weight", None)
-            if weight is not None and weight.numel() != width:
-                return f"{parent}.{norm} is over all heads"
+            module = getattr(holder, norm, None)
+            channels = _channels(module)
+            if channels in (None, width):
+                continue
+            if type(module) is not nn.RMSNorm:
+                return f"{parent}.{norm} is over all heads, and only torch's RMSNorm is split"
+            if any(_rotates(part, channels) for part in model.modules()):
+                return f"{parent} rotates the channels of all heads as one"
     return None
+
+
+def _channels(norm: nn.Module | None) -> int | None:
+    """Of what it norms together; None where it is not known, or there is no norm."""
+    weight = getattr(norm, "weight", None)
+    shape = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)  # torch's name, and diffusers'
+    if weight is not None:
+        return weight.numel()
+    return shape[-1] if isinstance(shape, tuple) else None
+
+
+def _rotates(module: nn.Module, channels: int | None) -> bool:
+    """Whether it makes the angles for this many channels (LTX): they would have to be split as well."""
+    return "Rotary" in type(module).__name__ and getattr(module, "dim", None) == channels
+
+
+def _norms_over_heads(model: nn.Module, unit: Splits) -> Splits:
+    """Those of what some split linears give."""
+    found: Splits = {}
+    for name in unit:
+        parent, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        for norm, linear in _NORMS.items():
+            whole = unit[name].blocks
+            if leaf == linear and unit[name].dim == OUTPUTS and (_channels(getattr(holder, norm, None)),) == whole:
+                found[f"{parent}.{norm}"] = Split(OUTPUTS, whole)
+    return found
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
