@@ -120,9 +120,8 @@ def sum_over(tensor: Tensor, group: str) -> Tensor:
 
 def ranks_in(group: str) -> tuple[int, ...]:
     """Those of a process group, by the name that graphs hold."""
-    from torch.distributed import distributed_c10d
-
-    return tuple(sorted(distributed_c10d.get_process_group_ranks(distributed_c10d._resolve_process_group(group))))
+    found = torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type] # a kind of str
+    return tuple(sorted(torch.distributed.get_process_group_ranks(found)))
 
 
 def external_object(index: int) -> Any:

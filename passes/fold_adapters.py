@@ -45,8 +45,6 @@ MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go
 RANK_STEP = 16  # of the kernels' low-rank products
 XD = 2  # the result of `quantize` that is the low-rank product
 ADD = (operator.add, operator.iadd, torch.add)
-_SUM, _WAIT = torch.ops._c10d_functional.all_reduce, torch.ops._c10d_functional.wait_tensor
-SUM, WAIT = (_SUM, _SUM.default), (_WAIT, _WAIT.default)  # over ranks
 OF_INPUTS = (torch.cat, torch.mul, F.pad, torch.flatten, torch.Tensor.to, operator.getitem, "item")
 MULTIPLY = (operator.mul, operator.imul, torch.mul)
 
@@ -174,16 +172,26 @@ def _reader(node: fx.Node, first: int, x: fx.Node) -> Reader:
 def _summed(y: fx.Node) -> list[fx.Node]:
     """What sums a product over ranks and adds a bias to the sum; nothing where it is not summed."""
     found: list[fx.Node] = []
-    for targets in (SUM, WAIT, ADD):
+    for is_next in (_sums, _waits, _adds_bias):
         user = _only_user(y)
-        if user is None or user.target not in targets:
-            break
-        bias = user.args[1] if targets is ADD else None
-        if isinstance(bias, fx.Node) and bias.op != "placeholder":
+        if user is None or not is_next(user):
             break
         found.append(user)
         y = user
-    return found if len(found) > 1 else []
+    return found
+
+
+def _sums(node: fx.Node) -> bool:
+    return str(node.target).removesuffix(".default") == "_c10d_functional.all_reduce" and node.args[1] == "sum"
+
+
+def _waits(node: fx.Node) -> bool:
+    return str(node.target).removesuffix(".default") == "_c10d_functional.wait_tensor"
+
+
+def _adds_bias(node: fx.Node) -> bool:
+    bias = node.args[1] if node.target in ADD and len(node.args) == 2 and not node.kwargs else None
+    return isinstance(bias, fx.Node) and bias.op == "placeholder"
 
 
 def _adapter(term: Any, x: fx.Node, group: Any = None) -> Adapter | None:
@@ -209,10 +217,9 @@ def _adapter(term: Any, x: fx.Node, group: Any = None) -> Adapter | None:
 
 def _before_sum(node: fx.Node, group: Any) -> Any:
     """What is summed over the ranks of a group; None if it is no such sum."""
-    reduced = node.args[0] if node.target in WAIT else None
-    if not isinstance(reduced, fx.Node) or reduced.target not in SUM or reduced.args[1:] != ("sum", group):
-        return None
-    return reduced.args[0]
+    summed = node.args[0] if _waits(node) else None
+    is_such = isinstance(summed, fx.Node) and _sums(summed) and summed.args[2] == group
+    return summed.args[0] if is_such else None  # type: ignore[union-attr]
 
 
 def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:
@@ -295,8 +302,9 @@ def _compute_together(graph: fx.Graph, wide: list[fx.Node]) -> None:
 def _bring_before(graph: fx.Graph, place: fx.Node, nodes: list[fx.Node]) -> None:
     """Let nodes that are made of graph inputs alone, and all that they are made of, stand before another."""
     needed = _ancestors(nodes)
-    for node in [node for node in graph.nodes if node in needed and node.op != "placeholder"]:
-        place.prepend(node)
+    for node in list(graph.nodes)[list(graph.nodes).index(place) :]:
+        if node in needed:
+            place.prepend(node)
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -33,7 +33,7 @@ def may_send(gm: fx.GraphModule, collective: str) -> bool:
 
 
 def groups_in(gm: fx.GraphModule) -> list[str]:
-    """torch's names of the groups of ranks that a graph, as Dynamo made it, exchanges tensors with; in subgraphs too."""
+    """torch's names of the groups whose ranks a graph, as Dynamo made it, exchanges tensors with; in subgraphs too."""
     found = []
     for node in gm.graph.nodes:
         name = str(node.target).removesuffix(".default")

@@ -73,7 +73,7 @@ class SplitLora(LoraLinear):
         if variant is not None:
             raise _refused(self.base_layer.part, type(variant).__name__)
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise SplitRefused(
             f"fusing an adapter needs whole linears, and this model is split over {self.base_layer.part.size} ranks. "
             "It need not be fused: beside the weight it runs in the same kernel, and set_adapters changes its strength."

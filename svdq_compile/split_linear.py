@@ -37,8 +37,8 @@ class SplitLinear(nn.Linear):
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """The part of it, and for diffusers, which would enlarge a linear that is smaller than an adapter's, a tensor
-        without values of the whole's shape.
+        """The part of it. Where diffusers compares it with an adapter, and would enlarge what is smaller: a tensor of
+        the whole's shape, without values.
         """
         own = self._parameters["weight"]
         if torch.compiler.is_compiling() or sys._getframe(1).f_code.co_name != "_calculate_module_shape":

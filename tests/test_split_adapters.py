@@ -10,6 +10,8 @@ from typing import Any
 import lora_testing
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from diffusers.loaders import FluxLoraLoaderMixin, PeftAdapterMixin
 from lora_testing import products_of_adapters
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -18,6 +20,7 @@ from ranks_testing import message, on_ranks
 from safetensors.torch import load_file
 from test_tensor_parallel import Model, inputs, model, quantized, split
 from torch import Tensor, fx, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import svdq_compile as svdq
 from conftest import quiet, relative_error
@@ -174,7 +177,7 @@ def by_diffusers(folder: Path) -> Any:
     for one in (whole, parts):
         one.load_lora_adapter(dict(files["large"]), prefix=None, adapter_name="style", hotswap=True)
     errors.append(relative_error(parts(*inputs()), whole(*inputs())))
-    mine = folder / f"saved {torch.distributed.get_rank()}"
+    mine = folder / f"saved {dist.get_rank()}"
     parts.save_lora_adapter(mine, "style")
     (saved,) = mine.iterdir()
     same = all(torch.equal(value, files["large"][key]) for key, value in load_file(saved).items())
@@ -301,3 +304,65 @@ def test_what_is_refused(results: list[dict]) -> None:
         assert "DoraLinearVariant" in told["DoRA"]
         assert "2 ranks" in told["merging"]
         assert "delete_adapters, split the model, and load the adapter into that" in told["before"]
+
+
+class Summed(nn.Module):
+    """A linear whose product is summed over ranks, and an adapter around it, as a case has them."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.linear = case, nn.Linear(128, 128, bias=False)
+        self.bias, self.a, self.b = (nn.Parameter(torch.randn(size) * 0.1) for size in ((128,), (4, 256), (128, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.a[:, 128:]
+        inner = F.linear(x, own)
+        y = self.linear(x)
+        if self.case != "the product alone is whole":
+            y = over_ranks(y, "max" if self.case == "the largest is taken" else "sum")
+        if self.case == "after a gate":
+            y = y * self.bias
+        if self.case != "the adapter's alone is whole":
+            inner = over_ranks(inner)
+        y = y + self.bias + F.linear(inner, self.b) * 0.5
+        if self.case == "the sum is read":
+            return y, inner
+        return y * own.sum() if self.case == "the matrix is read" else y
+
+
+def over_ranks(x: Tensor, kind: str = "sum") -> Tensor:
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(x, kind, "0"))
+
+
+@pytest.fixture
+def first_of_two() -> Iterator[None]:
+    """The other one is not there: a sum is what this rank has."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize(
+    ("case", "sums", "left"),
+    [
+        ("folded", 1, 1),  # down x
+        ("the sum is read", 2, 2),
+        ("the product alone is whole", 1, 3),
+        ("the adapter's alone is whole", 1, 3),
+        ("the largest is taken", 2, 3),
+        ("after a gate", 2, 3),
+        ("the matrix is read", 2, 3),
+    ],
+)
+def test_what_is_folded(case: str, sums: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    whole, x = Summed(case).eval().requires_grad_(False), torch.randn(3, 128)
+    svdq.quantize(whole, **quiet(refine=0, precision="w4a16", group="alone"))
+    expected = whole(x)
+    graphs = lora_testing.run_as_rewritten(monkeypatch)
+    found = torch.compile(whole, backend="svdquant", fullgraph=True, options=quiet(group="alone"))(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sums_in(graphs) == sums
+    assert sum(node.target is F.linear for node in graphs[0].graph.nodes) == left
