@@ -1,6 +1,6 @@
 """One denoising step on one GPU and over several, by Ulysses: ours, compiled 16-bit and torchao's fp8; and ours with
-its weights split (svdq_compile.parallelize), method ours-tensor, or with an exchange for each of q, k and v, method
-ours-without-exchanges.
+its weights split (svdq_compile.parallelize), method ours-tensor, and with an adapter of rank 16 on every linear of the
+blocks beside, method ours-tensor-lora, or with an exchange for each of q, k and v, method ours-without-exchanges.
 
     python bench/multi_gpu.py                                 # on 1 and on all GPUs: results/multi-gpu-h200.json
     python bench/multi_gpu.py --models flux --methods ours    # a part; rows of the file that it does not measure stay
@@ -12,7 +12,7 @@ ours-without-exchanges.
     gib          the most that was allocated while stepping, of the fullest rank
     comm_share   the part of a step in which some exchange between GPUs runs, waiting for the other rank included
     packs_equal  the checksums of all packs, over all ranks; null where nothing is packed
-    rel_err      the output against the same weights on one GPU, run eagerly; of ours-tensor, before they were split
+    rel_err      the output against the same weights on one GPU, run eagerly; of split ones, before they were split
     predicted_ms what the model of the cost below says, from one GPU's ms; rows of kind "predicted" are nothing else
 
 Cost of a step over P ranks: one GPU's time, what does not depend on tokens taken out, by P; and that; and for each
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import gloo_parallel
+import lora_step
 import step_methods
 import step_models
 import torch
@@ -50,8 +51,9 @@ from svdq_compile.parameter import QuantizedWeight
 from svdq_compile.ranks import checksums
 
 MODELS = {"flux": (57, 4608, 3072), "qwen-image": (60, 4352, 3072), "wan2.1-14b-81": (40, 32760, 5120)}
-TENSOR, APART = "ours-tensor", "ours-without-exchanges"
-METHODS = ("ours", "ours-graphs", "compile", "compile-graphs", "torchao-fp8", TENSOR, APART)
+TENSOR, LORA, APART = "ours-tensor", "ours-tensor-lora", "ours-without-exchanges"
+SPLIT = (TENSOR, LORA)
+METHODS = ("ours", "ours-graphs", "compile", "compile-graphs", "torchao-fp8", *SPLIT, APART)
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-graphs": {"mode": "reduce-overhead"},
@@ -85,15 +87,15 @@ def measured(name: str, method: str, tiny: bool, turn: Path | None) -> dict[str,
     call, other = (step_models.inputs(name, tiny, model, device, seed=seed) for seed in (1, 2))
     begun = time.perf_counter()
     single: torch.Tensor | None = None
-    if method == TENSOR:
-        single, sums = _split(model, call, other)
+    if method in SPLIT:
+        single, sums = _split(model, call, other, adapted=method == LORA)
     elif size > 1:
         from diffusers import ContextParallelConfig
 
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
         model(**other)  # diffusers' hooks look up arguments then, which Dynamo cannot
-    serial = 0.0 if method == TENSOR else _serial_seconds(model, method, other)
-    if method != TENSOR:
+    serial = 0.0 if method in SPLIT else _serial_seconds(model, method, other)
+    if method not in SPLIT:
         prepared(model, method, other)
 
     def step() -> torch.Tensor:
@@ -133,12 +135,25 @@ def measured(name: str, method: str, tiny: bool, turn: Path | None) -> dict[str,
     }
 
 
-def _split(model: nn.Module, call: dict[str, Any], other: dict[str, Any]) -> tuple[torch.Tensor, list[list[int]]]:
-    """Quantized by all ranks, and of it each its part, to be compiled. Returns what the whole gives, and its packs."""
+def _split(
+    model: nn.Module, call: dict[str, Any], other: dict[str, Any], adapted: bool
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Quantized by all ranks, and of it each its part, to be compiled. Returns what the whole gives, and its packs.
+
+    adapted  with an adapter, the same on both
+    """
     svdq.quantize(model, calibrate=lambda model: model(**other), precision="w4a8", progress=False)
-    single, sums = model(**call)[0].float(), _sums(model)
+    sums, adapter = _sums(model), lora_step.adapter(model, lora_step.linears(model), seed=1) if adapted else {}
+    if adapted:
+        model.load_lora_adapter(dict(adapter))
+    single = model(**call)[0].float()
+    if adapted:
+        model.unload_lora()
     mesh = init_device_mesh(_device().type, (dist.get_world_size(),))
     svdq.parallelize(model, mesh, progress=False)
+    if adapted:
+        model.load_lora_adapter(dict(adapter))
+        model.requires_grad_(False)
     model.compile_repeated_blocks(fullgraph=True, dynamic=False, **step_methods._ours())
     return single, sums
 
@@ -149,7 +164,7 @@ def _sums(model: nn.Module) -> list[list[int]]:
 
 
 def _kind(method: str, ranks: int) -> str:
-    return "one GPU" if ranks == 1 else "tensor" if method == TENSOR else "ulysses"
+    return "one GPU" if ranks == 1 else "tensor" if method in SPLIT else "ulysses"
 
 
 def _device() -> torch.device:
@@ -303,7 +318,7 @@ def main() -> None:
         for name in options.models
         for method in options.methods
         for ranks in options.ranks
-        if method != TENSOR or ranks > 1
+        if method not in SPLIT or ranks > 1
     ]
     for row in rows_together(asked, options.together, options.tiny, options.limit):
         rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
