@@ -182,7 +182,8 @@ def _summed(y: fx.Node) -> list[fx.Node]:
 
 
 def _sums(node: fx.Node) -> bool:
-    return str(node.target).removesuffix(".default") == "_c10d_functional.all_reduce" and node.args[1] == "sum"
+    is_one = str(node.target).removesuffix(".default") == "_c10d_functional.all_reduce"
+    return is_one and len(node.args) == 3 and node.args[1] == "sum"
 
 
 def _waits(node: fx.Node) -> bool:
@@ -194,9 +195,10 @@ def _adds_bias(node: fx.Node) -> bool:
     return isinstance(bias, fx.Node) and bias.op == "placeholder"
 
 
-def _adapter(term: Any, x: fx.Node, group: Any = None) -> Adapter | None:
-    """Read linear(linear(x, a), b) * scale; None if it is anything else. group: of ranks over which the inner product
-    is summed
+def _adapter(term: Any, x: fx.Node, group: Any) -> Adapter | None:
+    """Read linear(linear(x, a), b) * scale; None if it is anything else.
+
+    group  torch's name of the ranks over which the inner product is summed; None: it is not
     """
     scales = []
     while isinstance(term, fx.Node) and term.target in MULTIPLY and len(term.args) == 2:
