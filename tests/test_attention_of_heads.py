@@ -322,7 +322,7 @@ def test_interpreted_way_by_codes(text: str, lengths: list, is_causal: bool, ord
     torch.manual_seed(0)
     text = text.replace("bf16(", "fp16(")
     given, (q, k, v) = heads_of([text, text, PLAIN], lengths, 2, 2, 32, torch.half)
-    y = of_heads._of_codes(of_heads.record(*given, is_causal, 0.1, order, "fp8"))
+    y = of_heads._fp8(of_heads.record(*given, is_causal, 0.1, order, "fp8"))
     assert y.dtype == torch.half
     assert y.permute(order).is_contiguous()
     assert all(x.dtype == torch.float8_e4m3fn for x in of_codes[0])
