@@ -2,6 +2,7 @@
 compiled for sm_80 and sm_89 runs in test_older_gpus_code.py, AMD's is in test_amd.py.
 """
 
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -174,7 +175,7 @@ def test_interpreted_of_what_makes_heads() -> None:
 @interpreted
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_interpreted_values_that_are_no_numbers(value: float) -> None:
-    """No sample is token 2 or 3. Of q a row, of k all; never a number that looks like a result."""
+    """Of q a row, of k all; never a number that looks like a result. No sample is token 2."""
     q, k, v = torch.randn(3, 1, 1, 40, 64).half().unbind()
     q[0, 0, 2, 5] = value
     y = attend(Attention(q, k, v, False, None, BHSD, "int8"))
@@ -241,8 +242,6 @@ def build(capability: int, tile: Sequence[int], d: int, e: int, dtype: str, is_c
 )
 def test_compiles_without_spills(capability: int, d: int, e: int, dtype: str, is_causal: bool) -> None:
     """Each tile that is measured there; the first fits every GPU of its kind."""
-    import re
-
     import triton
 
     from svdq_compile.kernels.portable import attention_int8 as ai

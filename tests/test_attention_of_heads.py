@@ -46,7 +46,7 @@ def test_models(name: str, fused: int, alone: int, monkeypatch: pytest.MonkeyPat
     """Where only the reference runs, the result is that of heads and attention one by one, bit for bit."""
     graphs = run_as_aten(monkeypatch)
     outputs = []
-    for attention, expected in (("fp8", (fused, alone, 0)), ("exact", (0, fused + alone, 2 * fused))):
+    for attention, expected in (("int8", (fused, alone, 0)), ("exact", (0, fused + alone, 2 * fused))):
         graphs.clear()
         model, inputs, regional = zoo(name)
         outputs.append(run(model, inputs, regional, fuse=("heads", "attention"), attention=attention))
@@ -252,6 +252,27 @@ def test_who_can_of_other_operands(on_hopper: None, monkeypatch: pytest.MonkeyPa
     assert able(given) == EXACT
     monkeypatch.setattr(target, "capability", lambda device: (8, 9))
     assert able(given) == EXACT
+
+
+@compiled
+def test_who_can_in_int8(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever there are kernels, with grouped heads too."""
+    expected = ["exact_heads", "attention_int8_heads", REFERENCE]
+    tensors, *rest = heads_of([FLUX, FLUX, PLAIN], [[9], [7], [7]], 1, 4, 64, torch.bfloat16)[0]
+    grouped = [t[:, :, :2] if t is tensors[4] or t is tensors[-1] else t for t in tensors]
+    for capability in ((9, 0), (8, 0), (12, 0)):
+        monkeypatch.setattr(target, "capability", lambda device, capability=capability: capability)
+        assert able((tensors, *rest), arithmetic="int8") == able((grouped, *rest), arithmetic="int8") == expected
+    assert able((tensors, *rest), arithmetic="exact") == EXACT
+    assert able((tensors, *rest), is_causal=True, arithmetic="int8") == EXACT
+    assert able(([*tensors[:-1], tensors[-1].float()], *rest), arithmetic="int8") == EXACT
+    for texts, lengths, channels in (
+        ([FLUX, FLUX, PLAIN], SAME, 16),
+        ([HALVES, FLUX, PLAIN], SAME, 64),
+        ([FLUX, FLUX, PLAIN], [[5], [0], [0]], 64),
+    ):
+        given, _ = heads_of(texts, lengths, 1, 2, channels, torch.bfloat16)
+        assert able(given, arithmetic="int8") == EXACT
 
 
 @compiled
