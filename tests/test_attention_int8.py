@@ -27,7 +27,7 @@ WGMMA, MMA, TCGEN05 = (
     r"mma.sync.aligned.m16n8k32.row.col(.satfinite)?.s32.s8.s8.s32",
     r"tcgen05.mma.cta_group::1.kind::i8",
 )
-PRODUCT = {80: MMA, 86: MMA, 89: MMA, 90: WGMMA, 100: TCGEN05, 120: MMA}
+PRODUCT = {80: MMA, 86: MMA, 89: MMA, 90: WGMMA, 100: f"{TCGEN05}|{MMA}", 120: MMA}  # Triton 3.6 has MMA on sm_100
 
 
 @pytest.fixture(autouse=True)
