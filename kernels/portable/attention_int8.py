@@ -115,7 +115,7 @@ def tiles(channels: int, room: int, amd: str) -> tuple[Tile, ...]:
     if amd.startswith("gfx9"):
         return (Tile(64, 32, 4, 2),) if channels > 128 else (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
     if amd:
-        return (Tile(32, 16, 8, 1),) if channels > 128 else (Tile(128, 32, 8, 1), Tile(64, 32, 8, 1))
+        return (Tile(32, 16, 8, 1),) if channels > 128 else (Tile(64, 32, 8, 1), Tile(128, 16, 8, 1))
     multiplies_from_shared_memory = room > 200_000  # wgmma and what came after it
     if channels > 128:
         return (Tile(64, 32, 8, 2), Tile(64, 32, 4, 2))[: 1 + multiplies_from_shared_memory]
