@@ -2,6 +2,7 @@
 it: of heads that are there, or of what makes them.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .region import Part
 MIN_CHANNELS, MAX_CHANNELS = 32, 256
 
 
-def why_not(arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> str | None:
+def why_not(arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int], scale: float | None) -> str | None:
     """Of operands [B, H, S, D] with these shapes, which may lie anywhere."""
     if arithmetic != "int8":
         return "int8 is not allowed"
@@ -21,6 +22,8 @@ def why_not(arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int
         return f"heads of {q[3]} and {v[3]} channels, not multiples of 8 from {MIN_CHANNELS} to {MAX_CHANNELS}"
     if not (0 not in (*q, *k) and q[1] % k[1] == 0 and max(q[0], q[1]) < 2**16):
         return f"q {list(q)} and k {list(k)}: nothing, or more than a launch takes"
+    if scale is not None and not 0 < scale < math.inf:
+        return f"scale is {scale}, not above zero"
     return None if torch.backends.cuda.flash_sdp_enabled() else "torch.backends.cuda.enable_flash_sdp is off"
 
 

@@ -410,6 +410,10 @@ def _attention_why_not(o: Attention) -> str | None:
     return None
 
 
+def _int8_attention_why_not(o: Attention) -> str | None:
+    return _attention_why_not(o) or attention_int8.why_not(o.arithmetic, o.q.shape, o.k.shape, o.v.shape, o.scale)
+
+
 def _attention_class(o: Attention) -> tuple:
     """`size_class`, and how the dimensions lie in memory."""
     orders = (sorted(range(4), key=lambda dim: (x.shape[dim] > 1, -x.stride(dim))) for x in (o.q, o.k, o.v))
@@ -485,7 +489,7 @@ ATTENTION = Table(
             PORTABLE,
             (),
             "portable.attention_int8",
-            lambda o: _attention_why_not(o) or attention_int8.why_not(o.arithmetic, o.q.shape, o.k.shape, o.v.shape),
+            _int8_attention_why_not,
             lambda o: attention_int8.attention(_as_heads(o)[:2], o.v, o.is_causal, o.scale, o.order),
             fuses=False,
         ),

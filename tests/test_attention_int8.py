@@ -144,7 +144,7 @@ def check(y: Tensor, o: Attention) -> None:
         (1, 4, 2, 33, 128, 72, 72, False, 0.2),  # only whole ones; grouped heads
         (1, 2, 1, 150, 150, 80, 80, True, None),
         (2, 2, 2, 128, 128, 64, 64, True, 0.05),
-        (1, 1, 1, 140, 200, 96, 128, False, -0.1),
+        (1, 1, 1, 140, 200, 96, 128, False, 0.12),
         (1, 2, 2, 20, 50, 256, 256, False, None),
     ],
 )
@@ -187,8 +187,8 @@ def test_interpreted_values_that_are_no_numbers(value: float) -> None:
 # ** who can **
 
 
-def why_not(q: Sequence[int], k: Sequence[int] | None = None, v: Sequence[int] | None = None, arithmetic: str = "int8"):
-    return lowered.why_not(arithmetic, q, k or q, v or k or q)
+def why_not(q: Sequence[int], k=None, v=None, arithmetic: str = "int8", scale: float | None = None) -> str | None:
+    return lowered.why_not(arithmetic, q, k or q, v or k or q, scale)
 
 
 @compiled
@@ -204,6 +204,8 @@ def test_what_is_left_to_others() -> None:
         assert "a launch takes" in str(why_not(q, k))
     for arithmetic in ("exact", "fp8"):
         assert why_not((2, 4, 70, 64), arithmetic=arithmetic) == "int8 is not allowed"
+    for scale in (0.0, -0.1, torch.inf, torch.nan):
+        assert "not above zero" in str(why_not((2, 4, 70, 64), scale=scale))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "flash" in str(why_not((2, 4, 70, 64)))
 

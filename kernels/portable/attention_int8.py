@@ -11,8 +11,8 @@
 Each head of k and v serves H / G of q's. Causal: the s-th row of q reads the first s + 1 of k and v, S = T.
 
 A program has some rows of a head and goes along the keys, as FlashAttention does. Only the last keys are asked whether
-they are there: the loop over the others has no masks. Scores stay those of codes times the keys' scales, which is a
-product by a vector; a row's own scale is positive, so it can wait for the exponent, where it is half of a multiply-add.
+they are there: the loop over the others has no masks. Scores are the products of codes, times the keys' scales. What
+else all scores of a row are multiplied by is positive, so it can wait for the exponent, as half of a multiply-add.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _attend(
-    acc, total, most, q, q_scale, k, v, k_scales, start, row, T, factor, k_token, v_token,
+    acc, total, most, q, q_scale, k, v, k_scales, start, row, T, k_token, v_token,
     KEYS: tl.constexpr, W: tl.constexpr, E: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """One step along the keys, from `start` on. LAST: some may not be there, or not be meant for a row."""
@@ -58,7 +58,7 @@ def _attend(
         codes = tl.load(k)
         scale = tl.load(k_scales + token)
         values = tl.load(v) if E == EW else tl.load(v, channel < E, 0.0)
-    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * (scale * factor)[None, :]
+    scores = tl.dot(q, tl.trans(codes), out_dtype=tl.int32).to(tl.float32) * scale[None, :]
     if LAST:
         meant = there[None, :] & (token[None, :] <= row[:, None]) if CAUSAL else there[None, :]
         scores = tl.where(meant, scores, float("-inf"))
@@ -82,7 +82,7 @@ def _attention_int8_kernel(
     wide = row.to(tl.int64)
     q += ((sample * S + wide) * H + head)[:, None] * W + tl.arange(0, W)[None, :]
     codes = tl.load(q, there[:, None], 0)
-    q_scale = tl.load(q_scales + (sample * H + head) * S + row, there, 1.0)
+    q_scale = tl.load(q_scales + (sample * H + head) * S + row, there, 1.0) * factor
     k += (sample * T * G + shared) * W
     k_scales += (sample * G + shared) * T
     v += sample * v_sample + shared.to(tl.int64) * v_head
@@ -94,12 +94,12 @@ def _attention_int8_kernel(
     whole = (min(T, first + 1) if CAUSAL else T) // KEYS * KEYS
     for start in tl.range(0, whole, KEYS):
         acc, total, most = _attend(
-            acc, total, most, codes, q_scale, k, v, k_scales, start, row, T, factor, G * W, v_token,
+            acc, total, most, codes, q_scale, k, v, k_scales, start, row, T, G * W, v_token,
             KEYS, W, E, EW, False, CAUSAL,
         )  # fmt: skip
     for start in tl.range(whole, end, KEYS, num_stages=1):
         acc, total, most = _attend(
-            acc, total, most, codes, q_scale, k, v, k_scales, start, row, T, factor, G * W, v_token,
+            acc, total, most, codes, q_scale, k, v, k_scales, start, row, T, G * W, v_token,
             KEYS, W, E, EW, True, CAUSAL,
         )  # fmt: skip
 
@@ -127,7 +127,10 @@ def tiles(channels: int, room: int, amd: str) -> tuple[Tile, ...]:
 
 def attention_int8(qk: Sequence[Sequence[Tensor]], generated: GeneratedParts, v: Tensor, y: Tensor, is_causal: bool,
                    scale: float | None, tile: Tile | None = None) -> None:  # fmt: skip
-    """Into y, shapes as above. qk: the x of q's parts and of k's, of which `generated` makes q and k [B, S, H, D]."""
+    """Into y, shapes as above. qk: the x of q's parts and of k's, of which `generated` makes q and k [B, S, H, D].
+
+    scale: above zero; None: D ** -0.5
+    """
     d, e = qk[0][0].shape[3], v.shape[3]
     q, k, q_scales, k_scales = attention_codes_int8(qk, generated)
     (b, s, h, w), (t, g) = q.shape, k.shape[1:3]
