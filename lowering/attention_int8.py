@@ -14,7 +14,9 @@ from .region import Part
 MIN_CHANNELS, MAX_CHANNELS = 32, 256
 
 
-def why_not(arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int], scale: float | None) -> str | None:
+def why_not(
+    arithmetic: str, q: Sequence[int], k: Sequence[int], v: Sequence[int], *, scale: float | None
+) -> str | None:
     """Of operands [B, H, S, D] with these shapes, which may lie anywhere."""
     if arithmetic != "int8":
         return "int8 is not allowed"

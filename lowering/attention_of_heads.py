@@ -54,7 +54,7 @@ def _why_not_fp8(o: OfHeads) -> str | None:
 
 
 def _why_not_int8(o: OfHeads) -> str | None:
-    return _why_not_codes(o) or attention_int8.why_not(o.arithmetic, *o.shapes(), o.scale)
+    return _why_not_codes(o) or attention_int8.why_not(o.arithmetic, *o.shapes(), scale=o.scale)
 
 
 def _fp8(o: OfHeads) -> Tensor:

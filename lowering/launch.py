@@ -411,7 +411,8 @@ def _attention_why_not(o: Attention) -> str | None:
 
 
 def _int8_attention_why_not(o: Attention) -> str | None:
-    return _attention_why_not(o) or attention_int8.why_not(o.arithmetic, o.q.shape, o.k.shape, o.v.shape, o.scale)
+    shapes = (o.q.shape, o.k.shape, o.v.shape)
+    return _attention_why_not(o) or attention_int8.why_not(o.arithmetic, *shapes, scale=o.scale)
 
 
 def _attention_class(o: Attention) -> tuple:

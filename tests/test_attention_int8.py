@@ -188,7 +188,7 @@ def test_interpreted_values_that_are_no_numbers(value: float) -> None:
 
 
 def why_not(q: Sequence[int], k=None, v=None, arithmetic: str = "int8", scale: float | None = None) -> str | None:
-    return lowered.why_not(arithmetic, q, k or q, v or k or q, scale)
+    return lowered.why_not(arithmetic, q, k or q, v or k or q, scale=scale)
 
 
 @compiled
