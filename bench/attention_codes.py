@@ -1,10 +1,11 @@
-"""How q, k and v should be scaled for attention in e4m3: errors of a few ways, emulated in plain torch.
+"""How q, k and v should be scaled for attention in 8 bits: errors of a few ways, emulated in plain torch.
 
 python bench/attention_codes.py            needs no GPU; a minute or two. Writes bench/results/attention-codes.json
 
 The heads are made as models make them: a linear's result with what all tokens share, RMS norm with a weight, rotation;
 values with tokens that are far larger than the others. The product is FlashAttention-3's: codes of q, k and v, and
-probabilities in e4m3 as well. The error is against the exact softmax, relative, the worst head's beside that of all.
+probabilities in e4m3 as well; with int8 it is of codes of q and k alone. The error is against the exact softmax,
+relative, the worst head's beside that of all.
 
 Ways of making codes:
 
@@ -13,6 +14,8 @@ Ways of making codes:
     bound          q and k by what their norm's weight allows, v by its largest magnitude; k as it is
     sampled, n     the largest of 32 tokens may be n times as large elsewhere; k less the mean of these tokens
     sampled, n, k as it is
+    int8, n tokens                 a scale for n tokens of a head, by their largest magnitude; k less its samples' mean
+    int8, 1 token, k as it is
 """
 
 import argparse
@@ -98,17 +101,30 @@ def by_sample(q: Tensor, k: Tensor, v: Tensor, room: float, centred: bool = True
     return tuple(in_e4m3(x, largest(sample(x)) * room / E4M3_MAX) for x in (q, k, v))  # type: ignore[return-value]
 
 
+def in_int8(x: Tensor, tokens: int) -> Tensor:
+    blocks = x.unflatten(1, (-1, tokens))
+    scale = blocks.abs().amax((2, 3), keepdim=True) / 127
+    return ((blocks / scale).round() * scale).flatten(1, 2)
+
+
+def by_tokens(q: Tensor, k: Tensor, v: Tensor, tokens: int, centred: bool = True) -> Qkv:
+    return in_int8(q, tokens), in_int8(k - sample(k).mean(1, keepdim=True) * centred, tokens), v
+
+
 WAYS: dict[str, Callable[..., Qkv]] = {
     "largest": by_largest,
     "largest, k as it is": lambda *qkv: by_largest(*qkv, centred=False),
     "bound": by_bound,
     **{f"sampled, {n}": lambda *qkv, n=n: by_sample(*qkv, room=n) for n in (1, 4, 16, 64, 256, 1024)},
     "sampled, 64, k as it is": lambda *qkv: by_sample(*qkv, room=64, centred=False),
+    "int8, 1 token": lambda *qkv: by_tokens(*qkv, tokens=1),
+    "int8, 64 tokens": lambda *qkv: by_tokens(*qkv, tokens=64),
+    "int8, 1 token, k as it is": lambda *qkv: by_tokens(*qkv, tokens=1, centred=False),
 }
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, coded: bool) -> Tensor:
-    """FlashAttention-3 has probabilities up to 256 in e4m3, and adds them up before they are rounded."""
+    """FlashAttention-3 has probabilities up to 256 in e4m3 (coded), and adds them up before they are rounded."""
     logits = q @ k.mT * q.shape[2] ** -0.5
     p = 256 * torch.exp(logits - logits.amax(-1, keepdim=True))
     return (p.to(torch.float8_e4m3fn).float() if coded else p) @ v / p.sum(-1, keepdim=True)
@@ -120,7 +136,7 @@ def measure(tokens: int, channels: int, count: int) -> Iterator[dict]:
         q, k, v = heads(count, tokens, channels, shared, is_rotated, spread, massive)
         exact = attention(q.double(), k.double(), v.double(), False)
         for way, codes in WAYS.items():
-            lost = attention(*codes(q, k, v), True) - exact
+            lost = attention(*codes(q, k, v), not way.startswith("int8")) - exact
             by_head = lost.norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
             error = float(lost.norm() / exact.norm())
             print(f"{case:32} {way:26} {error:.4f}  worst head {float(by_head.max()):.4f}", flush=True)

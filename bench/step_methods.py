@@ -96,8 +96,11 @@ def _ours_fusing(*fusions: str) -> Callable[[nn.Module, list[dict]], nn.Module]:
     return method
 
 
-def ours_fp8_attention(model: nn.Module, others: list[dict]) -> nn.Module:
-    return _observed(_by_blocks(model, **_ours(attention="fp8")), others)
+def _ours_attending(attention: str) -> Callable[[nn.Module, list[dict]], nn.Module]:
+    def method(model: nn.Module, others: list[dict]) -> nn.Module:
+        return _observed(_by_blocks(model, **_ours(attention=attention)), others)
+
+    return method
 
 
 def ours_whole(model: nn.Module, others: list[dict]) -> nn.Module:
@@ -185,7 +188,8 @@ METHODS: dict[str, Method] = {
     "compile-graphs": compiled_graphs,
     "compile-best": compiled_best,
     "ours": ours,
-    "ours-fp8-attention": ours_fp8_attention,
+    "ours-fp8-attention": _ours_attending("fp8"),
+    "ours-int8-attention": _ours_attending("int8"),
     "ours-whole": ours_whole,
     **LESS_FUSED,
     "ours-graphs": ours_graphs,

@@ -86,7 +86,7 @@ class Attention(NamedTuple):
     is_causal  the s-th row of q reads the first s + 1 of k and v
     scale      of the products; None: D ** -0.5
     order      y's dimensions as they lie in memory, the outermost first, without gaps
-    arithmetic "exact", or "fp8" where a kernel may take q, k and v in 8 bits
+    arithmetic "exact"; "fp8" or "int8" where a kernel may take q, k and v, or q and k, in these 8 bits
     """
 
     q: Any

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.operands import empty_in_order
 from ..kernels.runtime.target import HOPPER, PORTABLE
-from . import flash3, heads, launch
+from . import attention_int8, flash3, heads, launch
 from .kernel_table import Kernel, Table, takes_all
 from .region import IN_THE_MIDDLE, INTERLEAVED, PLAIN, Part
 
@@ -40,19 +40,30 @@ class OfHeads(NamedTuple):
 
 
 def _why_not_codes(o: OfHeads) -> str | None:
-    q, k, v = o.shapes()
+    q, k, _ = o.shapes()
     if any(values["x"].dtype not in (torch.bfloat16, torch.float16) for each in o.parts for _, values in each):
         return "heads that are not of 16 bits"
     if o.is_causal and q[2] != k[2]:
         return "is_causal may begin at another corner where q and k differ in length"
     used = {step.operation for each in o.parts for region, _ in each for step in region.steps}
-    if used & IN_THE_MIDDLE and used & INTERLEAVED:
-        return "rotations of two kinds"
-    return flash3.why_not_fp8(o.arithmetic, q, k, v)
+    return "rotations of two kinds" if used & IN_THE_MIDDLE and used & INTERLEAVED else None
 
 
-def _of_codes(o: OfHeads) -> Tensor:
+def _why_not_fp8(o: OfHeads) -> str | None:
+    return _why_not_codes(o) or flash3.why_not_fp8(o.arithmetic, *o.shapes())
+
+
+def _why_not_int8(o: OfHeads) -> str | None:
+    return _why_not_codes(o) or attention_int8.why_not(o.arithmetic, *o.shapes(), scale=o.scale)
+
+
+def _fp8(o: OfHeads) -> Tensor:
     return flash3.attention_fp8(o.parts, o.is_causal, o.scale, o.order)
+
+
+def _int8(o: OfHeads) -> Tensor:
+    q, k, v = o.parts
+    return attention_int8.attention((q, k), _whole(v).transpose(1, 2), o.is_causal, o.scale, o.order)
 
 
 def _exact(o: OfHeads) -> Tensor:
@@ -77,7 +88,8 @@ ATTENTION_OF_HEADS = Table(
     "attention_of_heads",
     [
         Kernel("exact_heads", PORTABLE, (), None, takes_all, _exact, fuses=False),
-        Kernel("flash3_fp8_heads", HOPPER, (), "portable.attention_codes", _why_not_codes, _of_codes, fuses=False),
+        Kernel("flash3_fp8_heads", HOPPER, (), "portable.attention_codes", _why_not_fp8, _fp8, fuses=False),
+        Kernel("attention_int8_heads", PORTABLE, (), "portable.attention_int8", _why_not_int8, _int8, fuses=False),
     ],
     _exact,
     _shape_class,

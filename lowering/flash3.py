@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.operands import Attention
-from .region import Part, Region
+from .region import Part
 
 log = logging.getLogger("svdq_compile.lowering")
 
@@ -89,21 +89,13 @@ def attention(o: Attention) -> Tensor:
 def attention_fp8(heads: Sequence[Sequence[Part]], is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
     """The same of e4m3 codes, of what makes q, k and v: some parts each, not all of them empty."""
     from ..kernels.portable.attention_codes import GeneratedParts, attention_codes
-    from .generate_heads import bind_parts
+    from .generate_heads import bind_heads
 
-    parts = [[_side_by_side(*part) for part in each if part[1]["x"].numel()] for each in heads]
-    regions, values = zip(*(part for each in parts for part in each), strict=True)
-    xs = tuple([values["x"] for _, values in each] for each in parts)
-    *codes, q_scale, k_scale, v_scale = attention_codes(xs, GeneratedParts(*bind_parts(regions, values)))
+    xs, generated = bind_heads(heads)
+    *codes, q_scale, k_scale, v_scale = attention_codes(xs, GeneratedParts(*generated))
     q, k, v = (code.transpose(1, 2) for code in codes)
     o = Attention(q, k, v, is_causal, scale, order)
     return o.in_order(_forward(o, (q_scale, k_scale, v_scale)).to(xs[0][0].dtype))  # of codes it makes bf16
-
-
-def _side_by_side(region: Region, values: dict[str, Tensor]) -> Part:
-    """A part, the channels of its heads one beside another."""
-    x = values["x"]
-    return region, values if x.stride(3) == 1 else values | {"x": x.contiguous()}
 
 
 def _forward(o: Attention, scales: tuple) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..kernels.portable import heads as triton_heads
 from .generate import expression, load, python_file
-from .region import IN_THE_MIDDLE, Region
+from .region import IN_THE_MIDDLE, Part, Region
 
 
 def is_interleaved(*regions: Region) -> bool:
@@ -46,6 +46,19 @@ def bind_parts(regions: Sequence[Region], values: Sequence[dict[str, Tensor]]) -
         extra += [x, *x.stride()[:3], *_operands(region, named, x.shape)]
     module = _module_of_parts(tuple(regions))
     return module.start, module.load, module.fused, tuple(extra), is_interleaved(*regions)
+
+
+def bind_heads(heads: Sequence[Sequence[Part]]) -> tuple[list[list[Tensor]], tuple[Any, ...]]:
+    """What makes q, k and so on, some parts each, not all of them empty -> the x of each, and `bind_parts` of all."""
+    parts = [[_side_by_side(*part) for part in each if part[1]["x"].numel()] for each in heads]
+    regions, values = zip(*(part for each in parts for part in each), strict=True)
+    return [[named["x"] for _, named in each] for each in parts], bind_parts(regions, values)
+
+
+def _side_by_side(region: Region, values: dict[str, Tensor]) -> Part:
+    """A part, the channels of its heads one beside another."""
+    x = values["x"]
+    return region, values if x.stride(3) == 1 else values | {"x": x.contiguous()}
 
 
 def _operands(region: Region, values: dict[str, Tensor], block: torch.Size) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels.formats import FORMATS, codes_of, layout
 from ..kernels.operands import Attention, Gemm, Gemv, Quantize, as_lines
 from ..kernels.runtime.target import BLACKWELL, HOPPER, NVIDIA, PORTABLE, has_kernels, is_hopper
-from . import flash3, reference
+from . import attention_int8, flash3, reference
 from .kernel_table import REFERENCE, Kernel, Table, takes_all
 from .region import PLAIN, Part
 
@@ -410,6 +410,11 @@ def _attention_why_not(o: Attention) -> str | None:
     return None
 
 
+def _int8_attention_why_not(o: Attention) -> str | None:
+    shapes = (o.q.shape, o.k.shape, o.v.shape)
+    return _attention_why_not(o) or attention_int8.why_not(o.arithmetic, *shapes, scale=o.scale)
+
+
 def _attention_class(o: Attention) -> tuple:
     """`size_class`, and how the dimensions lie in memory."""
     orders = (sorted(range(4), key=lambda dim: (x.shape[dim] > 1, -x.stride(dim))) for x in (o.q, o.k, o.v))
@@ -480,6 +485,15 @@ ATTENTION = Table(
         ),
         _torchs_kernel("flash", _attention_why_not, _FLASH, 0.0),
         _torchs_kernel("efficient", takes_all, _EFFICIENT, None, False, 0.0),
+        Kernel(
+            "attention_int8",
+            PORTABLE,
+            (),
+            "portable.attention_int8",
+            _int8_attention_why_not,
+            lambda o: attention_int8.attention(_as_heads(o)[:2], o.v, o.is_causal, o.scale, o.order),
+            fuses=False,
+        ),
     ],
     _reference_attention,
     _attention_class,

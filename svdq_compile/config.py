@@ -15,7 +15,7 @@ from .passes import FUSING
 
 PRECISIONS = ("auto", *FORMATS)
 WEIGHTS = ("release", "offload", "keep")
-ATTENTIONS = ("exact", "fp8")
+ATTENTIONS = ("exact", "fp8", "int8")
 MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FUSIONS = tuple(FUSING)
 MAX_RANK = 256
@@ -65,8 +65,8 @@ class Config:
                        "gates", "siblings", "heads", "rows", "prologues", "joins", "exchanges", "attention",
                        "sequences")
     attention          "exact"; or "fp8": q, k and v may be rounded to 8 bits where that is faster, which needs an sm_90
-                       GPU and the package fa3-fwd. An attention's result is off by 5 % then, for random values; what
-                       has a mask stays exact
+                       GPU and the package fa3-fwd; or "int8": q and k may, on any GPU that has kernels. An attention's
+                       result is off by 5 % and by 2 % then, for random values; what has a mask stays exact
     mode               Inductor's mode, as in torch.compile(mode=...)
     progress           show a progress bar while quantizing, and say in one line what was done and what comes next
     fallback           where a layer cannot be quantized or a graph not be compiled, which would be a fault of this

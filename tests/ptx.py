@@ -399,10 +399,24 @@ class Program:
             target[at] = source[of]
 
     def do_shfl(self, rest, operands, live):
-        if rest[1] != "bfly":
-            raise NotImplementedError(f"shfl.{'.'.join(rest)}")
-        other = np.arange(self.threads) ^ int(operands[2])
+        own = np.arange(self.threads)
+        if rest[1] == "bfly":
+            other = own ^ int(operands[2])
+        elif rest[1] == "idx" and operands[3] == "31":
+            other = own & ~31 | self.read(operands[2], "s32") & 31
+        else:
+            raise NotImplementedError(f"shfl.{'.'.join(rest)} {operands}")
         self.write(operands[0], self.read(operands[1], "u32")[other], live)
+
+    def do_redux(self, rest, operands, live):
+        if rest != ["sync", "max", "s32"]:
+            raise NotImplementedError(f"redux.{'.'.join(rest)}")
+        values, lanes = self.read(operands[1], "s32").reshape(-1, 1, 32), self.read(operands[2], "u32")
+        among = (lanes[:, None] >> np.arange(32, dtype=np.uint32) & 1).astype(bool).reshape(-1, 32, 32)
+        self.write(operands[0], np.where(among, values, np.iinfo(np.int32).min).max(2).reshape(-1), live)
+
+    def do_ex2(self, rest, operands, live):
+        self.arithmetic(rest, operands, live, np.exp2)
 
     def do_createpolicy(self, rest, operands, live):
         self.write(operands[0], np.zeros(self.threads, np.uint64), live)

@@ -141,6 +141,42 @@ def test_rocm_build_of_moments_heads_and_gemv(family):
 
 
 @rocm
+@pytest.mark.parametrize(("channels", "is_causal"), [(128, False), (256, True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rocm_build_of_attention_int8(family, channels, is_causal):
+    from svdq_compile.kernels.portable.attention_int8 import _attention_int8_kernel, tiles
+
+    types = {"q": "*i8", "k": "*i8", "v": "*bf16", "y": "*bf16", "q_scales": "*fp32", "k_scales": "*fp32",
+             "factor": "fp32"}  # fmt: skip
+    for rows, keys, warps, stages in tiles(channels, 0, family):
+        constants = {"ROWS": rows, "KEYS": keys, "W": channels, "E": channels, "EW": channels, "CAUSAL": is_causal,
+                     "y_channel": 1}  # fmt: skip
+        text = assembly(_attention_int8_kernel, family, constants, types, warps, stages)
+        assert INT8[family] in text
+        assert HALF[family] in text
+        assert spilled(text) == 0
+
+
+@rocm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rocm_build_of_attention_codes_in_int8(family, tmp_path, monkeypatch):
+    from svdq_compile.kernels.portable import attention_codes as ac
+    from svdq_compile.lowering.generate_heads import _module_of_parts
+    from svdq_compile.lowering.region import PLAIN
+
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    module = _module_of_parts((PLAIN, PLAIN))
+    common = {"D": 128, "WIDTH": 128, "Q": 1, "QK": 2, "PARTS": 2, "INTERLEAVED": True, "START": module.start,
+              "LOAD": module.load, "FUNCTION": module.fused, "PER_TOKEN": True, "EARLY": False}  # fmt: skip
+    types = {"codes": ("*i8",) * 2, "scales": ("*fp32",) * 2, "centres": "*fp32", "tokens": ("i32",) * 2,
+             "begins": ("i32",) * 2, "lengths": ("i32",) * 2, "extra": ("*bf16", "i32", "i32", "i32") * 2}  # fmt: skip
+    text = assembly(ac._attention_codes_kernel, family, common | {"TOKENS": 8, "HEADS": 12, "group": 1}, types, 4)
+    assert spilled(text) == 0
+    types |= {"scales": "*fp32"}
+    assert spilled(assembly(ac._attention_samples_kernel, family, common | {"COUNT": ac.SAMPLES}, types, 8)) == 0
+
+
+@rocm
 @pytest.mark.parametrize("rounding", ["subscales", "scales", "zeros"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rocm_build_of_round_weight(family, rounding):
@@ -210,7 +246,7 @@ def test_amd_gets_the_portable_kernels(name, gpu):
     assert not target.launches_early(device)
     assert rows_for(launch.GEMM, device) == ["portable_gemm", "reference"]
     assert rows_for(launch.QUANTIZE, device) == ["portable_quantize", "portable_codes", "reference"]
-    assert {"flash", "efficient", "reference"} <= set(rows_for(launch.ATTENTION, device))
+    assert {"flash", "efficient", "attention_int8", "reference"} <= set(rows_for(launch.ATTENTION, device))
 
 
 @compiled

@@ -429,13 +429,14 @@ def test_one_measurement_for_a_class_of_shapes() -> None:
 # ** FlashAttention-3, which is not there **
 
 
-def test_eight_bits_are_asked_for(on_hopper: None) -> None:
+@pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
+def test_eight_bits_are_asked_for(arithmetic: str, on_hopper: None) -> None:
     """By an argument more, so that graphs without them stay as they were."""
     exact, allowed = graph_of(CUDNN, None, False), graph_of(CUDNN, None, False)
     assert replace_attention(exact) == 1
-    assert replace_attention(allowed, arithmetic="fp8") == 1
+    assert replace_attention(allowed, arithmetic=arithmetic) == 1
     nodes = [next(n for n in gm.graph.nodes if n.target is ops.attention) for gm in (exact, allowed)]
-    assert nodes[1].args[3:] == (*nodes[0].args[3:], "fp8")
+    assert nodes[1].args[3:] == (*nodes[0].args[3:], arithmetic)
     assert len(nodes[0].args) == 6
 
 
@@ -489,6 +490,18 @@ def test_who_can_with_flash3(with_flash3: list) -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert "flash3" not in able(operands())
     assert not any("flash3" in name for name in able(operands(torch.float32)))
+
+
+def test_who_can_in_int8(on_hopper: None) -> None:
+    """The last, so that where nothing is measured an exact one runs; whatever the length of k, and who shares it."""
+    o = operands()._replace(arithmetic="int8")
+    assert able(o)[-2:] == ["attention_int8", REFERENCE]
+    assert able(o._replace(k=o.k[:, :2, :9], v=o.v[:, :2, :9]))[-2:] == ["attention_int8", REFERENCE]
+    assert "attention_int8" in able(o._replace(is_causal=True))
+    causal_of_fewer_keys = o._replace(is_causal=True, k=o.k[:, :, :9], v=o.v[:, :, :9])
+    for other in (operands(), o._replace(arithmetic="fp8"), operands(torch.float32)._replace(arithmetic="int8"),
+                  operands(batch=0)._replace(arithmetic="int8"), causal_of_fewer_keys):  # fmt: skip
+        assert "attention_int8" not in able(other)
 
 
 @pytest.mark.parametrize("order", [BSHD, BHSD], ids=str)

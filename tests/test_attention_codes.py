@@ -113,12 +113,12 @@ def test_interpreted_parts_of_one_kind_of_halves(tmp_path, monkeypatch) -> None:
         )
 
 
-def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict, warps: int):
+def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict, warps: int, in_int8: bool = False):
     from triton.compiler import ASTSource
 
     from svdq_compile.lowering import generate_heads
 
-    regions = [region for part in (text, text, PLAIN) for region in parts(part) * 2]
+    regions = [region for part in ((text, text) if in_int8 else (text, text, PLAIN)) for region in parts(part) * 2]
     module = generate_heads._module_of_parts(tuple(regions))
     extra: list[str] = []
     for region in regions:
@@ -126,18 +126,24 @@ def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict,
         for _, axes in region.operands[1:]:
             extra += {"D": ["*bf16"], "BTD": ["*fp32", "i32", "i32"]}[axes]
     width = 1 << (d - 1).bit_length()
-    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": 6, "INTERLEAVED": text != PLAIN,
-                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused,
+    constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": len(regions), "INTERLEAVED": text != PLAIN,
+                  "START": module.start, "LOAD": module.load, "FUNCTION": module.fused, "PER_TOKEN": in_int8,
                   "EARLY": capability >= 90}  # fmt: skip
 
     def source(kernel, signature, constants, even):
-        at = kernel.arg_names.index("extra")
-        return ASTSource(
-            kernel, signature, constants, even | {(at, i): [["tt.divisibility", 16]] for i in range(len(extra))}
-        )
+        within = {
+            (at, i): [["tt.divisibility", 16]]
+            for at, name in enumerate(kernel.arg_names)
+            if name in ("codes", "scales", "extra") and isinstance(signature[name], tuple)
+            for i in range(len(signature[name]))
+        }
+        return ASTSource(kernel, signature, constants, even | within)
 
-    types = dict.fromkeys("qkv", "*fp8e4nv") | {"centres": "*fp32", "scales": "*fp32", "extra": tuple(extra)}
-    types |= {"tokens": ("i32",) * 6, "begins": ("i32",) * 6, "lengths": ("i32",) * 3}
+    types = {"centres": "*fp32", "scales": "*fp32", "extra": tuple(extra)}
+    if "codes" in kernel.arg_names:
+        constants["group"] = 1
+        types |= {"codes": ("*i8",) * 2 if in_int8 else ("*fp8e4nv",) * 3, "scales": ("*fp32",) * 3}
+    types |= {"tokens": ("i32",) * len(regions), "begins": ("i32",) * len(regions), "lengths": ("i32",) * 3}
     return compile_for(kernel, capability, constants, warps, types, source=source)
 
 

@@ -46,7 +46,7 @@ def test_models(name: str, fused: int, alone: int, monkeypatch: pytest.MonkeyPat
     """Where only the reference runs, the result is that of heads and attention one by one, bit for bit."""
     graphs = run_as_aten(monkeypatch)
     outputs = []
-    for attention, expected in (("fp8", (fused, alone, 0)), ("exact", (0, fused + alone, 2 * fused))):
+    for attention, expected in (("int8", (fused, alone, 0)), ("exact", (0, fused + alone, 2 * fused))):
         graphs.clear()
         model, inputs, regional = zoo(name)
         outputs.append(run(model, inputs, regional, fuse=("heads", "attention"), attention=attention))
@@ -255,6 +255,27 @@ def test_who_can_of_other_operands(on_hopper: None, monkeypatch: pytest.MonkeyPa
 
 
 @compiled
+def test_who_can_in_int8(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever there are kernels, with grouped heads too."""
+    expected = ["exact_heads", "attention_int8_heads", REFERENCE]
+    tensors, *rest = heads_of([FLUX, FLUX, PLAIN], [[9], [7], [7]], 1, 4, 64, torch.bfloat16)[0]
+    grouped = [t[:, :, :2] if t is tensors[4] or t is tensors[-1] else t for t in tensors]
+    for capability in ((9, 0), (8, 0), (12, 0)):
+        monkeypatch.setattr(target, "capability", lambda device, capability=capability: capability)
+        assert able((tensors, *rest), arithmetic="int8") == able((grouped, *rest), arithmetic="int8") == expected
+    assert able((tensors, *rest), arithmetic="exact") == EXACT
+    assert able((tensors, *rest), is_causal=True, arithmetic="int8") == EXACT
+    assert able(([*tensors[:-1], tensors[-1].float()], *rest), arithmetic="int8") == EXACT
+    for texts, lengths, channels in (
+        ([FLUX, FLUX, PLAIN], SAME, 16),
+        ([HALVES, FLUX, PLAIN], SAME, 64),
+        ([FLUX, FLUX, PLAIN], [[5], [0], [0]], 64),
+    ):
+        given, _ = heads_of(texts, lengths, 1, 2, channels, torch.bfloat16)
+        assert able(given, arithmetic="int8") == EXACT
+
+
+@compiled
 def test_a_class_of_sizes() -> None:
     def seen(lengths: list[list[int]], b: int = 2) -> tuple:
         given, _ = heads_of([FLUX, FLUX, PLAIN], lengths, b, 2, 16, torch.bfloat16)
@@ -322,7 +343,7 @@ def test_interpreted_way_by_codes(text: str, lengths: list, is_causal: bool, ord
     torch.manual_seed(0)
     text = text.replace("bf16(", "fp16(")
     given, (q, k, v) = heads_of([text, text, PLAIN], lengths, 2, 2, 32, torch.half)
-    y = of_heads._of_codes(of_heads.record(*given, is_causal, 0.1, order, "fp8"))
+    y = of_heads._fp8(of_heads.record(*given, is_causal, 0.1, order, "fp8"))
     assert y.dtype == torch.half
     assert y.permute(order).is_contiguous()
     assert all(x.dtype == torch.float8_e4m3fn for x in of_codes[0])

@@ -200,6 +200,33 @@ def test_heads(dtype, on):
     assert error(y, torch.stack((even * 0.5 - odd, odd * 0.5 + even), -1).flatten(-2)) < BOUND[dtype]
 
 
+@pytest.mark.parametrize(
+    ("capability", "g", "s", "t", "d", "e", "dtype", "is_causal", "tile"),
+    [
+        (80, 2, 70, 70, 64, 64, BF16, True, (64, 64, 4, 3)),
+        (89, 1, 5, 150, 72, 40, FP16, False, (64, 64, 4, 2)),
+        (80, 2, 9, 70, 160, 160, FP16, False, (64, 32, 8, 2)),
+    ],
+)
+def test_attention_int8(capability, g, s, t, d, e, dtype, is_causal, tile, on, tmp_path, monkeypatch):
+    """Codes and products, grouped heads, what all keys share; near attention of the rounded q and k."""
+    from test_attention_int8 import centred, exact, rounded
+
+    from svdq_compile.kernels.portable import attention_codes, attention_int8
+    from svdq_compile.lowering.generate_heads import bind_heads
+    from svdq_compile.lowering.region import PLAIN
+
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    on(attention_codes, capability)
+    q, k = torch.randn(1, s, 2, d).to(dtype), (torch.randn(1, t, g, d) + torch.randn(1, 1, g, d)).to(dtype)
+    v, y = torch.randn(1, g, t, e).to(dtype), torch.empty(1, 2, s, e, dtype=dtype)
+    xs, functions = bind_heads([[(PLAIN, {"x": x})] for x in (q, k)])
+    generated = attention_codes.GeneratedParts(*functions)
+    on(attention_int8, capability).attention_int8(xs, generated, v, y, is_causal, None, attention_int8.Tile(*tile))
+    coded = (x.transpose(1, 2) for x in (rounded(q.float()), rounded(centred([k.float()]))))
+    assert error(y, exact(*coded, v, is_causal, None)) < BOUND[dtype]
+
+
 # ** every target **
 
 

@@ -128,7 +128,9 @@ def test_both_ways(texts: list[str], lengths: list, is_causal: bool, d: int, ord
     given = operands(texts, lengths, 2, 4, d)
     o = of_heads.record(*given, is_causal, None, order, "fp8")
     for kernel in of_heads.ATTENTION_OF_HEADS.rows:
-        assert kernel.refuses(o) is None
+        assert (kernel.refuses(o) is None) == (kernel.name != "attention_int8_heads")
+        if kernel.refuses(o):
+            continue
         y = kernel.run(o)
         assert y.permute(order).is_contiguous()
         check(y, given, is_causal, None, *((0.01, 0.12) if kernel.name == "flash3_fp8_heads" else (0, 0.01)))
