@@ -64,10 +64,11 @@ class Test(expecttest.TestCase):
         self.assertExpectedInline(single, FLUX)
 
 
-# q and k of each attention that is compiled; not Wan's, which begin with a norm over all heads.
+# q and k of each attention that is compiled.
 @compiled
 @pytest.mark.parametrize(
-    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 6), ("qwen_image", 2), ("wan", 0)]
+    ("name", "fused"),
+    [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 6), ("qwen_image", 2), ("wan", 4), ("ltx_video", 4)],
 )
 def test_a_model_fused_is_the_model_unfused(name: str, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
@@ -135,6 +136,28 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated(torch.cat([norm(q[:, :5]), F.layer_norm(q[:, 5:], (CHANNELS,))], 1), cos, sin)
 
 
+def in_heads(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (HEADS, CHANNELS))
+
+
+def over_all(q: Tensor, norm=F.rms_norm, *affine: Tensor) -> Tensor:
+    return norm(q.flatten(2), (WIDTH,), *(t.to(q.dtype) for t in affine))
+
+
+def wide(cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Tables for the channels of all heads, which differ from head to head."""
+    return [torch.cat([t * (i + 1) for i in range(HEADS)], -1).squeeze(-2) for t in (cos, sin)]
+
+
+def written(q: Tensor, cos: Tensor, sin: Tensor, memory=torch.empty_like, at=(0, 1)) -> Tensor:
+    even, odd = q.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = memory(q)
+    out[..., at[0] :: 2] = even * cos - odd * sin
+    out[..., at[1] :: 2] = even * sin + odd * cos
+    return out
+
+
 def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([rotated(q[:, :-5], cos[:-5], sin[:-5]), q[:, -5:]], 1)
 
@@ -175,12 +198,40 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (q * torch.rsqrt(q.float().var(-1, keepdim=True)).to(q.dtype), ()), 0),
         # A slice, which lies in something longer.
         (lambda q, c, s: (norm(q)[:, 3:20], ()), 0),
-        # Nothing but elementwise; elementwise before; two full tensors; a value for each head.
+        # A value for each head's channels; and before they are heads.
+        (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 1),
+        (lambda q, c, s: (norm(in_heads(torch.tanh(q.flatten(2)))), ()), 1),
+        # Nothing but elementwise; elementwise before, and stored; two full tensors.
         (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
-        (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
+        (lambda q, c, s: (norm(in_heads(t := torch.tanh(q.flatten(2)))), (t,)), 0),
         (lambda q, c, s: (norm(q) + q.flip(1), ()), 0),
         (lambda q, c, s: (norm(q[:, :12]) + q[:, 12:], ()), 0),
-        (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 0),
+        # Norms over all heads, whose moments stay outside.
+        (lambda q, c, s: (in_heads(over_all(q)), ()), 1),
+        (lambda q, c, s: (in_heads(over_all(q, F.layer_norm)), ()), 1),
+        (lambda q, c, s: (in_heads(over_all(q, F.layer_norm, c[:HEADS].flatten(), s[:HEADS].flatten())), ()), 1),
+        (lambda q, c, s: (rotated(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (norm(in_heads(over_all(q))), ()), 1),
+        (lambda q, c, s: (cut(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (torch.cat([in_heads(over_all(q[:, :5])), q[:, 5:]], 1), ()), 1),
+        (lambda q, c, s: (in_heads(n := over_all(q)), (n,)), 0),
+        (lambda q, c, s: (in_heads(q.flatten(2) * c.mean(-1).to(q.dtype)), ()), 0),  # of something else
+        (lambda q, c, s: (in_heads(over_all(q) + q.flatten(2).flip(1)), ()), 0),
+        (lambda q, c, s: (in_heads(over_all(q).flip(-1)), ()), 0),
+        (lambda q, c, s: (other_order(in_heads(over_all(q)), c, s), ()), 0),  # turned in between
+        # Rotated before they are cut into heads, by tables of each head; halves of all channels are not a head's.
+        (lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c, s), interleaved)), ()), 1),
+        (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c[None], s[:1]), sliced)), ()), 1),
+        (lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c.bfloat16(), s.bfloat16()))), ()), 0),
+        (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c, s), half_turned)), ()), 0),
+        # Written into every second channel.
+        (lambda q, c, s: (written(q, c, s), ()), 1),
+        (lambda q, c, s: (written(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (written(norm(q), c.bfloat16(), s.bfloat16()), ()), 1),
+        (lambda q, c, s: (written(norm(q), c, s, torch.zeros_like, (1, 0)), ()), 1),
+        (lambda q, c, s: (written(q, c.double(), s.double()), ()), 0),
+        (lambda q, c, s: (written(q, c, s, torch.ones_like, (0, 0)), ()), 0),
+        (lambda q, c, s: (written(q.transpose(1, 2), *(t.transpose(0, 1) for t in (c, s))).transpose(1, 2), ()), 0),
     ],
 )  # fmt: skip
 def test_near_misses(around, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
