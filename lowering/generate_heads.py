@@ -154,7 +154,7 @@ class _Writer:
                 self.loads.append(line)
         self.loads.append(f"return ({''.join(f'{name}, ' for name in held)})")
         if held:
-            self.lines.insert(0, f"{', '.join(held)} = held")
+            self.lines.insert(0, f"({''.join(f'{name}, ' for name in held)}) = held")
         return at
 
     def _let(self, name: str, expression: str) -> None:

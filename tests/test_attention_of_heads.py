@@ -38,10 +38,10 @@ def a_choice_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite, "TORCHS_ATTENTIONS", {on_the_cpu})
 
 
-# Attentions that are compiled, and those whose q and k come out of a region: not Wan's, nor its cross-attention.
+# Attentions that are compiled: those whose q and k come out of a region, and others.
 @compiled
 @pytest.mark.usefixtures("a_choice_on_the_cpu")
-@pytest.mark.parametrize(("name", "fused", "alone"), [("flux", 2, 0), ("wan", 0, 2)])
+@pytest.mark.parametrize(("name", "fused", "alone"), [("flux", 2, 0), ("wan", 2, 0)])
 def test_models(name: str, fused: int, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the reference runs, the result is that of heads and attention one by one, bit for bit."""
     graphs = run_as_aten(monkeypatch)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from conftest import WIDTH, relative_error
 from svdq_compile.lowering import ops
 from svdq_compile.lowering.heads import parts
+from svdq_compile.passes.group_sequences import _is_free
 
 HEADS, CHANNELS = 4, WIDTH // 4
 BOUND = 4e-3  # bf16 rounds to 2^-9 at most; fused arithmetic does it in fewer places
@@ -34,6 +35,42 @@ t12 = mul(t10, a2)
 t13 = add(t11, t12)
 t14 = bf16(t13)""".replace("\n", "; ")
 
+ALL_HEADS = """heads(x, a0: BT, a1: HD)
+t0 = add(a0, 9.999999974752427e-07)
+t1 = rsqrt(t0)
+t2 = mul(x, t1)
+t3 = mul(t2, a1)
+t4 = bf16(t3)""".replace("\n", "; ")
+WAN = (
+    ALL_HEADS.replace("HD)", "HD, a2: BTD, a3: BTD)")
+    + """
+t5 = even(t4)
+t6 = odd(t4)
+t7 = even(a2)
+t8 = odd(a3)
+t9 = mul(t5, t7)
+t10 = mul(t6, t8)
+t11 = sub(t9, t10)
+t12 = mul(t5, t8)
+t13 = mul(t6, t7)
+t14 = add(t12, t13)
+t15 = bf16(t11)
+t16 = bf16(t14)
+t17 = pair(t15, t16)""".replace("\n", "; ")
+)
+LTX = (
+    ALL_HEADS.replace("HD)", "HD, a2: BTHD, a3: BTHD)").replace("9.999999974752427e-07", "9.999999747378752e-06")
+    + """
+t5 = even(t4)
+t6 = odd(t4)
+t7 = neg(t6)
+t8 = pair(t7, t5)
+t9 = mul(t4, a2)
+t10 = mul(t8, a3)
+t11 = add(t9, t10)
+t12 = bf16(t11)""".replace("\n", "; ")
+)
+
 
 def texts(graphs: list[fx.GraphModule]) -> list[str]:
     """The regions of all graphs, each once, in order."""
@@ -50,18 +87,57 @@ def own_buffers(model: nn.Module) -> nn.Module:
 
 @compiled
 class Test(expecttest.TestCase):
-    """What becomes of FLUX: text and image tokens of a double block, and a single block."""
+    """What becomes of q and k."""
 
     maxDiff = None
 
-    def test_flux(self) -> None:
+    def texts_of(self, name: str) -> list[str]:
         with pytest.MonkeyPatch.context() as monkeypatch, torch.no_grad():
             graphs = run_as_aten(monkeypatch)
-            model, inputs, regional = zoo("flux")
+            model, inputs, regional = zoo(name)
             run(model, inputs, regional)
-        double, single = texts(graphs)
+        return texts(graphs)
+
+    def test_flux(self) -> None:
+        """Text and image tokens of a double block, and a single block."""
+        double, single = self.texts_of("flux")
         self.assertEqual(double, f"{single} | {single}")
         self.assertExpectedInline(single, FLUX)
+
+    def test_wan(self) -> None:
+        """Attention to oneself, and q and k of the text."""
+        rotated, plain = self.texts_of("wan")
+        self.assertExpectedInline(rotated, WAN)
+        self.assertExpectedInline(plain, ALL_HEADS)
+
+    def test_ltx(self) -> None:
+        rotated, _ = self.texts_of("ltx_video")
+        self.assertExpectedInline(rotated, LTX)
+
+
+@compiled
+def test_a_block_of_wan_is_operators_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows as long as the kernel measures them, nothing of Inductor's comes between q's linear and attention."""
+    block_class = pytest.importorskip("diffusers.models.transformers.transformer_wan").WanTransformerBlock
+    graphs = run_as_aten(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(2, n, 512, generator=g).bfloat16() for n in (40, 24))
+    angle = torch.rand(1, 40, 1, 64, generator=g).repeat_interleave(2, -1)
+    inputs = (x, text, torch.randn(2, 6, 512, generator=g), (angle.cos(), angle.sin()))
+    outputs = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        block = block_class(512, 1024, 4, cross_attn_norm=True).bfloat16().eval().requires_grad_(False)
+        outputs.append(run(block, inputs, fuse=fuse))
+        if fuse:
+            (gm,) = graphs
+            nodes = [n for n in gm.graph.nodes if n.op == "call_function" and not _is_free(n)]
+            others = [n.target for n in nodes if not str(n.target).startswith("svdq.")]
+            attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            biases, modulation = torch.ops.aten.cat.default, torch.ops.aten.add.Tensor
+            assert others == [modulation, biases, attention, biases, attention]
+            assert (count(graphs, ops.head_region), count(graphs, ops.row_moments)) == (4, 7)
+    assert relative_error(*outputs) < 0.02
 
 
 # q and k of each attention that is compiled.
@@ -302,13 +378,14 @@ t10 = pair(t6, t9)""".replace("\n", "; ")
 def operands(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype, is_wide: bool) -> list[Tensor]:
     """Of one part; a wide x is a slice of a merged result."""
     shapes = {"D": (d,), "BTD": (t, 1, d), "BTH": (b, 1, h, 1), "1": ()}
+    shapes |= {"BT": (b, t, 1, 1), "HD": (h, d), "BTHD": (t, h, d)}
     x = torch.randn(b, t, 3 * h * d)[..., h * d : 2 * h * d].unflatten(-1, (h, d)).to(dtype)
     others = [torch.rand(shapes[axes]) + 0.5 for name, axes in parts(text)[0].operands if name != "x"]
     return [x if is_wide else x.contiguous(), *others]
 
 
 @interpreted
-@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX])
+@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX, WAN, LTX])
 @pytest.mark.parametrize(
     ("b", "t", "h", "d", "is_wide"), [(1, 5, 3, 64, True), (2, 17, 4, 32, False), (2, 1, 1, 8, True)]
 )
@@ -371,22 +448,35 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
     return compile_for(triton_heads._heads_kernel, 90, constants, tile.warps, types, source=source)
 
 
+ONE_HEAD = ("*bf16", *("*fp32", "i32", "i32") * 2)
+EXTRA = {
+    FLUX: ONE_HEAD,
+    HALVES: ONE_HEAD,
+    ALL_HEADS: ("*fp32", "i32", "i32", "*bf16"),
+    WAN: ("*fp32", "i32", "i32", *ONE_HEAD),
+    LTX: ("*fp32", "i32", "i32", "*bf16", *("*fp32", "i32", "i32", "i32") * 2),
+}
+
+
 @builds
-@pytest.mark.parametrize("text", [FLUX, HALVES])
+@pytest.mark.parametrize("text", EXTRA)
 @pytest.mark.parametrize(("heads", "d"), [(24, 128), (24, 64), (30, 256)])
 def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, monkeypatch) -> None:
-    """Tables and the norm's weight are loaded once for all heads of a program; nothing passes shared memory."""
+    """Tables and a head's weight are loaded once for all heads of a program; nothing passes shared memory."""
     from svdq_compile.kernels.portable.heads import choose
 
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    built = compiled_kernel(text, choose(4608, heads, d, 132), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
+    built = compiled_kernel(text, choose(4608, heads, d, 132), d, EXTRA[text])
     assert built.spilled == 0
     assert built.registers <= 80
     assert waits_first(built.ptx)
-    if text == FLUX:
-        assert built.shared == 0
-    widths = set(re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx))
-    assert widths <= ({"v4.b32"} if text == FLUX else {"v4.b32", "v2.b32"})  # halves: 4 neighbours a thread
+    widths = re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx)
+    if text == HALVES:  # 4 neighbours a thread
+        assert set(widths) <= {"v4.b32", "v2.b32"}
+        return
+    assert built.shared == 0
+    assert set(widths) <= {"v4.b32", "b32"}
+    assert widths.count("b32") == ("BT, " in text), "a row's moment, once for all heads"
 
 
 @compiled
