@@ -6,13 +6,16 @@
 
 So Wan writes its rotation, into `torch.empty_like(q)`. Nothing of m is left: it may hold anything.
 
-Left alone: any other two slices, and results that do not lie in memory as their dimensions follow one another.
+Left alone: any other two slices; results that do not lie in memory as their dimensions follow one another; and m that
+is not new where sizes are symbolic: nobody was given them then, and to ask a tensor for its sizes is to read it.
 """
+
+from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .inserting import inserter, reshaped
+from .inserting import inserter
 from .vocabulary import aten, kept_by, prims, same_shape, value_of
 
 _WRITE = aten.slice_scatter.default
@@ -30,8 +33,8 @@ def _stack(graph: fx.Graph, node: fx.Node) -> bool:
     y, first = value_of(node), node.args[0]
     if y is None or not isinstance(first, fx.Node) or first.target is not _WRITE or not _is_contiguous(y):
         return False
-    channels, last = y.shape[-1], y.dim() - 1
-    if type(channels) is not int or channels % 2:
+    channels, last, sizes = y.shape[-1], y.dim() - 1, _sizes(y, first.args[0])
+    if sizes is None or type(channels) is not int or channels % 2:
         return False
     written = {kept_by(write): _written(write) for write in (first, node)}
     pair = [written.get((range(start, channels, 2), last)) for start in (0, 1)]
@@ -44,9 +47,17 @@ def _stack(graph: fx.Graph, node: fx.Node) -> bool:
             for half in pair
         ]
         halves = [insert(aten.unsqueeze.default, half, y.dim()) for half in cast]
-        stacked = reshaped(insert(aten.cat.default, halves, -1), last, [channels], insert)
+        stacked = insert(aten.view.default, insert(aten.cat.default, halves, -1), sizes)
     node.replace_all_uses_with(stacked)
     return True
+
+
+def _sizes(y: Tensor, memory: Any) -> list[Any] | None:
+    """Of the result, as an argument: numbers, or nodes of symbolic ones that were given to what made the memory."""
+    if all(isinstance(size, int) for size in y.shape):
+        return list(y.shape)
+    given = memory.args[0] if memory.args else None
+    return list(given) if isinstance(given, list | tuple) and len(given) == y.dim() else None
 
 
 def _written(write: fx.Node) -> fx.Node | None:
