@@ -164,9 +164,9 @@ def parse(text: str) -> Region:
     if found is None:
         raise ValueError(f"not a fused region: {header!r}")
     kind, names = found.groups()
-    operations, choices, full = set(OPERATIONS), ROWS, "BTC"
+    operations, choices, full = set(OPERATIONS), {*ROWS}, "BTC"
     if kind == "heads":
-        operations, choices, full = operations | set(ALONG_HEADS), HEADS, "BTHD"
+        operations, choices, full = operations | set(ALONG_HEADS), {*HEADS}, "BTHD"
     given, operands = GIVEN.get(kind, ()), []
     for item in names.split(", "):
         name, _, axes = item.partition(": ")

@@ -175,6 +175,7 @@ def _is_normed(operands: list[_Operand]) -> bool:
 
 def _laid_out(operand: _Operand, letters: str, insert: Insert) -> fx.Node:
     """An operand as the operator takes it: real, in the order B, T, H, D, and only the part's tokens."""
+    node: Any
     node, axes, heads, start, tokens = operand
     if node.meta["val"].is_complex():
         sizes: list[Any] = [size if type(size) is int else -1 for size in node.meta["val"].shape]
@@ -270,10 +271,10 @@ class _Upstream:
         return same_shape(node.meta["val"].shape, _half(block)) or self._is_half_a_table(node, block)
 
     def _is_half_a_table(self, node: fx.Node, block: Tensor) -> bool:
-        """Whether a node is every second channel, or the lower or upper ones, of an operand: a view, free to repeat."""
-        node = before_identities(node)
-        name, read = meaning(node, WITHIN_HEADS) or ("", ())
-        return name in _HALVES and "D" in (self._axes(read[0], block) or "")
+        """Whether a node is every second channel, or the lower or upper ones, of a table: a view, free to repeat."""
+        name, read = meaning(before_identities(node), WITHIN_HEADS) or ("", ())
+        is_of_channels = name in _HALVES and "D" in (self._axes(read[0], block) or "")
+        return is_of_channels and not same_shape(read[0].meta["val"].shape, block.shape)
 
     def _cuts_rows(self, node: fx.Node, block: Tensor) -> bool:
         """Whether a node makes a block of heads of a row for each token."""

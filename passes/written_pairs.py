@@ -37,15 +37,12 @@ def _stack(graph: fx.Graph, node: fx.Node) -> bool:
     if sizes is None or type(channels) is not int or channels % 2:
         return False
     written = {kept_by(write): _written(write) for write in (first, node)}
-    pair = [written.get((range(start, channels, 2), last)) for start in (0, 1)]
-    if None in pair:
+    even, odd = (written.get((range(start, channels, 2), last)) for start in (0, 1))
+    if even is None or odd is None:
         return False
     with graph.inserting_before(node):
         insert = inserter(graph, node)
-        cast = [
-            half if half.meta["val"].dtype == y.dtype else insert(prims.convert_element_type.default, half, y.dtype)
-            for half in pair
-        ]
+        cast = [insert(prims.convert_element_type.default, half, y.dtype) for half in (even, odd)]
         halves = [insert(aten.unsqueeze.default, half, y.dim()) for half in cast]
         stacked = insert(aten.view.default, insert(aten.cat.default, halves, -1), sizes)
     node.replace_all_uses_with(stacked)
@@ -57,7 +54,9 @@ def _sizes(y: Tensor, memory: Any) -> list[Any] | None:
     if all(isinstance(size, int) for size in y.shape):
         return list(y.shape)
     given = memory.args[0] if memory.args else None
-    return list(given) if isinstance(given, list | tuple) and len(given) == y.dim() else None
+    if not isinstance(given, list | tuple) or len(given) != y.dim():
+        return None
+    return list(given) if all(value_of(size) is None for size in given) else None
 
 
 def _written(write: fx.Node) -> fx.Node | None:

@@ -261,6 +261,7 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (y := norm(q), (y,)), 1),
         (lambda q, c, s: (rotated(n := norm(q), c, s), (n,)), 0),
         (lambda q, c, s: (rotated(n := norm(q), c, s), (n.mean(1),)), 0),
+        (lambda q, c, s: (rotated(n := norm(q), c, s, sliced), (n[..., 0::2],)), 0),
         (lambda q, c, s: (norm(q), (q,)), 1),
         # The joined tokens are read by others too: only what comes after.
         (lambda q, c, s: (rotated(n := torch.cat([norm(q[:, :5]), q[:, 5:]], 1), c, s), (n,)), 1),
