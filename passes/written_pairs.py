@@ -65,7 +65,8 @@ def _written(write: fx.Node) -> fx.Node | None:
     assert isinstance(place, fx.Node)
     source = place.args[1] if place.target is aten.copy.default else place
     value = value_of(source)
-    fits = value is not None and same_shape(value.shape, place.meta["val"].shape)
+    there = place.meta["val"]
+    fits = value is not None and value.device == there.device and same_shape(value.shape, there.shape)
     return source if fits and isinstance(source, fx.Node) else None
 
 
