@@ -14,9 +14,9 @@ channels or halves of D taken apart and put together, and tokens taken apart and
 attention). Before its channels are cut into heads a block is a row [B, T, H D]: there a region takes elementwise
 operations and pairs. So a norm over all heads (Wan, LTX) is arithmetic on each row's moments, which stay outside:
 
-    before   n = mul(mul(x, rsqrt(add(m, eps))), w)     m = mean(pow(x, 2), [-1], True), x [B, T, H D]
-             v = view(n, [B, T, H, D])
-    after    svdq.head_region([view(x, [B, T, H, D]), unsqueeze(m, 3), view(w, [H, D])], "heads(x, a0: BT, a1: HD) ...")
+    before   m = mean(pow(x, 2), [-1], True)            after    q = svdq.head_region([view(x, [B, T, H, D]),
+             n = mul(mul(x, rsqrt(add(m, eps))), w)                  view(m, [B, T, 1, 1]), view(w, [H, D])],
+             attention(..., view(n, [B, T, H, D]), ...)              heads(x, a0: BT, a1: HD) ...)
 
 The kernel knows no `cat` and no `slice` of tokens. So the result is made in parts, each of tokens that come out of one
 operand of every `cat`. A part follows its tokens from the result backwards: a `slice` moves their positions, a `cat`
@@ -281,7 +281,8 @@ class _Upstream:
         rows = value_of(node.args[0]) if node.target in _RESHAPES and self.letters == "BTHD" else None
         if rows is None or block.dim() < 4 or not same_shape(node.meta["val"].shape, block.shape):
             return False
-        return same_shape(rows.shape, (*block.shape[:2], block.shape[2] * block.shape[3]))
+        b, t, heads, channels = block.shape
+        return type(heads) is int and same_shape(rows.shape, (b, t, heads * channels))
 
     def _axes(self, node: Any, block: Tensor) -> str | None:
         """The axes that an operand varies over, or some of which it is constant along; None if it is no operand."""
@@ -359,11 +360,9 @@ class _Upstream:
 
     def _heads_of(self, node: fx.Node) -> list[int] | None:
         """H and D, if they are one dimension of what a node lies against."""
-        return (
-            [self.end.meta["val"].shape[self.letters.index(axis)] for axis in "HD"]
-            if self.blocks[node].dim() < 4
-            else None
-        )
+        if self.blocks[node].dim() == 4:
+            return None
+        return [self.end.meta["val"].shape[self.letters.index(axis)] for axis in "HD"]
 
 
 def _origin(node: Any) -> fx.Node:
