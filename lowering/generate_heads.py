@@ -7,7 +7,7 @@ ones if the region takes D apart in the middle. Half a value, one for each head,
 
 The functions' `sample`, `token` and `head` broadcast against [tokens, D / 2]. Their `extra` is, for each operand
 
-    BTD   pointer, strides of B and T        BTH   pointer, strides of B, T and H        D, 1   pointer
+    BTD, BT   pointer, strides of B and T    BTHD, BTH   pointer, strides of B, T and H    HD, D, 1   pointer
 
 Where there are several, all of a part's operands follow those of the part before, and its x is the first of them, a
 pointer and the strides of B, T and H.
@@ -68,16 +68,17 @@ def _operands(region: Region, values: dict[str, Tensor], block: torch.Size) -> l
         if name == "x":
             continue
         value = values[name]
-        if axes == "BTD":
-            value = value.expand(*block[:2], 1, block[3])
-            value = value if value.stride(3) == 1 else value.contiguous()
-            extra += [value, *value.stride()[:2]]
-        elif axes == "BTH":
-            value = value.expand(*block[:3], 1)
-            extra += [value, *value.stride()[:3]]
+        if axes in _STRIDES:
+            value = value.expand([n if axis in axes else 1 for axis, n in zip("BTHD", block, strict=True)])
+            value = value if value.stride(3) == 1 or "D" not in axes else value.contiguous()
+            extra += [value, *value.stride()[: _STRIDES[axes]]]
         else:
-            extra.append(value.reshape(block[3] if axes == "D" else 1).contiguous())
+            extra.append(value.reshape(-1).contiguous())
     return extra
+
+
+# How many strides there are of operands that have some, those of B, T and H or of the first two.
+_STRIDES = {"BT": 2, "BTH": 3, "BTD": 2, "BTHD": 3}
 
 
 @cache
@@ -144,24 +145,29 @@ class _Writer:
     def _load(self, operands: list[tuple[str, str]], at: int) -> int:
         held: list[str] = []
         for name, axes in operands:
-            if axes == "BTH":
-                where = f"extra[{at}] + (sample * extra[{at + 1}] + token * extra[{at + 2}]) + head * extra[{at + 3}]"
-                self._let(name, f"tl.load({where}).to(tl.float32)")
-                at += 4
-            elif axes == "1":
-                self._let(name, f"tl.load(extra[{at}]).to(tl.float32)")
-                at += 1
-            else:
-                where, width = "token * 0", 1
-                if axes == "BTD":
-                    where, width = f"(sample * extra[{at + 1}] + token * extra[{at + 2}])", 3
+            where, strides = f"extra[{at}]", _STRIDES.get(axes, 0)
+            if strides:
+                where += f" + (sample * extra[{at + 1}] + token * extra[{at + 2}])"
+            elif "D" in axes:
+                where += " + token * 0"
+            if "H" in axes:
+                where += f" + head * {f'extra[{at + 3}]' if strides else 'D'}"
+            at += 1 + strides
+            if "D" in axes:
                 self.variables[name] = (f"{name}_0", f"{name}_1")
+                value = f"load_halves({where}, D, {self.interleaved})"
+            else:
+                self.variables[name] = (name,)
+                value = f"tl.load({where}).to(tl.float32)"
+            line = f"{', '.join(self.variables[name])} = {value}"
+            if "H" in axes or axes == "1":
+                self.lines.append(line)
+            else:
                 held += self.variables[name]
-                self.loads.append(f"{name}_0, {name}_1 = load_halves(extra[{at}] + {where}, D, {self.interleaved})")
-                at += width
+                self.loads.append(line)
         self.loads.append(f"return ({''.join(f'{name}, ' for name in held)})")
         if held:
-            self.lines.insert(0, f"{', '.join(held)} = held")
+            self.lines.insert(0, f"({''.join(f'{name}, ' for name in held)}) = held")
         return at
 
     def _let(self, name: str, expression: str) -> None:

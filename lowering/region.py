@@ -28,9 +28,12 @@ between them: each makes some of the tokens, one after the other.
 
     BTD       [B, T, 1, D]          per token, a value for each channel (cos, sin); B, T or both may be 1
     BTH       [B, T, H, 1]          per token and head, likewise
+    BT        [B, T, 1, 1]          per token (a mean over all heads), likewise
+    HD        [H, D]                per head, a value for each channel (the weight of a norm over all heads)
+    BTHD      [B, T, H, D]          full, as x (tables that differ from head to head); B, T or H may be 1
 
 It may average over D (`row_mean`) and take D apart and together again: `even`, `odd`, `pair` by neighbouring channels,
-`low`, `high`, `halves` in the middle. What is half as long is only met by its like, by BTH and by numbers.
+`low`, `high`, `halves` in the middle. What is half as long is only met by its like, by BT, BTH and numbers.
 """
 
 import re
@@ -48,7 +51,7 @@ Argument = str | float  # the name of a value, or a number
 ROWS = ("1", "BTC", "C", "BT", "BC")
 # What the kernel itself gives a region of each kind: no operands.
 GIVEN = {"epilogue": ("y",), "gate": ("y", "right")}
-HEADS = ("1", "BTH", "D", "BTD")
+HEADS = ("1", "BT", "BTH", "D", "HD", "BTD", "BTHD")
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": lambda a, b: a + b,
@@ -161,9 +164,9 @@ def parse(text: str) -> Region:
     if found is None:
         raise ValueError(f"not a fused region: {header!r}")
     kind, names = found.groups()
-    operations, choices, full = set(OPERATIONS), ROWS, "BTC"
+    operations, choices, full = set(OPERATIONS), {*ROWS}, "BTC"
     if kind == "heads":
-        operations, choices, full = operations | set(ALONG_HEADS), (*HEADS, "BTHD"), "BTHD"
+        operations, choices, full = operations | set(ALONG_HEADS), {*HEADS}, "BTHD"
     given, operands = GIVEN.get(kind, ()), []
     for item in names.split(", "):
         name, _, axes = item.partition(": ")

@@ -15,7 +15,7 @@ from torch import fx
 
 from ..lowering import ops
 from ..lowering.torch_private import describe
-from .vocabulary import SIXTEEN_BIT, aten, before_identities, cat_of, is_of_rows, operation, value_of
+from .vocabulary import SIXTEEN_BIT, aten, cat_of, operation, rows_measured, value_of
 
 MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
@@ -25,41 +25,29 @@ def measure_rows(gm: fx.GraphModule) -> int:
     moments: dict[fx.Node, list[fx.Node]] = {}
     count = 0
     for node in list(gm.graph.nodes):
-        if node.target is aten.var_mean.correction and is_of_rows(node, correction=0):
-            x, results = _rows(node.args[0]), [(item, item.args[1]) for item in node.users]
-        elif node.target is aten.mean.dim and is_of_rows(node):
-            x, results = _rows(_squared(node.args[0])), [(node, 2)]
-        else:
+        x = rows_measured(node)
+        if x is None or not _is_worth_it(x):
             continue
-        if x is not None:
-            for result, which in results:
-                result.replace_all_uses_with(_moments(gm.graph, moments, x, node)[which])
-            count += 1
+        is_mean = node.target is aten.mean.dim
+        for result, which in [(node, 2)] if is_mean else [(item, item.args[1]) for item in node.users]:
+            result.replace_all_uses_with(_moments(gm.graph, moments, x, node)[which])
+        count += 1
     gm.graph.eliminate_dead_code()
     return count
 
 
-def _squared(node: object) -> fx.Node | None:
-    """w, if the node is w * w."""
-    found = operation(node) if isinstance(node, fx.Node) else None
-    return found[1][0] if found is not None and found[0] == "mul" and found[1][0] is found[1][1] else None
-
-
-def _rows(w: object) -> fx.Node | None:
-    """The 16-bit x that w is, if its rows are worth it."""
-    if not isinstance(w, fx.Node):
-        return None
-    w = before_identities(w)
-    value = value_of(w)
+def _is_worth_it(x: fx.Node) -> bool:
+    """Whether x has 16 bits, and rows that the kernel reads sooner than Inductor does."""
+    value = value_of(x)
     if value is None or value.dtype not in SIXTEEN_BIT:
-        return None
+        return False
     columns = value.shape[-1]
     fits = isinstance(columns, int) and MIN_COLUMNS <= columns <= MAX_COLUMNS
-    cat = cat_of(w)
+    cat = cat_of(x)
     # Rows put together of parts: Inductor does it in the kernel that measures them. Whole rows, of text and image
     # tokens, are in memory anyway when a residual reads them too.
     in_parts = cat is not None and cat[1] == value.dim() - 1
-    return w if fits and operation(w) is None and not in_parts else None
+    return fits and operation(x) is None and not in_parts
 
 
 def _moments(graph: fx.Graph, made: dict[fx.Node, list[fx.Node]], x: fx.Node, like: fx.Node) -> list[fx.Node]:

@@ -13,7 +13,7 @@ since heads need not be written in 16 bits then:
 The result lies in memory as it did, whichever kernel runs: views of it are planned already.
 
 Left alone: attention with a mask, with dropout, whose log-sum is used too, or on a device that has no choice. q and k
-that others read too, or that come from elsewhere (another rank, a norm over all heads), stay operands.
+that others read too, or that come from elsewhere (another rank), stay operands.
 """
 
 import itertools

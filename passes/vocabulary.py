@@ -72,8 +72,10 @@ def cat_of(node: fx.Node) -> tuple[tuple[fx.Node, ...], int] | None:
 
 
 def kept_by(node: fx.Node) -> tuple[range, int] | None:
-    """The indices that a `slice` keeps, and of which dimension, counted from 0; None if they are not known."""
-    args: Any = node.args
+    """The indices that a `slice` keeps, or a `slice_scatter` writes, and of which dimension, counted from 0; None if
+    they are not known.
+    """
+    args: Any = node.args if node.target is aten.slice.Tensor else (node.args[0], *node.args[2:])
     dim: Any = args[1] if len(args) > 1 else 0
     bounds = (*args[2:], *(None, None, 1)[max(len(args) - 2, 0) :])
     source = value_of(args[0])
@@ -89,6 +91,23 @@ def is_of_rows(node: fx.Node, **wanted: object) -> bool:
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim")
     others = {name: v for name, v in node.kwargs.items() if name != "keepdim"}
     return value is not None and dims in ([-1], [value.dim() - 1]) and keep is True and others == wanted
+
+
+def rows_measured(node: fx.Node) -> fx.Node | None:
+    """The tensor, before casts to fp32, whose rows' variances and means, or mean squares, a node gives."""
+    if node.target is aten.var_mean.correction:
+        w: Any = node.args[0] if is_of_rows(node, correction=0) else None
+    elif node.target is aten.mean.dim:
+        w = _squared(node.args[0]) if is_of_rows(node) else None
+    else:
+        return None
+    return before_identities(w) if isinstance(w, fx.Node) else None
+
+
+def _squared(node: Any) -> fx.Node | None:
+    """w, if the node is w * w."""
+    found = operation(node) if isinstance(node, fx.Node) else None
+    return found[1][0] if found is not None and found[0] == "mul" and found[1][0] is found[1][1] else None
 
 
 # ** shapes **
@@ -221,10 +240,10 @@ def _slice(node: fx.Node) -> Meaning | None:
 
 def _cat(node: fx.Node) -> Meaning | None:
     operands, dim = cat_of(node) or ((), 0)
-    dims = value_of(node).dim()  # type: ignore[union-attr]
-    if dim < dims - 1:
+    shape = value_of(node).shape  # type: ignore[union-attr]
+    if dim < len(shape) - 1:
         return "cat", operands
-    return ("halves" if dims == 4 else "pair", operands) if len(operands) == 2 else None
+    return ("pair" if same_shape(shape[-1:], [2]) else "halves", operands) if len(operands) == 2 else None
 
 
 def _complex_mul(node: fx.Node) -> Meaning | None:

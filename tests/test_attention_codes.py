@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from kernel_testing import builds, compile_for, compiled, interpreted, run_interpreted, waits_first
-from test_heads import COMPLEX, FLUX, HALVES, NORM, operands
+from test_heads import COMPLEX, FLUX, HALVES, LTX, NORM, WAN, operands
 from torch import Tensor
 
 from svdq_compile.lowering.heads import parts
@@ -75,7 +75,7 @@ def test_interpreted_without_regions(b: int, s: int, t: int, h: int, d: int, tmp
 
 
 @interpreted
-@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX])
+@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX, WAN, LTX])
 def test_interpreted_regions_of_parts(text: str, tmp_path, monkeypatch) -> None:
     """Text and image tokens, q and k normed and rotated, another number of keys, one part without room for samples."""
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
@@ -124,7 +124,8 @@ def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict,
     for region in regions:
         extra += ["*bf16", "i32", "i32", "i32"]
         for _, axes in region.operands[1:]:
-            extra += {"D": ["*bf16"], "BTD": ["*fp32", "i32", "i32"]}[axes]
+            strides = {"BTD": 2, "BT": 2, "BTHD": 3}.get(axes, 0)
+            extra += ["*fp32" if strides else "*bf16", *["i32"] * strides]
     width = 1 << (d - 1).bit_length()
     constants |= {"D": d, "WIDTH": width, "Q": 2, "QK": 4, "PARTS": len(regions), "INTERLEAVED": text != PLAIN,
                   "START": module.start, "LOAD": module.load, "FUNCTION": module.fused, "PER_TOKEN": in_int8,
@@ -151,8 +152,9 @@ def compiled_kernel(kernel, capability: int, text: str, d: int, constants: dict,
 @pytest.mark.parametrize(
     ("capability", "text", "d"),
     [
-        *((capability, FLUX, 128) for capability in (89, 90, 100, 120)),
+        *((capability, text, 128) for capability in (89, 90, 100, 120) for text in (FLUX, WAN)),
         (90, FLUX, 64),
+        (90, LTX, 64),
         (90, PLAIN, 128),
         (90, PLAIN, 96),
     ],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fusion_testing import count, run, run_as_aten, zoo
 from kernel_testing import compiled, interpreted, run_interpreted
-from test_heads import CHANNELS, FLUX, HALVES, HEADS, NORM, norm, operands, rotated
+from test_heads import ALL_HEADS, CHANNELS, FLUX, HALVES, HEADS, LTX, NORM, WAN, norm, operands, rotated
 from torch import Tensor, nn
 
 from conftest import WIDTH, quiet, relative_error
@@ -38,10 +38,10 @@ def a_choice_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite, "TORCHS_ATTENTIONS", {on_the_cpu})
 
 
-# Attentions that are compiled, and those whose q and k come out of a region: not Wan's, nor its cross-attention.
+# Attentions that are compiled: those whose q and k come out of a region, and others.
 @compiled
 @pytest.mark.usefixtures("a_choice_on_the_cpu")
-@pytest.mark.parametrize(("name", "fused", "alone"), [("flux", 2, 0), ("wan", 0, 2)])
+@pytest.mark.parametrize(("name", "fused", "alone"), [("flux", 2, 0), ("wan", 2, 0)])
 def test_models(name: str, fused: int, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the reference runs, the result is that of heads and attention one by one, bit for bit."""
     graphs = run_as_aten(monkeypatch)
@@ -174,6 +174,9 @@ def heads_of(texts: list[str], lengths: list[list[int]], b: int, h: int, d: int,
         ([FLUX, FLUX, PLAIN], [[9], [9], [9]], (True, 0.3)),
         ([HALVES, NORM, PLAIN], [[9], [3, 4], [7]], (False, None)),  # other keys
         ([FLUX, FLUX, PLAIN], [[0, 9], [9], [9, 0]], (False, None)),
+        ([WAN, WAN, PLAIN], [[9], [9], [9]], (False, None)),
+        ([LTX, LTX, PLAIN], [[9], [9], [9]], (False, None)),
+        ([ALL_HEADS, ALL_HEADS, PLAIN], [[9], [7], [7]], (False, None)),  # the text's keys
     ],
 )
 def test_the_reference(texts: list[str], lengths: list[list[int]], options: tuple, order: list[int]) -> None:
@@ -225,6 +228,7 @@ SAME = [[5, 9], [5, 9], [14]]
         ([FLUX, FLUX, PLAIN], SAME, 256, EXACT),
         ([HALVES, HALVES, PLAIN], SAME, 64, BOTH),
         ([HALVES, NORM, PLAIN], SAME, 64, BOTH),
+        ([WAN, ALL_HEADS, PLAIN], SAME, 128, BOTH),
         ([HALVES, FLUX, PLAIN], SAME, 64, EXACT),  # pairs of channels, and halves
         ([FLUX, FLUX, PLAIN], [[0], [5], [5]], 64, EXACT),
         ([FLUX, FLUX, PLAIN], [[5], [0], [0]], 64, EXACT),
@@ -336,6 +340,8 @@ def of_codes(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[list[tuple]]
         (FLUX, [[5, 40], [5, 40], [5, 40]], False),
         (HALVES, [[33], [33], [33]], True),
         (FLUX, [[0, 17], [40], [40, 0]], False),
+        (WAN, [[40], [40], [40]], False),
+        (ALL_HEADS, [[40], [17], [17]], False),
     ],
 )
 def test_interpreted_way_by_codes(text: str, lengths: list, is_causal: bool, order: list[int], of_codes: list) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from conftest import WIDTH, relative_error
 from svdq_compile.lowering import ops
 from svdq_compile.lowering.heads import parts
+from svdq_compile.passes.group_sequences import _is_free
 
 HEADS, CHANNELS = 4, WIDTH // 4
 BOUND = 4e-3  # bf16 rounds to 2^-9 at most; fused arithmetic does it in fewer places
@@ -34,6 +35,42 @@ t12 = mul(t10, a2)
 t13 = add(t11, t12)
 t14 = bf16(t13)""".replace("\n", "; ")
 
+ALL_HEADS = """heads(x, a0: BT, a1: HD)
+t0 = add(a0, 9.999999974752427e-07)
+t1 = rsqrt(t0)
+t2 = mul(x, t1)
+t3 = mul(t2, a1)
+t4 = bf16(t3)""".replace("\n", "; ")
+WAN = (
+    ALL_HEADS.replace("HD)", "HD, a2: BTD, a3: BTD)")
+    + """
+t5 = even(t4)
+t6 = odd(t4)
+t7 = even(a2)
+t8 = odd(a3)
+t9 = mul(t5, t7)
+t10 = mul(t6, t8)
+t11 = sub(t9, t10)
+t12 = mul(t5, t8)
+t13 = mul(t6, t7)
+t14 = add(t12, t13)
+t15 = bf16(t11)
+t16 = bf16(t14)
+t17 = pair(t15, t16)""".replace("\n", "; ")
+)
+LTX = (
+    ALL_HEADS.replace("HD)", "HD, a2: BTHD, a3: BTHD)").replace("9.999999974752427e-07", "9.999999747378752e-06")
+    + """
+t5 = even(t4)
+t6 = odd(t4)
+t7 = neg(t6)
+t8 = pair(t7, t5)
+t9 = mul(t4, a2)
+t10 = mul(t8, a3)
+t11 = add(t9, t10)
+t12 = bf16(t11)""".replace("\n", "; ")
+)
+
 
 def texts(graphs: list[fx.GraphModule]) -> list[str]:
     """The regions of all graphs, each once, in order."""
@@ -50,24 +87,73 @@ def own_buffers(model: nn.Module) -> nn.Module:
 
 @compiled
 class Test(expecttest.TestCase):
-    """What becomes of FLUX: text and image tokens of a double block, and a single block."""
+    """What becomes of q and k."""
 
     maxDiff = None
 
-    def test_flux(self) -> None:
+    def texts_of(self, name: str) -> list[str]:
         with pytest.MonkeyPatch.context() as monkeypatch, torch.no_grad():
             graphs = run_as_aten(monkeypatch)
-            model, inputs, regional = zoo("flux")
+            model, inputs, regional = zoo(name)
             run(model, inputs, regional)
-        double, single = texts(graphs)
+        return texts(graphs)
+
+    def test_flux(self) -> None:
+        """Text and image tokens of a double block, and a single block."""
+        double, single = self.texts_of("flux")
         self.assertEqual(double, f"{single} | {single}")
         self.assertExpectedInline(single, FLUX)
 
+    def test_wan(self) -> None:
+        """Attention to oneself, and q and k of the text."""
+        rotated, plain = self.texts_of("wan")
+        self.assertExpectedInline(rotated, WAN)
+        self.assertExpectedInline(plain, ALL_HEADS)
 
-# q and k of each attention that is compiled; not Wan's, which begin with a norm over all heads.
+    def test_ltx(self) -> None:
+        rotated, _ = self.texts_of("ltx_video")
+        self.assertExpectedInline(rotated, LTX)
+
+
 @compiled
 @pytest.mark.parametrize(
-    ("name", "fused"), [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 6), ("qwen_image", 2), ("wan", 0)]
+    ("image", "heads", "moments"),
+    [(0, 4, 7), (40, 5, 8)],  # with an image's keys beside the text's, whose q is the same
+    ids=["text", "text and image"],
+)
+def test_a_block_of_wan_is_operators_of_ours(
+    image: int, heads: int, moments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows as long as the kernel measures them, nothing of Inductor's comes between q's linear and attention."""
+    block_class = pytest.importorskip("diffusers.models.transformers.transformer_wan").WanTransformerBlock
+    graphs = run_as_aten(monkeypatch)
+    g = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(2, n, 512, generator=g).bfloat16() for n in (40, image + 512 if image else 24))
+    angle = torch.rand(1, 40, 1, 64, generator=g).repeat_interleave(2, -1)
+    inputs = (x, text, torch.randn(2, 6, 512, generator=g), (angle.cos(), angle.sin()))
+    outputs = []
+    for fuse in (True, False):
+        torch.manual_seed(0)
+        block = block_class(512, 1024, 4, cross_attn_norm=True, added_kv_proj_dim=512 if image else None)
+        block = block.bfloat16().eval().requires_grad_(False)
+        outputs.append(run(block, inputs, fuse=fuse))
+        if fuse:
+            (gm,) = graphs
+            nodes = [n for n in gm.graph.nodes if n.op == "call_function" and not _is_free(n)]
+            others = {n.target for n in nodes if not str(n.target).startswith("svdq.")}
+            attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            biases, modulation = torch.ops.aten.cat.default, torch.ops.aten.add.Tensor
+            assert others == {modulation, biases, attention}
+            assert count(graphs, modulation) == 1
+            assert (count(graphs, ops.head_region), count(graphs, ops.row_moments)) == (heads, moments)
+    assert relative_error(*outputs) < 0.02
+
+
+# q and k of each attention that is compiled.
+@compiled
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("flux", 4), ("flux2", 4), ("sd3", 10), ("hunyuan_video", 6), ("qwen_image", 2), ("wan", 4), ("ltx_video", 4)],
 )
 def test_a_model_fused_is_the_model_unfused(name: str, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
@@ -135,6 +221,28 @@ def joined(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated(torch.cat([norm(q[:, :5]), F.layer_norm(q[:, 5:], (CHANNELS,))], 1), cos, sin)
 
 
+def in_heads(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (HEADS, CHANNELS))
+
+
+def over_all(q: Tensor, norm=F.rms_norm, *affine: Tensor) -> Tensor:
+    return norm(q.flatten(2), (WIDTH,), *(t.to(q.dtype) for t in affine))
+
+
+def wide(cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Tables for the channels of all heads, which differ from head to head."""
+    return [torch.cat([t * (i + 1) for i in range(HEADS)], -1).squeeze(-2) for t in (cos, sin)]
+
+
+def written(q: Tensor, cos: Tensor, sin: Tensor, memory=torch.empty_like, at=(0, 1)) -> Tensor:
+    even, odd = q.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = memory(q)
+    out[..., at[0] :: 2] = even * cos - odd * sin
+    out[..., at[1] :: 2] = even * sin + odd * cos
+    return out
+
+
 def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([rotated(q[:, :-5], cos[:-5], sin[:-5]), q[:, -5:]], 1)
 
@@ -162,6 +270,7 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (y := norm(q), (y,)), 1),
         (lambda q, c, s: (rotated(n := norm(q), c, s), (n,)), 0),
         (lambda q, c, s: (rotated(n := norm(q), c, s), (n.mean(1),)), 0),
+        (lambda q, c, s: (rotated(n := norm(q), c, s, sliced), (n[..., 0::2],)), 0),
         (lambda q, c, s: (norm(q), (q,)), 1),
         # The joined tokens are read by others too: only what comes after.
         (lambda q, c, s: (rotated(n := torch.cat([norm(q[:, :5]), q[:, 5:]], 1), c, s), (n,)), 1),
@@ -175,12 +284,40 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (q * torch.rsqrt(q.float().var(-1, keepdim=True)).to(q.dtype), ()), 0),
         # A slice, which lies in something longer.
         (lambda q, c, s: (norm(q)[:, 3:20], ()), 0),
-        # Nothing but elementwise; elementwise before; two full tensors; a value for each head.
+        # A value for each head's channels; and before they are heads.
+        (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 1),
+        (lambda q, c, s: (norm(in_heads(torch.tanh(q.flatten(2)))), ()), 1),
+        # Nothing but elementwise; elementwise before, and stored; two full tensors.
         (lambda q, c, s: (torch.tanh(q) * 2.0, ()), 0),
-        (lambda q, c, s: (norm(torch.tanh(q.flatten(2)).unflatten(-1, (HEADS, CHANNELS))), ()), 0),
+        (lambda q, c, s: (norm(in_heads(t := torch.tanh(q.flatten(2)))), (t,)), 0),
         (lambda q, c, s: (norm(q) + q.flip(1), ()), 0),
         (lambda q, c, s: (norm(q[:, :12]) + q[:, 12:], ()), 0),
-        (lambda q, c, s: (norm(q) * (c[0].expand(HEADS, -1) * s[:HEADS, 0]).to(q.dtype), ()), 0),
+        # Norms over all heads, whose moments stay outside.
+        (lambda q, c, s: (in_heads(over_all(q)), ()), 1),
+        (lambda q, c, s: (in_heads(over_all(q, F.layer_norm)), ()), 1),
+        (lambda q, c, s: (in_heads(over_all(q, F.layer_norm, c[:HEADS].flatten(), s[:HEADS].flatten())), ()), 1),
+        (lambda q, c, s: (rotated(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (norm(in_heads(over_all(q))), ()), 1),
+        (lambda q, c, s: (cut(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (torch.cat([in_heads(over_all(q[:, :5])), q[:, 5:]], 1), ()), 1),
+        (lambda q, c, s: (in_heads(n := over_all(q)), (n,)), 0),
+        (lambda q, c, s: (in_heads(q.flatten(2) * c.mean(-1).to(q.dtype)), ()), 0),  # of something else
+        (lambda q, c, s: (in_heads(over_all(q) + q.flatten(2).flip(1)), ()), 0),
+        (lambda q, c, s: (in_heads(over_all(q).flip(-1)), ()), 0),
+        (lambda q, c, s: (other_order(in_heads(over_all(q)), c, s), ()), 0),  # turned in between
+        # Rotated before they are cut into heads, by tables of each head; halves of all channels are not a head's.
+        (lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c, s), interleaved)), ()), 1),
+        (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c[None], s[:1]), sliced)), ()), 1),
+        (lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c.bfloat16(), s.bfloat16()))), ()), 0),
+        (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c, s), half_turned)), ()), 0),
+        # Written into every second channel.
+        (lambda q, c, s: (written(q, c, s), ()), 1),
+        (lambda q, c, s: (written(in_heads(over_all(q)), c, s), ()), 1),
+        (lambda q, c, s: (written(norm(q), c.bfloat16(), s.bfloat16()), ()), 1),
+        (lambda q, c, s: (written(norm(q), c, s, torch.zeros_like, (1, 0)), ()), 1),
+        (lambda q, c, s: (written(q, c.double(), s.double()), ()), 0),
+        (lambda q, c, s: (written(q, c, s, torch.ones_like, (0, 0)), ()), 0),
+        (lambda q, c, s: (written(q.transpose(1, 2), *(t.transpose(0, 1) for t in (c, s))).transpose(1, 2), ()), 0),
     ],
 )  # fmt: skip
 def test_near_misses(around, fused: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,15 +334,27 @@ def test_near_misses(around, fused: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @compiled
-def test_dynamic_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda q, c, s: (rotated(norm(q), c, s), ()),
+        lambda q, c, s: (written(in_heads(over_all(q)), c, s), ()),
+        lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c[None], s[None]))), ()),
+    ],
+    ids=["one head", "all heads", "rows"],
+)
+def test_dynamic_tokens(around, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = run_as_aten(monkeypatch)
     g = torch.Generator().manual_seed(0)
     calls = [(torch.randn(2, n, WIDTH, generator=g).bfloat16(), *torch.randn(2, n, 1, CHANNELS, generator=g))
              for n in (24, 24, 7)]  # fmt: skip
+    for _, *tables in calls:
+        for table in tables:  # as by default, where only what has changed is symbolic
+            torch._dynamo.mark_static(table, 2)
     outputs = []
     for fuse in (("heads",), False):
         torch._dynamo.reset()
-        model = Attention(lambda q, c, s: (rotated(norm(q), c, s), ())).bfloat16().eval().requires_grad_(False)
+        model = Attention(around).bfloat16().eval().requires_grad_(False)
         options = {
             "progress": False,
             "calibration_steps": 1,
@@ -251,13 +400,14 @@ t10 = pair(t6, t9)""".replace("\n", "; ")
 def operands(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype, is_wide: bool) -> list[Tensor]:
     """Of one part; a wide x is a slice of a merged result."""
     shapes = {"D": (d,), "BTD": (t, 1, d), "BTH": (b, 1, h, 1), "1": ()}
+    shapes |= {"BT": (b, t, 1, 1), "HD": (h, d), "BTHD": (t, h, d)}
     x = torch.randn(b, t, 3 * h * d)[..., h * d : 2 * h * d].unflatten(-1, (h, d)).to(dtype)
     others = [torch.rand(shapes[axes]) + 0.5 for name, axes in parts(text)[0].operands if name != "x"]
     return [x if is_wide else x.contiguous(), *others]
 
 
 @interpreted
-@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX])
+@pytest.mark.parametrize("text", [FLUX, HALVES, NORM, COMPLEX, WAN, LTX])
 @pytest.mark.parametrize(
     ("b", "t", "h", "d", "is_wide"), [(1, 5, 3, 64, True), (2, 17, 4, 32, False), (2, 1, 1, 8, True)]
 )
@@ -320,22 +470,35 @@ def compiled_kernel(text: str, tile, d: int, extra: tuple[str, ...]):
     return compile_for(triton_heads._heads_kernel, 90, constants, tile.warps, types, source=source)
 
 
+ONE_HEAD = ("*bf16", *("*fp32", "i32", "i32") * 2)
+EXTRA = {
+    FLUX: ONE_HEAD,
+    HALVES: ONE_HEAD,
+    ALL_HEADS: ("*fp32", "i32", "i32", "*bf16"),
+    WAN: ("*fp32", "i32", "i32", *ONE_HEAD),
+    LTX: ("*fp32", "i32", "i32", "*bf16", *("*fp32", "i32", "i32", "i32") * 2),
+}
+
+
 @builds
-@pytest.mark.parametrize("text", [FLUX, HALVES])
+@pytest.mark.parametrize("text", EXTRA)
 @pytest.mark.parametrize(("heads", "d"), [(24, 128), (24, 64), (30, 256)])
 def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, monkeypatch) -> None:
-    """Tables and the norm's weight are loaded once for all heads of a program; nothing passes shared memory."""
+    """Tables and a head's weight are loaded once for all heads of a program; nothing passes shared memory."""
     from svdq_compile.kernels.portable.heads import choose
 
     monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    built = compiled_kernel(text, choose(4608, heads, d, 132), d, ("*bf16", *("*fp32", "i32", "i32") * 2))
+    built = compiled_kernel(text, choose(4608, heads, d, 132), d, EXTRA[text])
     assert built.spilled == 0
     assert built.registers <= 80
     assert waits_first(built.ptx)
-    if text == FLUX:
-        assert built.shared == 0
-    widths = set(re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx))
-    assert widths <= ({"v4.b32"} if text == FLUX else {"v4.b32", "v2.b32"})  # halves: 4 neighbours a thread
+    widths = re.findall(r"(?:ld|st)\.global\.([\w.:]*)", built.ptx)
+    if text == HALVES:  # 4 neighbours a thread
+        assert set(widths) <= {"v4.b32", "v2.b32"}
+        return
+    assert built.shared == 0
+    assert set(widths) <= {"v4.b32", "b32"}
+    assert widths.count("b32") == ("BT, " in text), "a row's moment, once for all heads"
 
 
 @compiled

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 GROUPS = {
     "fusing": (
         ["passes/fuse_*", "passes/regions.py", "passes/vocabulary.py", "passes/measure_rows.py", "passes/merge_*",
-         "passes/join_parts.py", "passes/replace_attention.py", "passes/share_*"],
+         "passes/written_pairs.py", "passes/join_parts.py", "passes/replace_attention.py", "passes/share_*"],
         ["test_fusion", "test_heads", "test_siblings", "test_joins", "test_vocabulary", "test_attention", "test_passes",
          "test_row_moments"],
     ),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from test_heads_gpu import HALVES, ROTATED
+from test_heads_gpu import ALL_HEADS, HALVES, ROTATED, WAN
 from torch import Tensor
 
 from svdq_compile.kernels.portable import attention_codes as ac
@@ -47,8 +47,12 @@ def tensors_of(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype) ->
         return [x]
     x += 2 * torch.randn(h, d, device="cuda").to(dtype)  # what all tokens share
     angle = torch.arange(t, device="cuda")[:, None] * 1e4 ** -torch.linspace(0, 1, d // 2, device="cuda")
-    wide = angle.repeat_interleave(2, 1) if "even" in text else angle.repeat(1, 2)
-    return [x, torch.rand(d, device="cuda") + 0.5, wide.cos()[:, None], wide.sin()[:, None]]
+    wide = angle.repeat(1, 2) if "low" in text else angle.repeat_interleave(2, 1)
+    tables = [wide.cos()[:, None], wide.sin()[:, None]]
+    if "HD" not in text:
+        return [x, torch.rand(d, device="cuda") + 0.5, *tables]
+    normed = [x, x.float().square().mean((2, 3), keepdim=True), torch.rand(h, d, device="cuda") + 0.5]
+    return [*normed, *tables] if "a2" in text else normed
 
 
 def operands(texts: list[str], lengths: list[list[int]], b: int, h: int, d: int, dtype=torch.bfloat16) -> tuple:
@@ -79,6 +83,8 @@ def codes_of(given: tuple) -> tuple[Tensor, ...]:
         ([ROTATED, ROTATED, str(PLAIN)], [[512, 4096], [512, 4096], [512, 4096]], 1, 24, 128),
         ([HALVES, HALVES, str(PLAIN)], [[77, 333], [77, 333], [410]], 2, 5, 64),
         ([ROTATED, ROTATED, str(PLAIN)], [[1], [1000], [1000]], 2, 3, 128),
+        ([WAN, WAN, str(PLAIN)], [[1000], [1000], [1000]], 2, 5, 128),
+        ([ALL_HEADS, ALL_HEADS, str(PLAIN)], [[1000], [77], [77]], 1, 5, 64),
         ([str(PLAIN)] * 3, [[515], [64], [64]], 2, 3, 96),
         ([str(PLAIN)] * 3, [[1], [1], [1]], 1, 1, 16),
     ],
@@ -122,6 +128,8 @@ def check(y: Tensor, given: tuple, is_causal: bool, scale: float | None, least: 
         ([ROTATED, ROTATED, str(PLAIN)], [[77, 900], [77, 900], [77, 900]], False, 128),
         ([HALVES, HALVES, str(PLAIN)], [[515], [515], [515]], True, 64),
         ([ROTATED, ROTATED, str(PLAIN)], [[300], [0, 77], [77, 0]], False, 128),
+        ([WAN, WAN, str(PLAIN)], [[900], [900], [900]], False, 128),
+        ([ALL_HEADS, ALL_HEADS, str(PLAIN)], [[900], [77], [77]], False, 128),
     ],
 )
 def test_both_ways(texts: list[str], lengths: list, is_causal: bool, d: int, order: list[int]) -> None:

@@ -179,6 +179,32 @@ def test_a_block_fused_is_the_block_unfused(mode: str | None) -> None:
     assert relative_error(*outputs) < FLIPS
 
 
+@pytest.mark.parametrize("attention", ["exact", "fp8"])
+def test_a_block_of_wan_fused_is_the_block_unfused(attention: str) -> None:
+    """Norms over all heads, rotations written into slices; at two sizes, by plans and graphs from the third call."""
+    block_class = pytest.importorskip("diffusers.models.transformers.transformer_wan").WanTransformerBlock
+
+    def inputs(tokens: int) -> tuple:
+        x, text = (torch.randn(1, n, 1024, device="cuda").to(BF16) for n in (tokens, 77))
+        angle = torch.rand(1, tokens, 1, 64, device="cuda").repeat_interleave(2, -1)
+        return x, text, torch.randn(1, 6, 1024, device="cuda"), (angle.cos(), angle.sin())
+
+    torch.manual_seed(0)
+    given = [inputs(tokens) for tokens in (900, 900, 333)]
+    outputs = []
+    for fuse in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block = block_class(1024, 2048, 8, cross_attn_norm=True).to("cuda", BF16).requires_grad_(False)
+        exact = [block(*call) for call in given[1:]]
+        run = compiled(block, fuse=fuse, precision="w4a8", **({"attention": attention} if fuse else {}))
+        run(*given[0])
+        outputs.append([[run(*call).clone() for _ in range(5)][-1] for call in given[1:]])
+        assert all(relative_error(y, expected) < 0.1 for y, expected in zip(outputs[-1], exact, strict=True))
+    bound = FLIPS if attention == "exact" else 0.05
+    assert all(relative_error(a, b) < bound for a, b in zip(*outputs, strict=True))
+
+
 def test_another_stream_and_other_inputs_are_not_confused() -> None:
     """Replayed launches take the tensors of this call, on this call's stream."""
     model = net(dtype=BF16).cuda()

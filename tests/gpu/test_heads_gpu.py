@@ -28,15 +28,41 @@ t11 = mul(t9, a2)
 t12 = add(t10, t11)""".replace("\n", "; ")
 )
 HALVES = ROTATED.replace("even(", "low(").replace("odd(", "high(").replace("pair(", "halves(")
+# Normed over all heads; rotated as Wan does it, and by LTX's tables, which differ from head to head.
+ALL_HEADS = """heads(x, a0: BT, a1: HD)
+t0 = add(a0, 1e-06)
+t1 = rsqrt(t0)
+t2 = mul(x, t1)
+t3 = mul(t2, a1)""".replace("\n", "; ")
+WAN = (
+    ALL_HEADS.replace("HD)", "HD, a2: BTD, a3: BTD)")
+    + """
+t4 = even(t3)
+t5 = odd(t3)
+t6 = even(a2)
+t7 = odd(a3)
+t8 = mul(t4, t6)
+t9 = mul(t5, t7)
+t10 = sub(t8, t9)
+t11 = mul(t4, t7)
+t12 = mul(t5, t6)
+t13 = add(t11, t12)
+t14 = pair(t10, t13)""".replace("\n", "; ")
+)
+LTX = WAN.replace("BTD", "BTHD")
 
 
 def operands(text, b, t, h, d, dtype, is_wide):
     """A wide x is a slice of a merged result, q beside k and v."""
     x = torch.randn(b, t, 3 * h * d, device="cuda").to(dtype)[..., h * d : 2 * h * d].unflatten(-1, (h, d))
-    tables = torch.randn(2, t, 1, d, device="cuda")
-    return [x if is_wide else x.contiguous(), torch.randn(d, device="cuda").to(dtype), *tables][
-        : 4 if "a2" in text else 2
-    ]
+    shapes = {"D": (d,), "HD": (h, d), "BTD": (t, 1, d), "BTHD": (b, t, h, d)}
+    made = [x if is_wide else x.contiguous()]
+    for _, axes in parts(text)[0].operands[1:]:
+        if axes == "BT":
+            made.append(x.float().square().mean((2, 3), keepdim=True))
+        else:
+            made.append(torch.randn(shapes[axes], device="cuda").to(torch.float32 if "T" in axes else dtype))
+    return made
 
 
 def check(y, text, inputs):
@@ -52,7 +78,7 @@ def seed():
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("text", [NORM, ROTATED, HALVES])
+@pytest.mark.parametrize("text", [NORM, ROTATED, HALVES, ALL_HEADS, WAN, LTX])
 @pytest.mark.parametrize(
     ("b", "t", "h", "d", "is_wide"),
     [
