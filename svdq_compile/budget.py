@@ -243,7 +243,7 @@ def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     fitting, held = rows[part % 2 == 0], rows[part % 2 == 1]
     if not len(held):
         return InputStatistics.of((), (), seen.most_rows), rows
-    moment = None if seen.moment is None else Moment.of(fitting)
+    moment = None if seen.moment is None else Moment.of(fitting, seen.moment.sum.shape[-1])
     return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], seen.most_rows, moment), held
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import logged
-from svdq_compile import decisions, sharing
+from svdq_compile import decisions, input_statistics, sharing
 from svdq_compile.checkpoint import contents
 from svdq_compile.errors import FileRefused, NothingToQuantize, OptionError, OtherModel
 from svdq_compile.header import read_header
@@ -147,6 +147,21 @@ def test_rows_of_many_are_thinned_out() -> None:
     for _, seen in Statistics.merge(*parts).inputs:
         assert len(seen.kept) == MAX_ROWS
         assert seen.calls == 24
+
+
+def test_moments_in_smaller_blocks_load_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files from before have them, and GPUs with little memory."""
+    model = nn.Sequential(nn.Linear(1024, 64, bias=False))
+    x = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1))
+    large = svdq.observe(model, lambda model: model(x), progress=False)
+    monkeypatch.setattr(input_statistics, "MOMENT_BLOCKS", (512,))
+    svdq.observe(model, lambda model: model(x), progress=False).save(tmp_path / "small", progress=False)
+    monkeypatch.undo()
+    small = Statistics.load(tmp_path / "small", progress=False)
+    ((_, seen),) = Statistics.merge(small, large).inputs
+    assert seen.moment is not None
+    assert seen.moment.rows == 80
+    torch.testing.assert_close(seen.moment.sum, 2 * small.inputs[0][1].moment.sum)  # type: ignore[union-attr]
 
 
 def test_ranks_that_all_have_the_file_count_it_once(whole: Statistics) -> None:
