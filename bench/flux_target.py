@@ -88,7 +88,6 @@ def measure(options: argparse.Namespace, target: int | None, once: Once) -> dict
         "predicted": report.effect,
         "forms": dict(sorted(Counter(f"{r.precision} {r.rank}" for r in report).items())),
     }
-    del calibrating
     model = compiled_by_us(model)
     errors = [float((model(**c)[0].float() - t).norm() / t.norm()) for c, t in zip(calls, truths, strict=True)]
     row |= {"rel_err": round(errors[0], 5), "other_rel_err": round(errors[1], 5)}
