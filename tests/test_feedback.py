@@ -39,7 +39,7 @@ def test_it_is_gptq() -> None:
     feedback = Feedback(moment, torch.ones(128))
     tensors, got = feedback.round("w4a8", w, torch.ones(128))
     hessian = (moment.sum[0] / moment.rows).double()
-    ridge = 10.0 * 128 / 2000 + 1e-3
+    ridge = 3.0 * 128 / 2000 + 1e-3
     hessian.diagonal().add_(ridge * hessian.diagonal().mean())
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     (steps,) = FORMATS["w4a8"].grid.steps(*tensors)
