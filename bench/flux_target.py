@@ -1,6 +1,6 @@
 """What the FLUX.1-dev shape loses by default and by `target_bytes`, on inputs that calibrated nothing (issue 18).
 
-    python bench/flux_target.py [--targets 6.8,8] [--tiny]       on one H200 some four minutes
+    python bench/flux_target.py [--targets 6.8,8] [--tiny]       on one H200
     python bench/flux_target.py --targets ""                     the default alone
 
 Random weights, one denoising step, calibrated on the four steps of other inputs that bench/flux_step.py has. The first

@@ -5,7 +5,7 @@
                 for one of the linears' own error. So each candidate's part in the output's error is known
     choice      independent errors add up as squares: a knapsack (knapsack.py)
 
-Candidates are fitted to one half of the observed rows, in one round of refinement, and measured on the other half.
+Candidates are fitted to one half of the observed rows, in one round without feedback, and measured on the other half.
 What is quantized then is fitted to all rows, in all rounds, and better: errors are predicted rather too large.
 """
 
@@ -242,7 +242,7 @@ def _forms(task: Task, members: tuple[int, ...], config: Config, device: torch.d
 
 def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     """Statistics of some of the observed rows, and the others. Of one row the weights alone are fitted; None: there is
-    no row. So few would move nothing in rounding with feedback, so there is no moment.
+    no row. There is no moment: so few rows would move nothing in rounding with feedback.
     """
     if seen.span is None:
         return seen, None
