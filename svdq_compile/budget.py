@@ -5,7 +5,7 @@
                 for one of the linears' own error. So each candidate's part in the output's error is known
     choice      independent errors add up as squares: a knapsack (knapsack.py)
 
-Candidates are fitted to one half of the observed rows, in one round without feedback, and measured on the other half.
+Candidates are fitted to one half of the observed rows, in one round of refinement, and measured on the other half.
 What is quantized then is fitted to all rows, in all rounds, and better: errors are predicted rather too large.
 """
 
@@ -26,7 +26,7 @@ from .convert import choose_precision, is_skipped, quantized, why_not_as_asked
 from .errors import OptionError
 from .fallback import go_on
 from .foreign import await_copies, groups_of
-from .input_statistics import InputStatistics
+from .input_statistics import InputStatistics, Moment
 from .kernels.formats import EIGHT_BITS
 from .knapsack import Solution, least_cost, solve
 from .lowering import ops
@@ -242,7 +242,7 @@ def _forms(task: Task, members: tuple[int, ...], config: Config, device: torch.d
 
 def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     """Statistics of some of the observed rows, and the others. Of one row the weights alone are fitted; None: there is
-    no row. There is no moment: so few rows would move nothing in rounding with feedback.
+    no row.
     """
     if seen.span is None:
         return seen, None
@@ -251,7 +251,8 @@ def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     fitting, held = rows[part % 2 == 0], rows[part % 2 == 1]
     if not len(held):
         return InputStatistics.of((), (), seen.most_rows), rows
-    return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], seen.most_rows), held
+    moment = None if seen.moment is None else Moment.of(fitting, seen.moment.sum.shape[-1])
+    return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], seen.most_rows, moment), held
 
 
 def _errors(results: Sequence[Quantized], held: Tensor | None, truths: Sequence[Tensor]) -> Iterator[float]:
