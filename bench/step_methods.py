@@ -79,12 +79,17 @@ def ours(model: nn.Module, others: list[dict]) -> nn.Module:
     return _observed(_by_blocks(model, **_ours()), others)
 
 
+def compiled_by_us(model: nn.Module) -> nn.Module:
+    """Of a model that is quantized already."""
+    return _by_blocks(model, **_ours())
+
+
 def loaded(path: Path) -> Callable[[nn.Module, list[dict]], nn.Module]:
     """Ours with what an earlier process has saved, instead of quantizing."""
 
     def method(model: nn.Module, others: list[dict]) -> nn.Module:
         svdq.load(model, path, progress=False)
-        return _by_blocks(model, **_ours())
+        return compiled_by_us(model)
 
     return method
 

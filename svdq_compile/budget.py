@@ -97,6 +97,24 @@ def choose_forms(
     Raises OptionError for a target that cannot be met, naming the nearest that can, and for target_error where no call
     of the model can be replayed.
     """
+    groups = measured_groups(model, tasks, recorder, config, device)
+    is_known = any(group.effect is not None for group in groups)
+    effects = _effects(groups)
+    names = {group.task.names[i] for group in groups for i in group.members}
+    others = sum(row.bytes_after for row in report(model) if row.name not in names)
+    solution = _solved(model, groups, effects, others, config)
+    _tell(model, solution, others, is_known, config)
+    forms = {
+        id(group.task): group.form(pick, effect if is_known else None)
+        for group, pick, effect in zip(groups, solution.picks, effects, strict=True)
+    }
+    return [replace(task, form=forms.get(id(task))) for task in tasks]
+
+
+def measured_groups(
+    model: nn.Module, tasks: Sequence[Task], recorder: Recorder, config: Config, device: torch.device | None
+) -> list[_Group]:
+    """All that are to be chosen for, with their candidates and effects; these are None if calls cannot be replayed."""
     members = _members(tasks, config)
     with replaying():
         most = max(1, MAX_REPLAYS // max(len(members), 1))
@@ -112,19 +130,9 @@ def choose_forms(
             groups.append(group)
     if replays is None:  # also if that has come out late
         groups = [replace(group, effect=None) for group in groups]
-    is_known = any(group.effect is not None for group in groups)
-    if replays is not None and not is_known:
+    elif all(group.effect is None for group in groups):
         _go_by_layers(model, "the calls that were made again read none of the weights that can be quantized", config)
-    effects = _effects(groups)
-    names = {group.task.names[i] for group in groups for i in group.members}
-    others = sum(row.bytes_after for row in report(model) if row.name not in names)
-    solution = _solved(model, groups, effects, others, config)
-    _tell(model, solution, others, is_known, config)
-    forms = {
-        id(group.task): group.form(pick, effect if is_known else None)
-        for group, pick, effect in zip(groups, solution.picks, effects, strict=True)
-    }
-    return [replace(task, form=forms.get(id(task))) for task in tasks]
+    return groups
 
 
 def check_outcome(outcome: Report, config: Config) -> None:
@@ -243,7 +251,7 @@ def _halves(seen: InputStatistics) -> tuple[InputStatistics, Tensor | None]:
     fitting, held = rows[part % 2 == 0], rows[part % 2 == 1]
     if not len(held):
         return InputStatistics.of((), (), seen.most_rows), rows
-    moment = None if seen.moment is None else Moment.of(fitting)
+    moment = None if seen.moment is None else Moment.of(fitting, seen.moment.sum.shape[-1])
     return InputStatistics.of([fitting.abs().amax(0).float()], [fitting], seen.most_rows, moment), held
 
 

@@ -163,15 +163,21 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int],
 
     together = ranks.each(put_together)
     seen = [[one for one in by_rank if one.has_span] for by_rank in zip(*(said for said, _ in found), strict=True)]
-    shapes = [ones[0].shape if ones and all(one.shape for one in ones) else None for ones in seen]
+    shapes = [_smallest([one.shape for one in ones]) for ones in seen]
     sums = [
-        one.moment.sum if shape and one.span is not None and one.moment else None
+        one.moment.within(shape).sum if shape and one.span is not None and one.moment else None
         for one, shape in zip(own, shapes, strict=True)
     ]
     totals = ranks.summed(sums, shapes, owners, at)
     for whole, ones, total in zip(together, seen, totals, strict=True):
         whole.moment = None if total is None else Moment(total, sum(one.rows for one in ones))
     return [replace(task, statistics=whole) for task, whole in zip(tasks, together, strict=True)]
+
+
+def _smallest(shapes: Sequence[torch.Size | None]) -> torch.Size | None:
+    """The blocks in which all ranks know a second moment; None: not all know it."""
+    known = [shape for shape in shapes if shape]
+    return min(known, key=lambda shape: shape[-1]) if known and len(known) == len(shapes) else None
 
 
 def _dealt(tasks: Sequence[Task], size: int) -> list[int]:

@@ -26,7 +26,7 @@ from . import checkpoint, decisions
 from .errors import FileRefused, OptionError, OtherModel
 from .given import model_in
 from .header import check_digest, parsed, part, version_in
-from .input_statistics import InputStatistics, Moment
+from .input_statistics import MOMENT_BLOCKS, InputStatistics, Moment
 from .layers import BETWEEN, UNASKED, matrices
 from .lowering.packed import matrix_shape
 from .progress import steps
@@ -281,7 +281,8 @@ def _seen(path: str | os.PathLike, known: ObservedInput, tensors: dict[str, Tens
         if (total is None) != (count is None) or (count is not None and count < 1):
             raise FileRefused(path, f"{name}.moment and the number of its rows do not go together")
         if total is not None:
-            wanted["moment"] = total, Moment.shape(k)
+            shapes = [Moment.shape(k, most) for most in MOMENT_BLOCKS]
+            wanted["moment"] = total, tuple(total.shape) if tuple(total.shape) in shapes else shapes[0]
         for kind, (tensor, shape) in wanted.items():
             if tuple(tensor.shape) != shape:
                 raise FileRefused(path, f"tensor {name}.{kind} is {tuple(tensor.shape)}, where {shape} is wanted")

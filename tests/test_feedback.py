@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import logged
@@ -34,11 +35,11 @@ def output_error(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
 def test_it_is_gptq() -> None:
     """As published: each error, over the inverse's Cholesky factor, is taken from all channels that are to come."""
     w, x = matrix(24, 128), correlated(2000, 128, 1)
-    moment = Moment.of(x)
+    moment = Moment.of(x, 512)
     feedback = Feedback(moment, torch.ones(128))
     tensors, got = feedback.round("w4a8", w, torch.ones(128))
     hessian = (moment.sum[0] / moment.rows).double()
-    ridge = 10.0 * 128 / 2000 + 1e-3
+    ridge = 3.0 * 128 / 2000 + 1e-3
     hessian.diagonal().add_(ridge * hessian.diagonal().mean())
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     (steps,) = FORMATS["w4a8"].grid.steps(*tensors)
@@ -54,7 +55,7 @@ def test_it_is_gptq() -> None:
 @pytest.mark.parametrize("k", [100, 640])
 def test_outputs_gain_on_rows_that_were_not_observed(precision: str, k: int) -> None:
     w = matrix(48, k)
-    feedback = Feedback(Moment.of(correlated(20000, k, 1)), torch.ones(k))
+    feedback = Feedback(Moment.of(correlated(20000, k, 1), 512), torch.ones(k))
     tensors, rounded = feedback.round(precision, w, torch.ones(k))
     torch.testing.assert_close(FORMATS[precision].dequantize_weight(*tensors)[:, :k], rounded, rtol=1e-5, atol=1e-6)
     nearest = round_weight(precision, w, torch.ones(k))[1]
@@ -64,7 +65,7 @@ def test_outputs_gain_on_rows_that_were_not_observed(precision: str, k: int) -> 
 
 def test_formats_of_many_steps_are_rounded_to_nearest() -> None:
     w = matrix(8, 64)
-    rounded = Feedback(Moment.of(correlated(200, 64, 1)), torch.ones(64)).round("w8a8", w, torch.ones(64))[1]
+    rounded = Feedback(Moment.of(correlated(200, 64, 1), 512), torch.ones(64)).round("w8a8", w, torch.ones(64))[1]
     assert torch.equal(rounded, round_weight("w8a8", w, torch.ones(64))[1])
 
 
@@ -72,7 +73,7 @@ def test_formats_of_many_steps_are_rounded_to_nearest() -> None:
 def test_a_few_rows_are_not_believed(rows: int) -> None:
     """What one row a sample has shown: other samples must not pay for it."""
     w, x = matrix(64, 256), torch.randn(400, 256, generator=torch.Generator().manual_seed(8))
-    feedback = Feedback(Moment.of(x[:rows]), torch.ones(256))
+    feedback = Feedback(Moment.of(x[:rows], 512), torch.ones(256))
     rounded = feedback.round("w4a16", w, torch.ones(256))[1]
     nearest = round_weight("w4a16", w, torch.ones(256))[1]
     assert output_error(w, rounded, x[200:]) < 1.02 * output_error(w, nearest, x[200:])
@@ -80,15 +81,50 @@ def test_a_few_rows_are_not_believed(rows: int) -> None:
 
 def test_a_gpu_that_is_nearly_full_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     known, x = InputStatistics(), correlated(100, 128, 1)
-    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 255 * Moment.nbytes(128))
+    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 255 * Moment.nbytes(128, 512))
     known.observe(x)
     assert known.moment is None
     assert known.span is not None
-    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 256 * Moment.nbytes(128))
+    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 256 * Moment.nbytes(128, 512))
     known = InputStatistics()
     known.observe(x)
     assert known.moment is not None
-    assert known.moment.sum.nbytes == Moment.nbytes(128)
+    assert known.moment.sum.nbytes == Moment.nbytes(128, 512)
+
+
+def test_where_memory_is_short_blocks_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, x = InputStatistics(), correlated(100, 1024, 1)
+    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 256 * Moment.nbytes(1024, 512))
+    known.observe(x)
+    assert known.moment is not None
+    assert known.moment.sum.shape == (2, 512, 512)
+    monkeypatch.undo()
+    known.observe(x)
+    torch.testing.assert_close(known.moment.sum, Moment.of(x.repeat(2, 1), 512).sum, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("k", [1024, 1100])
+def test_moments_of_other_blocks_add_up(k: int) -> None:
+    """What one does not know of two channels counts as if they did not go together."""
+    x, y = correlated(60, k, 1), correlated(40, k, 2)
+    small, large = Moment.of(x, 512), Moment.of(y, 1024)
+    blocks, size, _ = small.sum.shape
+    place = torch.arange(k)
+    is_known = (place[:, None] // large.sum.shape[1]) == (place // large.sum.shape[1])
+    dense = F.pad(x.t() @ x + (y.t() @ y) * is_known, (0, blocks * size - k) * 2)
+    expected = torch.stack([dense[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(blocks)])
+    for total in (small + large, large + small):
+        assert total.rows == 100
+        torch.testing.assert_close(total.sum, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_wide_inputs_are_believed_as_narrow_ones_are() -> None:
+    """What is known of a block does not depend on how many others there are."""
+    x = correlated(5000, 512, 1)
+    narrow = Feedback(Moment.of(x, 512), torch.ones(512)).weights
+    wide = Feedback(Moment.of(x.repeat(1, 3), 512), torch.ones(1536)).weights
+    assert narrow.abs().amax() > 0.1
+    torch.testing.assert_close(wide, narrow.expand_as(wide), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["int4", "w8a8"])
@@ -114,12 +150,12 @@ def test_moments_that_say_nothing(precision: str) -> None:
     """No input but zeros, a constant channel, a dead one, and all channels the same."""
     w, ones = matrix(16, 128), torch.ones(128)
     nearest = round_weight(precision, w, ones)[1]
-    zeros = Feedback(Moment.of(torch.zeros(40, 128)), ones).round(precision, w, ones)[1]
+    zeros = Feedback(Moment.of(torch.zeros(40, 128), 512), ones).round(precision, w, ones)[1]
     torch.testing.assert_close(zeros, nearest)
     x = correlated(4000, 128, 1)
     x[:, 5], x[:, 7] = 1.0, 0.0
     for inputs in (x, x[:, :1].expand(-1, 128)):
-        rounded = Feedback(Moment.of(inputs), ones).round(precision, w, ones)[1]
+        rounded = Feedback(Moment.of(inputs, 512), ones).round(precision, w, ones)[1]
         assert rounded.isfinite().all()
         assert output_error(w, rounded, inputs) <= 1.02 * output_error(w, nearest, inputs)
 
@@ -141,11 +177,12 @@ def test_moments_add_up_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     whole.observe(x)
     for part in x.split(70):
         parts.observe(part)
-    assert whole.moment.sum.shape == (3, 384, 384)
+    assert whole.moment.sum.shape == (2, 576, 576)
     assert parts.moment.rows == whole.moment.rows == 300
     torch.testing.assert_close(parts.moment.sum, whole.moment.sum, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(whole.moment.sum[1], x[:, 384:768].t() @ x[:, 384:768], rtol=1e-4, atol=1e-2)
-    assert not whole.moment.sum[2, 1100 - 768 :].any()
+    second = F.pad(x[:, 576:], (0, 52))
+    torch.testing.assert_close(whole.moment.sum[1], second.t() @ second, rtol=1e-4, atol=1e-2)
+    assert not whole.moment.sum[1, 1100 - 576 :].any()
     monkeypatch.setattr(input_statistics, "MOMENT_ROWS", 100)
     whole.observe(x)
     assert whole.moment.rows == 400
@@ -155,7 +192,7 @@ def test_a_moment_that_finds_no_memory_is_left_out(monkeypatch: pytest.MonkeyPat
     known, x, w = InputStatistics(), correlated(100, 128, 1), matrix(64, 128)
     known.observe(x)
 
-    def full(_: Tensor) -> Moment:
+    def full(*_: object) -> Moment:
         raise torch.OutOfMemoryError("none left")
 
     input_statistics._tell_of_memory.cache_clear()

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import svdq_compile as svdq
 from conftest import logged
-from svdq_compile import decisions, sharing
+from svdq_compile import decisions, input_statistics, sharing
 from svdq_compile.checkpoint import contents
 from svdq_compile.errors import FileRefused, NothingToQuantize, OptionError, OtherModel
 from svdq_compile.header import read_header
-from svdq_compile.input_statistics import MAX_ROWS, InputStatistics, evenly
+from svdq_compile.input_statistics import MAX_ROWS, InputStatistics, Moment, evenly
 from svdq_compile.quantizer import TRIAL_ROWS
 from svdq_compile.statistics import Statistics
 from svdq_compile.task import Task
@@ -149,6 +149,21 @@ def test_rows_of_many_are_thinned_out() -> None:
         assert seen.calls == 24
 
 
+def test_moments_in_smaller_blocks_load_and_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files from before have them, and GPUs with little memory."""
+    model = nn.Sequential(nn.Linear(1024, 64, bias=False))
+    x = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1))
+    large = svdq.observe(model, lambda model: model(x), progress=False)
+    monkeypatch.setattr(input_statistics, "MOMENT_BLOCKS", (512,))
+    svdq.observe(model, lambda model: model(x), progress=False).save(tmp_path / "small", progress=False)
+    monkeypatch.undo()
+    small = Statistics.load(tmp_path / "small", progress=False)
+    ((_, seen),) = Statistics.merge(small, large).inputs
+    assert seen.moment is not None
+    assert seen.moment.rows == 80
+    torch.testing.assert_close(seen.moment.sum, 2 * small.inputs[0][1].moment.sum)  # type: ignore[union-attr]
+
+
 def test_ranks_that_all_have_the_file_count_it_once(whole: Statistics) -> None:
     for _, seen in whole.inputs:
         parts = [seen.part(own, 3) for own in range(3)]
@@ -192,6 +207,31 @@ def test_any_number_of_ranks_counts_the_same_rows(size: int) -> None:
         whole = sharing._observed_by_all(ranks, [task], [0], torch.device("cpu"))[0].statistics  # type: ignore[arg-type]
     assert torch.equal(whole.rows, seen.rows)
     assert torch.equal(whole.thinned(TRIAL_ROWS), seen.thinned(TRIAL_ROWS))
+
+
+class Adding(Told):
+    """Second moments of a single input are summed over those that came."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.sums: list[Tensor] = []
+
+    def summed(self, own: list[Any], *_: Any) -> list[Any]:
+        self.sums += own
+        return [torch.stack(self.sums).sum(0)]
+
+
+def test_ranks_whose_moments_have_other_blocks_agree_on_the_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ranks = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1)), Adding(2)
+    for sizes in ((512,), (1024, 512)):
+        monkeypatch.setattr(input_statistics, "MOMENT_BLOCKS", sizes)
+        seen = InputStatistics()
+        seen.observe(x)
+        task = Task((nn.Parameter(torch.ones(2, 1024)),), ("layer",), False, 0.0, seen)
+        whole = sharing._observed_by_all(ranks, [task], [0], torch.device("cpu"))[0].statistics  # type: ignore[arg-type]
+    assert whole.moment is not None
+    assert whole.moment.rows == 80
+    torch.testing.assert_close(whole.moment.sum, Moment.of(x, 512).sum * 2)
 
 
 def test_parts_that_saw_other_layers(calibrated: dict[str, Tensor]) -> None:
