@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from kernel_testing import builds, compile_for, compiled, error, interpreted, run_interpreted
 from test_attention_codes import PLAIN, WIDE, compiled_kernel, named, sampled
-from test_heads import FLUX, HALVES, operands
+from test_heads import FLUX, HALVES, LTX, WAN, operands
 from torch import Tensor
 
 from svdq_compile.kernels.operands import Attention
@@ -88,7 +88,7 @@ def test_interpreted_codes(b: int, s: int, t: int, h: int, g: int, d: int) -> No
 
 
 @interpreted
-@pytest.mark.parametrize("text", [FLUX, HALVES])
+@pytest.mark.parametrize("text", [FLUX, HALVES, WAN, LTX])
 def test_interpreted_codes_of_parts(text: str) -> None:
     """Text and image tokens, q and k normed and rotated, another number of keys."""
     text = text.replace("bf16(", "fp16(")
@@ -260,7 +260,9 @@ def test_compiles_without_spills(capability: int, d: int, dtype: str, is_causal:
 
 
 @builds
-@pytest.mark.parametrize(("capability", "text", "d"), [(80, FLUX, 128), (90, FLUX, 128), (120, PLAIN, 72)])
+@pytest.mark.parametrize(
+    ("capability", "text", "d"), [(80, FLUX, 128), (90, FLUX, 128), (90, WAN, 128), (120, PLAIN, 72)]
+)
 def test_codes_compile_without_spills(capability: int, text: str, d: int) -> None:
     from svdq_compile.kernels.portable import attention_codes as ac
     from svdq_compile.kernels.portable.heads import choose

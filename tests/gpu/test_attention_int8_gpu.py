@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention_of_heads_gpu import HALVES, ROTATED, heads_in_torch, operands
+from test_attention_of_heads_gpu import ALL_HEADS, HALVES, ROTATED, WAN, heads_in_torch, operands
 from torch import Tensor
 
 from svdq_compile.kernels.operands import Attention
@@ -111,6 +111,8 @@ def test_every_tile(b: int, h: int, g: int, s: int, t: int, d: int, e: int, is_c
         ([ROTATED, ROTATED, str(PLAIN)], [[77, 900], [77, 900], [77, 900]], False, 128),
         ([HALVES, HALVES, str(PLAIN)], [[515], [515], [515]], True, 64),
         ([ROTATED, ROTATED, str(PLAIN)], [[300], [0, 77], [77, 0]], False, 128),
+        ([WAN, WAN, str(PLAIN)], [[900], [900], [900]], False, 128),
+        ([ALL_HEADS, ALL_HEADS, str(PLAIN)], [[900], [77], [77]], False, 128),
     ],
 )
 def test_with_what_makes_heads(texts: list[str], lengths: list, is_causal: bool, d: int) -> None:
