@@ -12,6 +12,7 @@ from ..kernels.operands import empty_in_order
 from .region import Part
 
 MIN_CHANNELS, MAX_CHANNELS = 32, 256
+SMALLEST_SCALE = 1e-6  # times that of q no product is lost in fp32
 
 
 def why_not(
@@ -24,8 +25,8 @@ def why_not(
         return f"heads of {q[3]} and {v[3]} channels, not multiples of 8 from {MIN_CHANNELS} to {MAX_CHANNELS}"
     if not (0 not in (*q, *k) and q[1] % k[1] == 0 and max(q[0], q[1]) < 2**16):
         return f"q {list(q)} and k {list(k)}: nothing, or more than a launch takes"
-    if scale is not None and not 0 < scale < math.inf:
-        return f"scale is {scale}, not above zero"
+    if scale is not None and not SMALLEST_SCALE < scale < math.inf:
+        return f"scale is {scale}, not above {SMALLEST_SCALE}"
     return None if torch.backends.cuda.flash_sdp_enabled() else "torch.backends.cuda.enable_flash_sdp is off"
 
 

@@ -77,4 +77,6 @@ def test_tiles_do_not_use_up_the_time_of_whole_ways(measured: list, monkeypatch:
     assert tile(512) == "small", "a guess"
     rows = tuning.choose("attention", (512,), ("exact", "flash"), lambda row: None, DEVICE, limited=False)
     assert (rows, len(measured)) == ("flash", 1)
+    own = tuning.choose_tile("attention_int8", 512, LAYER, ("a", "b"), lambda tile: None, DEVICE, limited=False)
+    assert (own, len(measured)) == ("b", 2), "tiles of a whole way are measured with it"
     assert tuning._spent == tuning.SECONDS

@@ -104,7 +104,7 @@ def _attention_int8_kernel(
         )  # fmt: skip
 
     channel = tl.arange(0, EW)[None, :]
-    y += sample * y_sample + head.to(tl.int64) * y_head + wide[:, None] * y_token + channel * y_channel
+    y += sample * y_sample + head.to(tl.int64) * y_head + wide[:, None] * y_token + channel.to(tl.int64) * y_channel
     tl.store(y, (acc / total[:, None]).to(y.dtype.element_ty), there[:, None] & (channel < E))
 
 
@@ -145,5 +145,5 @@ def attention_int8(qk: Sequence[Sequence[Tensor]], generated: GeneratedParts, v:
     if tile is None:
         candidates = tiles(max(w, ew), shared_memory(v.device), amd_architecture(v.device))
         layer = (b, h, g, d, e, str(v.dtype), is_causal, s == t)
-        tile = choose_tile("attention_int8", s, layer, candidates, run, v.device)
+        tile = choose_tile("attention_int8", s, layer, candidates, run, v.device, limited=False)
     run(tile)

@@ -101,11 +101,12 @@ def _answer(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[Hasha
 
 
 def choose_tile(kernel: str, rows: int, layer: tuple[Hashable, ...], candidates: Sequence[_C],
-                run: Callable[[_C], object], device: torch.device) -> _C:  # fmt: skip
+                run: Callable[[_C], object], device: torch.device, limited: bool = True) -> _C:  # fmt: skip
     """`choose` among the tiles of a GEMM, where a shape is a number of rows and what is the layer's own.
 
     Each tile is a kernel to compile. So once a layer has been measured for two classes of rows, one not far from them
-    takes the tile of the nearest, which is compiled: pictures of a new size must not wait for it.
+    takes the tile of the nearest, which is compiled: pictures of a new size must not wait for it. Not limited are tiles
+    of one of whole ways: that way would be measured by a guess, and left out for ever.
     """
     if len(candidates) == 1 or device.type != "cuda":
         return candidates[0]
@@ -116,7 +117,7 @@ def choose_tile(kernel: str, rows: int, layer: tuple[Hashable, ...], candidates:
         near = [c for c, tile in list(tiles.items()) if -UP <= c - size <= DOWN and tile in candidates]
         if near and len(tiles) >= MEASURED_CLASSES and _answer(kernel, shape, candidates, device) is None:
             return tiles[min(near, key=lambda c: (abs(c - size), -c))]
-        tile = choose(kernel, shape, candidates, run, device)
+        tile = choose(kernel, shape, candidates, run, device, limited)
         if _answer(kernel, shape, candidates, device) is None:  # a guess
             return tile
         tiles[size] = tile

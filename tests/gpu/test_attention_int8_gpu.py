@@ -127,7 +127,7 @@ def test_with_what_makes_heads(texts: list[str], lengths: list, is_causal: bool,
 
 def test_values_that_are_no_numbers_stay_so() -> None:
     q, k, v = (normal(1, 2, 100, 64, torch.bfloat16) for _ in range(3))
-    q[0, 0, 2, 5], k[0, 1, 7, 3] = torch.nan, torch.inf  # no sample is token 2 or 7
+    q[0, 0, 2, 5], k[0, 1, 8, 3] = torch.nan, torch.inf  # no sample is token 2 or 8
     y = row(ATTENTION).run(Attention(q, k, v, False, None, BHSD, "int8"))
     assert y[0, 0].isnan().all(1).nonzero().tolist() == [[2]]
     assert y[0, 1].isnan().all()
