@@ -41,6 +41,7 @@ from .nunchaku_file import is_nunchaku
 from .parameter import QuantizedWeight, has_quantized, packed
 from .progress import say, steps
 from .quantize_model import quantize
+from .quantizer import NUMERICS
 from .reading import state_of
 from .recording import Recorded, call_error, layer_errors, record
 from .replacing import replacing
@@ -224,6 +225,7 @@ def _facts(job: _Job) -> dict[str, Any]:
     return {
         "versions": [
             version("svdq-compile"),
+            NUMERICS,
             torch.__version__,
             getattr(sys.modules.get("diffusers"), "__version__", ""),
         ],

@@ -30,6 +30,8 @@ from .whitening import Whitening
 
 log = logging.getLogger("svdq_compile")
 
+# Raised with whatever changes the bits that come out: what an earlier version has begun is not gone on with.
+NUMERICS = 2
 # Refinement rounds, the last ones, that round with feedback; they take longer. The first brings most.
 FEEDBACK_ROUNDS = 2
 # What a trial of a transform takes at most: rows, half of which are fitted, and outputs of each linear.

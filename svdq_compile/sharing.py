@@ -164,10 +164,12 @@ def _observed_by_all(ranks: Ranks, tasks: Sequence[Task], owners: Sequence[int],
     together = ranks.each(put_together)
     seen = [[one for one in by_rank if one.has_span] for by_rank in zip(*(said for said, _ in found), strict=True)]
     shapes = [_smallest([one.shape for one in ones]) for ones in seen]
-    sums = [
-        one.moment.within(shape).sum if shape and one.span is not None and one.moment else None
-        for one, shape in zip(own, shapes, strict=True)
-    ]
+    sums = ranks.each(
+        lambda: [
+            one.moment.within(shape).sum if shape and one.span is not None and one.moment else None
+            for one, shape in zip(own, shapes, strict=True)
+        ]
+    )
     totals = ranks.summed(sums, shapes, owners, at)
     for whole, ones, total in zip(together, seen, totals, strict=True):
         whole.moment = None if total is None else Moment(total, sum(one.rows for one in ones))

@@ -24,6 +24,7 @@ from .keeping import InMemory, Keeper, Nowhere, Parts
 from .loading import load
 from .model_files import Source, check_dtype, empty_model, in_dtype, model_folder, opened_source
 from .parallelize_model import as_facts, check_splittable
+from .quantizer import NUMERICS
 from .ranks import ranks_of, together
 from .reading import fingerprint, state_of
 from .skeleton import StateDict
@@ -208,7 +209,7 @@ def _facts(source: Source, config: Config, device: torch.device) -> dict[str, An
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     state = source.model.state_dict(keep_vars=True)
     return {
-        "versions": [version("svdq-compile"), version("diffusers"), torch.__version__, VERSION],
+        "versions": [version("svdq-compile"), version("diffusers"), torch.__version__, VERSION, NUMERICS],
         "options": options,
         "device": name,
         "files": [[os.path.realpath(file), *state_of(file)] for file in source.files],

@@ -92,15 +92,24 @@ def test_a_gpu_that_is_nearly_full_keeps_its_memory(monkeypatch: pytest.MonkeyPa
     assert known.moment.sum.nbytes == Moment.nbytes(128, 512)
 
 
-def test_where_memory_is_short_blocks_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_large_where_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all memory that there is: what else is on a GPU changes no bits."""
     known, x = InputStatistics(), correlated(100, 1024, 1)
-    monkeypatch.setattr(input_statistics, "_free_memory", lambda device: 256 * Moment.nbytes(1024, 512))
+    monkeypatch.setattr(input_statistics, "_whole_memory", lambda device: 24 << 30)
     known.observe(x)
     assert known.moment is not None
     assert known.moment.sum.shape == (2, 512, 512)
-    monkeypatch.undo()
+    monkeypatch.setattr(input_statistics, "_whole_memory", lambda device: 80 << 30)
     known.observe(x)
     torch.testing.assert_close(known.moment.sum, Moment.of(x.repeat(2, 1), 512).sum, rtol=1e-4, atol=1e-2)
+    large = InputStatistics()
+    large.observe(x)
+    assert large.moment is not None
+    assert large.moment.sum.shape == (1, 1024, 1024)
+
+
+def test_the_memory_of_a_machine_is_known() -> None:
+    assert 1 << 28 < input_statistics._whole_memory(torch.device("cpu")) < 1 << 50
 
 
 @pytest.mark.parametrize("k", [1024, 1100])
@@ -172,6 +181,7 @@ def test_the_same_bits_again_and_better_than_without() -> None:
 
 
 def test_moments_add_up_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_statistics, "_whole_memory", lambda device: 80 << 30)
     x = correlated(300, 1100, 1)
     whole, parts = InputStatistics(), InputStatistics()
     whole.observe(x)

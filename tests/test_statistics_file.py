@@ -153,10 +153,10 @@ def test_moments_in_smaller_blocks_load_and_merge(tmp_path: Path, monkeypatch: p
     """As files from before have them, and GPUs with little memory."""
     model = nn.Sequential(nn.Linear(1024, 64, bias=False))
     x = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(input_statistics, "_whole_memory", lambda device: 80 << 30)
     large = svdq.observe(model, lambda model: model(x), progress=False)
-    monkeypatch.setattr(input_statistics, "MOMENT_BLOCKS", (512,))
+    monkeypatch.setattr(input_statistics, "_whole_memory", lambda device: 24 << 30)
     svdq.observe(model, lambda model: model(x), progress=False).save(tmp_path / "small", progress=False)
-    monkeypatch.undo()
     small = Statistics.load(tmp_path / "small", progress=False)
     ((_, seen),) = Statistics.merge(small, large).inputs
     assert seen.moment is not None
@@ -223,8 +223,8 @@ class Adding(Told):
 
 def test_ranks_whose_moments_have_other_blocks_agree_on_the_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ranks = torch.randn(40, 1024, generator=torch.Generator().manual_seed(1)), Adding(2)
-    for sizes in ((512,), (1024, 512)):
-        monkeypatch.setattr(input_statistics, "MOMENT_BLOCKS", sizes)
+    for memory in (24 << 30, 80 << 30):
+        monkeypatch.setattr(input_statistics, "_whole_memory", lambda device, memory=memory: memory)
         seen = InputStatistics()
         seen.observe(x)
         task = Task((nn.Parameter(torch.ones(2, 1024)),), ("layer",), False, 0.0, seen)
