@@ -24,6 +24,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import svdq_compile as svdq
 from conftest import quiet, relative_error
+from svdq_compile.split_linear import become_split
+from svdq_compile.splits import INPUTS, Part, Split
 from zoo import make
 
 # Of both kinds of split, the second with value and gate side by side in one block; and one linear that is whole.
@@ -365,3 +367,45 @@ def test_what_is_folded(case: str, sums: int, left: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sums_in(graphs) == sums
     assert sum(node.target is F.linear for node in graphs[0].graph.nodes) == left
+
+
+class Nested(nn.Module):
+    """A row-parallel linear of which this rank has half, in a region of its own or not."""
+
+    def __init__(self, region: bool) -> None:
+        super().__init__()
+        self.down, self.region = nn.Linear(128, 128), region
+
+    @torch.compiler.nested_compile_region
+    def in_a_region(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_a_region(x) if self.region else self.down(x)
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize("region", [False, True])
+@pytest.mark.parametrize("stage", ["compiling a graph", "the first call of a compiled graph"])
+def test_a_rank_that_cannot_compile_does_not_send_alone(
+    stage: str, region: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is compiled an adapter's sum is part of the linear's; without adapters there is nothing to spare."""
+    whole, x = Nested(region).eval().requires_grad_(False), torch.randn(3, 128)
+    svdq.quantize(whole, **quiet(refine=0, precision="w4a16", group="alone"))
+    become_split(whole.down, Part(Split(INPUTS, (256,)), 0, 2), "0")
+    whole.down.in_features = 256
+    inductor = fails if stage == "compiling a graph" else lambda *_: fails
+    monkeypatch.setattr("svdq_compile.compiled.compile_with_inductor", inductor)
+    whole.compile(backend="svdquant", fullgraph=True, options=quiet(group="alone", fallback=True))
+    whole(x)
+    add(whole, target_modules=["down"])
+    for _ in range(2):
+        text = message(lambda: whole(x))
+        assert f"{stage} failed" in text
+        assert "RuntimeError: no compiler. Mend that, or remove the adapters" in text
+        assert "'fuse'" not in text
