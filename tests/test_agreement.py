@@ -213,7 +213,7 @@ def test_a_model_that_is_served_by_another_one_s_graphs(step: str, results: list
         found, told = result[step]
         assert found == [1, 2, 2, 2], "once for each model, and not where one rank compiles alone"
         assert "RanksDiffer: rank 0 " in told
-        assert "blocks.0.up.weight" in told
+        assert "blocks.0.up" in told
 
 
 def test_a_rank_that_cannot_compile_meets_the_others(results: list[dict]) -> None:
