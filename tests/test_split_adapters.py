@@ -4,6 +4,7 @@ nothing more is sent for it, and what one GPU can do with adapters works on all 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,36 @@ def refused(folder: Path) -> Any:
     return told, relative_error(parts(*inputs()), before)
 
 
-STEPS = (eagerly, in_a_graph, through_inductor, by_diffusers, flux, refused)
+def fusing(folder: Path) -> Any:
+    """At a strength of its own, which diffusers would set first."""
+    parts = as_diffusers(split(quantized("w4a16")))
+    add(parts, target_modules=["to_q", "net.2"])
+    scale(parts, style=0.7)
+    before = parts(*inputs())
+    return message(lambda: parts.fuse_lora(lora_scale=0.5)), torch.equal(parts(*inputs()), before)
+
+
+def beginnings(folder: Path) -> Any:
+    """What adding an adapter raises, by `init_lora_weights`, and how many linears have one then."""
+    found = {}
+    for initial in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "mica", "lora_ga", *SERVED):
+        parts = split(quantized("int4", weights="keep"))
+        told = message(partial(inject_adapter_in_model, begun(initial), parts))
+        found[initial] = told, sum(isinstance(m, BaseTunerLayer) for m in parts.modules())
+    return found
+
+
+SERVED = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def begun(initial: Any) -> LoraConfig:
+    """Past the checks of the config, which know other models than ours."""
+    made = config(target_modules=["to_q", "net.2"])
+    made.init_lora_weights = initial
+    return made
+
+
+STEPS = (eagerly, in_a_graph, through_inductor, by_diffusers, flux, refused, fusing, beginnings)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +335,23 @@ def test_what_is_refused(results: list[dict]) -> None:
         assert "DoraLinearVariant" in told["DoRA"]
         assert "2 ranks" in told["merging"]
         assert "delete_adapters, split the model, and load the adapter into that" in told["before"]
+
+
+def test_a_refused_fusing_leaves_strengths(results: list[dict]) -> None:
+    for result in results:
+        told, same = result["fusing"]
+        assert told.startswith("SplitRefused: fusing an adapter needs whole linears")
+        assert same
+
+
+def test_adapters_made_from_whole_weights_are_refused(results: list[dict]) -> None:
+    for result in results:
+        for initial, (told, adapted) in result["beginnings"].items():
+            if initial in SERVED:
+                assert (told, adapted) == ("", 4), initial
+            else:
+                assert told.startswith(f"SplitRefused: init_lora_weights={initial!r} makes"), (initial, told)
+                assert adapted == 0
 
 
 class Summed(nn.Module):
