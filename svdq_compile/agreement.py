@@ -7,7 +7,7 @@ alone. When it was compiled says nothing: a model may be served by graphs that w
 graphs are compiled where something has changed, which need not be so on all ranks at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +20,7 @@ from .lowering.torch_private import ranks_in
 from .parameter import QuantizedWeight
 from .passes.order import groups_in
 from .ranks import about, among, checksums
+from .roots import model_of, models_under_way
 from .split_linear import ranks_sharing
 
 # By model: the ranks that have met, and the options with which they did.
@@ -30,23 +31,26 @@ class Agreement:
     """Of the ranks that a graph, as Dynamo made it, exchanges tensors with."""
 
     def __init__(self, gm: fx.GraphModule, config: Config) -> None:
-        self._config = config
+        self._options = about(config)
+        self._progress = config.progress
         talks = config.group != ALONE and dist.is_available() and dist.is_initialized()
         members = dict.fromkeys(ranks_in(group) for group in groups_in(gm)) if talks else ()
         self._peers = [ranks for ranks in members if len(ranks) > 1]
 
-    def reach(self, model: nn.Module | None) -> None:
-        """Called before the graph runs in this model, whose layers in it are all decided.
+    def reach(self, args: Sequence[Any]) -> None:
+        """Called before the graph runs with these inputs, whose layers are all decided.
 
         Raises RanksDiffer, which names what differs, and RanksApart if one of the others does not come.
         """
-        if model is None or not self._peers:
+        model = model_of(args, models_under_way()) if self._peers else None
+        if model is None:
             return
-        options, met = about(self._config), _MET.setdefault(model, set())
+        met = _MET.setdefault(model, set())
         for members in self._peers:
-            if (members, repr(options)) not in met:
-                among(members, self._config.progress).compare(lambda: options | _facts(model))
-                met.add((members, repr(options)))
+            meeting = members, repr(self._options)
+            if meeting not in met:
+                among(members, self._progress).compare(lambda: self._options | _facts(model))
+                met.add(meeting)
 
 
 def _facts(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:

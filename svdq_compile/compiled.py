@@ -93,8 +93,8 @@ class CompiledGraph:
         """Of these packs: there may be a variant for them, or it has to be compiled."""
         self._lay_out(packs)
         key = self._key(args, packs)
+        self._agreement.reach(args)
         model = model_of(args, models_under_way())
-        self._agreement.reach(model)
         tell_if_done(model, self._config)
         variant = self._variants.get(key)
         is_ready = key in self._variants and (variant is None or variant.has_run)

@@ -49,14 +49,13 @@ class UndecidedGraph:
         decisions.note_compiled_anew(args)
         if self._is_undecided(args):
             return self._observe(args)
-        model = model_of(args, models_under_way())  # it may be another one than it was compiled for
-        self._agreement.reach(model)
-        tell_if_done(model, self._config)
+        self._agreement.reach(args)
+        tell_if_done(decisions.model_of(args), self._config)  # of another model than it was compiled for, too
         if self._for_all_sizes is not None:
             return self._for_all_sizes(*args)
         key = tuple(args[i] for i in self._sizes)
         if key not in self._compiled:
-            with compiling(model, self._config.progress):
+            with compiling(model_of(args, models_under_way()), self._config.progress):
                 self._compiled[key] = self._or_go_on(lambda: self._compile(list(args)))
         return self._compiled[key](*args)
 
