@@ -13,6 +13,7 @@ from torch import fx
 from .drop_replaced_weights import drop_replaced_weights
 from .expand_weights import expand_weights
 from .fold_adapters import fold_adapters
+from .fold_adapters import sums_adapters as sums_adapters
 from .fuse_epilogues import fuse_epilogues
 from .fuse_gates import fuse_gates
 from .fuse_heads import fuse_heads

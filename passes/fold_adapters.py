@@ -39,7 +39,7 @@ from .peft_names import is_adapter
 from .pipeline import log
 from .quantize_linears import emit
 from .scope import layer_name
-from .subgraphs import invocations
+from .subgraphs import bodies, invocations
 
 MAX_TOGETHER = 8  # matrices in a concatenation that Inductor computes in one go, without a buffer for its parts
 RANK_STEP = 16  # of the kernels' low-rank products
@@ -99,11 +99,23 @@ def fold_adapters(gm: fx.GraphModule) -> int:
             count += sum(len(reader.adapters) for reader in readers)
     _compute_together(graph, wide)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in (*LINEAR, *POINTWISE_CONV) and is_adapter(layer_name(node)):
+        if _is_of_adapter(node):
             log.debug("not folded: %s stays a product beside its layer", layer_name(node))
     for name in {call.subgraph for call in invocations(gm)}:
         count += fold_adapters(gm.get_submodule(name))  # type: ignore[arg-type]
     return count
+
+
+def sums_adapters(gm: fx.GraphModule) -> bool:
+    """Whether a graph, as Dynamo made it, sums an adapter's product over ranks, which `fold_adapters` may spare; in
+    subgraphs too.
+    """
+    return any(_sums(n) and _is_of_adapter(n.args[0]) for n in gm.graph.nodes) or any(map(sums_adapters, bodies(gm)))
+
+
+def _is_of_adapter(node: Any) -> bool:
+    """Whether it is a product with an adapter's matrix."""
+    return isinstance(node, fx.Node) and node.target in (*LINEAR, *POINTWISE_CONV) and is_adapter(layer_name(node))
 
 
 def _sources(graph: fx.Graph) -> list[tuple[fx.Node | None, fx.Node, list[Reader]]]:
@@ -303,6 +315,8 @@ def _compute_together(graph: fx.Graph, wide: list[fx.Node]) -> None:
 
 def _bring_before(graph: fx.Graph, place: fx.Node, nodes: list[fx.Node]) -> None:
     """Let nodes that are made of graph inputs alone, and all that they are made of, stand before another."""
+    if all(node.op == "placeholder" for node in nodes):
+        return
     needed = _ancestors(nodes)
     for node in list(graph.nodes)[list(graph.nodes).index(place) :]:
         if node in needed:

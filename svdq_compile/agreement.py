@@ -2,11 +2,12 @@
 
 Those that quantize together compare all of it then. Whoever loads a model from a file does not meet the others, and
 with other options would send otherwise, or compute a part of another picture. So before the first graph of a model is
-compiled that exchanges tensors, the ranks that it exchanges them with meet: each is about to run it, since none could
-alone. Later graphs are compiled where something has changed, which need not be so on all ranks at once.
+called that exchanges tensors, the ranks that it exchanges them with meet: each is about to run it, since none could
+alone. When it was compiled says nothing: a model may be served by graphs that were compiled for another one, and later
+graphs are compiled where something has changed, which need not be so on all ranks at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,24 +20,37 @@ from .lowering.torch_private import ranks_in
 from .parameter import QuantizedWeight
 from .passes.order import groups_in
 from .ranks import about, among, checksums
+from .roots import model_of, models_under_way
 from .split_linear import ranks_sharing
 
 # By model: the ranks that have met, and the options with which they did.
 _MET: "WeakKeyDictionary[nn.Module, set[tuple[tuple[int, ...], str]]]" = WeakKeyDictionary()
 
 
-def agree_to_exchange(gm: fx.GraphModule, model: nn.Module | None, config: Config) -> None:
-    """Called before a graph of this model is compiled, whose layers are all decided.
+class Agreement:
+    """Of the ranks that a graph, as Dynamo made it, exchanges tensors with."""
 
-    Raises RanksDiffer, which names what differs, and RanksApart if one of the others does not come.
-    """
-    if model is None or config.group == ALONE or not (dist.is_available() and dist.is_initialized()):
-        return
-    options, met = about(config), _MET.setdefault(model, set())
-    for members in dict.fromkeys(ranks_in(group) for group in groups_in(gm)):
-        if len(members) > 1 and (members, repr(options)) not in met:
-            among(members, config.progress).compare(lambda: options | _facts(model))
-            met.add((members, repr(options)))
+    def __init__(self, gm: fx.GraphModule, config: Config) -> None:
+        self._options = about(config)
+        self._progress = config.progress
+        talks = config.group != ALONE and dist.is_available() and dist.is_initialized()
+        members = dict.fromkeys(ranks_in(group) for group in groups_in(gm)) if talks else ()
+        self._peers = [ranks for ranks in members if len(ranks) > 1]
+
+    def reach(self, args: Sequence[Any]) -> None:
+        """Called before the graph runs with these inputs, whose layers are all decided.
+
+        Raises RanksDiffer, which names what differs, and RanksApart if one of the others does not come.
+        """
+        model = model_of(args, models_under_way()) if self._peers else None
+        if model is None:
+            return
+        met = _MET.setdefault(model, set())
+        for members in self._peers:
+            meeting = members, repr(self._options)
+            if meeting not in met:
+                among(members, self._progress).compare(lambda: self._options | _facts(model))
+                met.add(meeting)
 
 
 def _facts(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from . import decisions
-from .agreement import agree_to_exchange
 from .compiled import EAGERLY, CompiledGraph
 from .config import Config
 from .errors import GradientsNeeded, TangentsNeeded
@@ -75,7 +74,6 @@ def _compile(gm: fx.GraphModule, example_inputs: list, config: Config) -> Callab
         config.refuse_target("needs the whole model at once, which torch.compile's backend never sees")
         return UndecidedGraph(gm, example_inputs, inputs, config)
     model = model_of(example_inputs, models_of(gm))
-    agree_to_exchange(gm, model, config)
     tell_if_done(model, config)
     kind = CompiledGraph if any(isinstance(value, QuantizedWeight) for value in example_inputs) else UndecidedGraph
     with compiling(model, config.progress):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .agreement import Agreement
 from .config import Config
 from .errors import TangentsNeeded, WeightsReleased
 from .fallback import cause_of, go_on, is_out_of_memory, refuse_to_send_alone
@@ -47,20 +48,23 @@ class CompiledGraph:
         self._gm = gm
         self._config = config
         self._inputs = inputs
+        self._agreement = Agreement(gm, config)
         self._weights = [
             i for group in inputs.groups for i in group.indices if isinstance(example_inputs[i], QuantizedWeight)
         ]
         self._observing: ObservingGraph | None = None
         self._pace = Pace(config)
-        self._variants: dict[tuple, Variant | None] = {}  # None: its first call failed
+        self._variants: dict[tuple, Variant | None] = {}  # None: it could not be compiled, or its first call failed
         packs = [example_inputs[i]._svdq for i in self._weights]
         self._lay_out(packs)
         try:
             self._variants[form(packs)] = self._compile(example_inputs, packs)
         except Exception as error:
-            if not is_out_of_memory(cause_of(error)):
-                raise
-            log.info("not enough memory to compile a graph; its first call tries again")
+            if is_out_of_memory(cause_of(error)):
+                log.info("not enough memory to compile a graph; its first call tries again")
+            else:
+                go_on(error, "compiling a graph", EAGERLY, config, gm)
+                self._variants[form(packs)] = None
         # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
 
@@ -89,6 +93,7 @@ class CompiledGraph:
         """Of these packs: there may be a variant for them, or it has to be compiled."""
         self._lay_out(packs)
         key = self._key(args, packs)
+        self._agreement.reach(args)
         model = model_of(args, models_under_way())
         tell_if_done(model, self._config)
         variant = self._variants.get(key)

@@ -72,11 +72,10 @@ class UnsupportedDevice(SvdqError):
 class SendsAlone(SvdqError):
     """A graph that exchanges tensors with other ranks was not compiled here, and would send what they do not expect."""
 
-    def __init__(self, what: str, cause: BaseException, fuse: list[str]) -> None:
+    def __init__(self, what: str, cause: BaseException, remedy: str) -> None:
         super().__init__(
             f"{what} failed, and run eagerly it would exchange tensors one by one, which ranks where it is compiled "
-            f"send together: {type(cause).__name__}: {cause}. Mend that, or have them sent one by one on all ranks, "
-            f"with options={{'fuse': {fuse}}}."
+            f"send together: {type(cause).__name__}: {cause}. Mend that, or {remedy}."
         )
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from .config import Config
 from .errors import SendsAlone, SvdqError, WeightsReleased
 from .lowering.torch_private import is_for_dynamo
+from .passes import sums_adapters
 from .passes.order import may_send
 from .passes.verify import BrokenGraph
 
@@ -48,8 +49,16 @@ def go_on(error: Exception, what: str, then: str, config: Config, graph: fx.Grap
 
 def refuse_to_send_alone(error: Exception, what: str, config: Config, graph: fx.GraphModule | None) -> None:
     """Raise SendsAlone if a graph that runs eagerly, since `what` failed, sends otherwise than where it is compiled."""
-    if graph is not None and joins_exchanges(graph, config):
-        raise SendsAlone(what, cause_of(error), [name for name in config.fusions if name != "exchanges"]) from error
+    if graph is None:
+        return
+    remedies = []
+    if joins_exchanges(graph, config):
+        fusions = [name for name in config.fusions if name != "exchanges"]
+        remedies.append(f"have them sent one by one on all ranks, with options={{'fuse': {fusions}}}")
+    if sums_adapters(graph):
+        remedies.append("remove the adapters around split linears on all ranks, or compile the model on none")
+    if remedies:
+        raise SendsAlone(what, cause_of(error), "; and ".join(remedies)) from error
 
 
 def joins_exchanges(graph: fx.GraphModule, config: Config) -> bool:

@@ -10,6 +10,7 @@ In a graph of ours that sum goes away: passes/fold_adapters.py adds the product 
 are summed.
 """
 
+import sys
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from .errors import SplitRefused
 from .lowering.torch_private import sum_over
 from .splits import INPUTS, Part, within
 
+# Of PEFT's ways to begin an adapter, those that read neither weights nor what training has left beside them.
+_WITHOUT_WEIGHTS = ("gaussian", "orthogonal", "eva")
 _HOW = "Put it into the 16-bit model before that is quantized, or give the ranks tokens or pictures instead of parts."
 
 
@@ -72,6 +75,21 @@ class SplitLora(LoraLinear):
         variant = super().resolve_lora_variant(**kwargs)
         if variant is not None:
             raise _refused(self.base_layer.part, type(variant).__name__)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        initial = getattr(kwargs.get("config"), "init_lora_weights", kwargs.get("init_lora_weights"))
+        if isinstance(initial, str) and initial.lower() not in _WITHOUT_WEIGHTS:
+            raise SplitRefused(
+                f"init_lora_weights={initial!r} makes an adapter from whole weights, and this linear is split over "
+                f"{self.base_layer.part.size} ranks. Make it around the 16-bit model, or give init_lora_weights=True "
+                "where its values are loaded afterwards."
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def scale_layer(self, scale: float) -> None:
+        if sys._getframe(1).f_code.co_name == "_fuse_lora_apply":  # diffusers scales what it merges next
+            self.merge()
+        super().scale_layer(scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise SplitRefused(

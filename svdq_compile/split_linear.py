@@ -40,6 +40,8 @@ class SplitLinear(nn.Linear):
         """The part of it. Where diffusers compares it with an adapter, and would enlarge what is smaller: a tensor of
         the whole's shape, without values.
         """
+        if "weight" not in self._parameters:
+            raise AttributeError(f"this {type(self).__name__} has no weight: it was taken out of it")
         own = self._parameters["weight"]
         if torch.compiler.is_compiling() or sys._getframe(1).f_code.co_name != "_calculate_module_shape":
             return own
@@ -64,6 +66,7 @@ def become_split(module: nn.Module, part: Part, group: str) -> None:
     if isinstance(module, nn.RMSNorm):
         module.__class__ = SplitRMSNorm
         return
+    assert isinstance(module, nn.Linear)
     _notice_adapters()
     module.__class__ = RowParallelLinear if part.split.dim == INPUTS else ColumnParallelLinear
 

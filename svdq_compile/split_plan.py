@@ -128,24 +128,42 @@ def _why_not_heads(model: nn.Module, unit: Splits, size: int) -> str | None:
     """Why the heads of an attention cannot be shared: parts are whole heads, and a norm over all of them needs all."""
     for name in unit:
         parent, _, leaf = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        heads, q = getattr(holder, "heads", None), getattr(holder, "to_q", None)
-        if leaf not in _OUTPUTS or not isinstance(heads, int) or not isinstance(q, nn.Linear):
+        if leaf in _OUTPUTS and unit[name].dim == OUTPUTS:
+            reason = _why_not_counted(model, name, size) or _why_not_normed(model, parent, leaf, size)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _why_not_counted(model: nn.Module, name: str, size: int) -> str | None:
+    """By the number of heads, where an attention has one."""
+    parent = name.rpartition(".")[0]
+    holder = model.get_submodule(parent)
+    heads, q = getattr(holder, "heads", None), getattr(holder, "to_q", None)
+    if not isinstance(heads, int) or not isinstance(q, nn.Linear):
+        return None
+    if heads % size:
+        return f"{parent} has {heads} heads, which {size} ranks cannot share"
+    if _linear(model, name).weight.shape[0] % (q.weight.shape[0] // heads * size):
+        return f"{name} has other heads than q, which {size} ranks cannot share"
+    return None
+
+
+def _why_not_normed(model: nn.Module, parent: str, leaf: str, size: int) -> str | None:
+    """By the norm of what a linear gives, where it is not over heads of one rank."""
+    holder = model.get_submodule(parent)
+    whole = _linear(model, f"{parent}.{leaf}").weight.shape[0]
+    for norm in (norm for norm, linear in _NORMS.items() if linear == leaf):
+        module = getattr(holder, norm, None)
+        channels = _channels(module)
+        if channels is None or whole // size % channels == 0:
             continue
-        if heads % size:
-            return f"{parent} has {heads} heads, which {size} ranks cannot share"
-        width = q.weight.shape[0] // heads
-        if _linear(model, name).weight.shape[0] % (width * size):
-            return f"{name} has other heads than q, which {size} ranks cannot share"
-        for norm in _NORMS:
-            module = getattr(holder, norm, None)
-            channels = _channels(module)
-            if channels in (None, width):
-                continue
-            if type(module) is not nn.RMSNorm:
-                return f"{parent}.{norm} is over all heads, and only torch's RMSNorm is split"
-            if any(_rotates(part, channels) for part in model.modules()):
-                return f"{parent} rotates the channels of all heads as one"
+        if channels != whole:
+            return f"{parent}.{norm} is over {channels} channels together, which {size} ranks cannot share"
+        if type(module) is not nn.RMSNorm:
+            return f"{parent}.{norm} is over all heads, and only torch's RMSNorm is split"
+        if any(_rotates(part, whole) for part in model.modules()):
+            return f"{parent} rotates the channels of all heads as one"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from . import decisions
+from .agreement import Agreement
 from .compiled import EAGERLY, CompiledGraph
 from .config import Config
 from .fallback import go_on, joins_exchanges
@@ -34,17 +35,21 @@ class UndecidedGraph:
         self._gm = clone_dynamo_graph(gm)
         self._inputs = inputs
         self._config = config
+        self._agreement = Agreement(gm, config)
         self._weights = [i for group in inputs.groups for i in group.indices]
         # What makes code compiled later, outside Dynamo's tracing, valid for these sizes only.
         self._sizes = [i for i, value in enumerate(example_inputs) if not isinstance(value, Tensor)]
         self._observing: Callable | None = None
         self._compiled: dict[tuple, Callable] = {}
-        self._for_all_sizes = None if self._is_undecided(example_inputs) else self._compile(example_inputs)
+        self._for_all_sizes: Callable | None = None
+        if not self._is_undecided(example_inputs):
+            self._for_all_sizes = self._or_go_on(lambda: self._compile(example_inputs))
 
     def __call__(self, *args: Any) -> Any:
         decisions.note_compiled_anew(args)
         if self._is_undecided(args):
             return self._observe(args)
+        self._agreement.reach(args)
         tell_if_done(decisions.model_of(args), self._config)  # of another model than it was compiled for, too
         if self._for_all_sizes is not None:
             return self._for_all_sizes(*args)

@@ -1,5 +1,6 @@
 """Ranks that load a model by themselves compare what they run before their compiled code exchanges tensors."""
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch.distributed import _functional_collectives as exchange
 
 import svdq_compile as svdq
 from conftest import quiet, relative_error, run_eagerly
-from svdq_compile import compiled
+from svdq_compile import compiled, undecided
 from svdq_compile.ranks import Ranks
 
 WIDTH, TOKENS = 128, 8
@@ -65,7 +66,7 @@ def refusal(model: nn.Module, *args: Tensor, **options: Any) -> str:
 
 
 def together() -> dict[str, Any]:
-    compiled.compile_with_inductor = run_eagerly
+    compiled.compile_with_inductor = undecided.compile_with_inductor = run_eagerly
     found = {}
     for step in STEPS:
         torch._dynamo.reset()
@@ -114,7 +115,51 @@ def split_models(rank: int) -> Any:
     return error, refusal(split(quantized("int4")), *inputs(), fuse=["siblings"] if rank else True)
 
 
-STEPS = (alike, alone, differing, split_models)
+def by_blocks(model: nn.Module, **options: Any) -> nn.Module:
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(backend="svdquant", fullgraph=True, options=quiet(**options))
+    return model
+
+
+def meetings(*calls: Callable[[], Any]) -> list[int]:
+    """How often they have met after each call."""
+    with mock.patch.object(Ranks, "compare", autospec=True, side_effect=Ranks.compare) as compare:
+        return [(call(), compare.call_count)[1] for call in calls]
+
+
+def compiled_on_one(rank: int) -> Tensor:
+    """Dynamo guards strides: a graph that only rank 1 compiles."""
+    return torch.ones(TOKENS, 2 * WIDTH)[:, ::2] if rank else torch.ones(TOKENS, WIDTH)
+
+
+def of_another_model(rank: int) -> Any:
+    """Which takes no graph of its own, until one rank needs one."""
+    one, two = (by_blocks(loaded(seed)) for seed in (0, 1))
+    x = torch.ones(TOKENS, WIDTH)
+    found = meetings(lambda: one(x), lambda: two(x), lambda: two(compiled_on_one(rank)), lambda: one(x))
+    return found, message(lambda: by_blocks(loaded(seed=rank))(x))
+
+
+def all_in_16_bits(rank: int) -> Any:
+    """By the option; the second model by the graphs of the first."""
+    x, options = torch.ones(TOKENS, WIDTH), {"skip": ["*"]}
+    torch.manual_seed(0)
+    one, two, other = (by_blocks(Exchanging().eval().requires_grad_(False), **options) for _ in range(3))
+    one(x), two(x)  # the first call observes, and agrees about that
+    found = meetings(lambda: one(x), lambda: two(x), lambda: two(compiled_on_one(rank)), lambda: one(x))
+    return found, message(lambda: by_blocks(loaded(), **options)(x) if rank else other(x))
+
+
+def eagerly_on_one(rank: int) -> Any:
+    """Where one rank cannot compile, and eagerly would send the same, it meets the other one too."""
+    model = loaded()
+    expected = model(torch.ones(TOKENS, WIDTH))
+    with mock.patch.object(compiled, "compile_with_inductor", side_effect=RuntimeError if rank else run_eagerly):
+        output = called(model, fuse=["epilogues"], fallback=True)
+    return relative_error(output, expected)
+
+
+STEPS = (alike, alone, differing, split_models, of_another_model, all_in_16_bits, eagerly_on_one)
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +205,16 @@ def test_split_models(results: list[dict]) -> None:
         error, told = result["split_models"]
         assert error < 1e-5
         assert told.startswith("RanksDiffer: rank 0 has option fuse=")
+
+
+@pytest.mark.parametrize("step", ["of_another_model", "all_in_16_bits"])
+def test_a_model_that_is_served_by_another_one_s_graphs(step: str, results: list[dict]) -> None:
+    for result in results:
+        found, told = result[step]
+        assert found == [1, 2, 2, 2], "once for each model, and not where one rank compiles alone"
+        assert "RanksDiffer: rank 0 " in told
+        assert "blocks.0.up" in told
+
+
+def test_a_rank_that_cannot_compile_meets_the_others(results: list[dict]) -> None:
+    assert all(result["eagerly_on_one"] < 1e-5 for result in results)

@@ -4,6 +4,7 @@ nothing more is sent for it, and what one GPU can do with adapters works on all 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import svdq_compile as svdq
 from conftest import quiet, relative_error
+from svdq_compile.split_linear import become_split
+from svdq_compile.splits import INPUTS, Part, Split
 from zoo import make
 
 # Of both kinds of split, the second with value and gate side by side in one block; and one linear that is whole.
@@ -240,7 +243,36 @@ def refused(folder: Path) -> Any:
     return told, relative_error(parts(*inputs()), before)
 
 
-STEPS = (eagerly, in_a_graph, through_inductor, by_diffusers, flux, refused)
+def fusing(folder: Path) -> Any:
+    """At a strength of its own, which diffusers would set first."""
+    parts = as_diffusers(split(quantized("w4a16")))
+    add(parts, target_modules=["to_q", "net.2"])
+    scale(parts, style=0.7)
+    before = parts(*inputs())
+    return message(lambda: parts.fuse_lora(lora_scale=0.5)), torch.equal(parts(*inputs()), before)
+
+
+def beginnings(folder: Path) -> Any:
+    """What adding an adapter raises, by `init_lora_weights`, and how many linears have one then."""
+    found = {}
+    for initial in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "mica", "lora_ga", *SERVED):
+        parts = split(quantized("int4", weights="keep"))
+        told = message(partial(inject_adapter_in_model, begun(initial), parts))
+        found[initial] = told, sum(isinstance(m, BaseTunerLayer) for m in parts.modules())
+    return found
+
+
+SERVED = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def begun(initial: Any) -> LoraConfig:
+    """Past the checks of the config, which know other models than ours."""
+    made = config(target_modules=["to_q", "net.2"])
+    made.init_lora_weights = initial
+    return made
+
+
+STEPS = (eagerly, in_a_graph, through_inductor, by_diffusers, flux, refused, fusing, beginnings)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +337,23 @@ def test_what_is_refused(results: list[dict]) -> None:
         assert "delete_adapters, split the model, and load the adapter into that" in told["before"]
 
 
+def test_a_refused_fusing_leaves_strengths(results: list[dict]) -> None:
+    for result in results:
+        told, same = result["fusing"]
+        assert told.startswith("SplitRefused: fusing an adapter needs whole linears")
+        assert same
+
+
+def test_adapters_made_from_whole_weights_are_refused(results: list[dict]) -> None:
+    for result in results:
+        for initial, (told, adapted) in result["beginnings"].items():
+            if initial in SERVED:
+                assert (told, adapted) == ("", 4), initial
+            else:
+                assert told.startswith(f"SplitRefused: init_lora_weights={initial!r} makes"), (initial, told)
+                assert adapted == 0
+
+
 class Summed(nn.Module):
     """A linear whose product is summed over ranks, and an adapter around it, as a case has them."""
 
@@ -365,3 +414,45 @@ def test_what_is_folded(case: str, sums: int, left: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sums_in(graphs) == sums
     assert sum(node.target is F.linear for node in graphs[0].graph.nodes) == left
+
+
+class Nested(nn.Module):
+    """A row-parallel linear of which this rank has half, in a region of its own or not."""
+
+    def __init__(self, region: bool) -> None:
+        super().__init__()
+        self.down, self.region = nn.Linear(128, 128), region
+
+    @torch.compiler.nested_compile_region
+    def in_a_region(self, x: Tensor) -> Tensor:
+        return self.down(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.in_a_region(x) if self.region else self.down(x)
+
+
+def fails(*_: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize("region", [False, True])
+@pytest.mark.parametrize("stage", ["compiling a graph", "the first call of a compiled graph"])
+def test_a_rank_that_cannot_compile_does_not_send_alone(
+    stage: str, region: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is compiled an adapter's sum is part of the linear's; without adapters there is nothing to spare."""
+    whole, x = Nested(region).eval().requires_grad_(False), torch.randn(3, 128)
+    svdq.quantize(whole, **quiet(refine=0, precision="w4a16", group="alone"))
+    become_split(whole.down, Part(Split(INPUTS, (256,)), 0, 2), "0")
+    whole.down.in_features = 256
+    inductor = fails if stage == "compiling a graph" else lambda *_: fails
+    monkeypatch.setattr("svdq_compile.compiled.compile_with_inductor", inductor)
+    whole.compile(backend="svdquant", fullgraph=True, options=quiet(group="alone", fallback=True))
+    whole(x)
+    add(whole, target_modules=["down"])
+    for _ in range(2):
+        text = message(lambda: whole(x))
+        assert f"{stage} failed" in text
+        assert "RuntimeError: no compiler. Mend that, or remove the adapters" in text
+        assert "'fuse'" not in text

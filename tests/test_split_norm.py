@@ -14,6 +14,7 @@ from torch import nn
 import svdq_compile as svdq
 from conftest import quiet, relative_error, run_eagerly
 from svdq_compile import compiled
+from svdq_compile.errors import OptionError
 from svdq_compile.split_linear import SplitLinear, become_split
 from svdq_compile.split_norm import SplitRMSNorm
 from svdq_compile.split_plan import plan_for
@@ -126,3 +127,39 @@ def test_which_norms_are_split(kind: type, affine: bool) -> None:
     splits = plan_for(model, None, 2).splits
     assert ("blocks.0.attn.norm_q" in splits) == ("blocks.0.attn.to_q" in splits) == (kind is nn.RMSNorm)
     assert "blocks.0.ff.net.0.proj" in splits
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, OverAllHeads])
+@pytest.mark.parametrize("heads", ["heads", "num_heads", None])
+def test_norms_do_not_depend_on_how_heads_are_told(heads: str | None, kind: type) -> None:
+    """By a plan of one's own, too, which says nothing of norms."""
+    model = Model()
+    for block in model.blocks:
+        del block.attn.heads  # type: ignore[union-attr]
+        block.attn.norm_k = kind(256)  # type: ignore[union-attr]
+        if heads is not None:
+            setattr(block.attn, heads, 4)
+    plan = {"blocks.*.to_[qkv]": "colwise", "blocks.*.to_out.0": "rowwise"}
+    if kind is nn.RMSNorm:
+        splits = plan_for(model, plan, 2).splits
+        assert splits["blocks.0.attn.norm_k"] == splits["blocks.0.attn.to_k"]
+        assert "blocks.0.attn.norm_q" not in splits, "which is of one head"
+        return
+    with pytest.raises(OptionError, match=r"plan: blocks\.0\.attn\.norm_k is over all heads, and only torch's RMSNorm"):
+        plan_for(model, plan, 2)
+
+
+def test_only_linears_and_their_norms_become_split() -> None:
+    with pytest.raises(AssertionError):
+        become_split(nn.LayerNorm(128), Part(Split(OUTPUTS, (256,)), 0, 2), "0")
+
+
+def test_a_split_linear_without_its_weight() -> None:
+    """As whoever moves weights by hand finds it."""
+    linear = nn.Linear(64, 64)
+    become_split(linear, Part(Split(OUTPUTS, (128,)), 0, 2), "0")
+    weight = linear.weight
+    del linear.weight
+    assert not hasattr(linear, "weight")
+    linear.weight = weight
+    assert linear.weight is weight
