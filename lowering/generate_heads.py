@@ -71,7 +71,9 @@ def _operands(region: Region, values: dict[str, Tensor], block: torch.Size) -> l
         if axes in _STRIDES:
             value = value.expand([n if axis in axes else 1 for axis, n in zip("BTHD", block, strict=True)])
             value = value if value.stride(3) == 1 or "D" not in axes else value.contiguous()
-            extra += [value, *value.stride()[: _STRIDES[axes]]]
+            # Of a dimension of 1 any stride would do, and Triton compiles in what divides it: T's would, of one sample.
+            strides = [0 if size == 1 else n for size, n in zip(value.shape, value.stride(), strict=True)]
+            extra += [value, *strides[: _STRIDES[axes]]]
         else:
             extra.append(value.reshape(-1).contiguous())
     return extra

@@ -23,7 +23,8 @@ operand of every `cat`. A part follows its tokens from the result backwards: a `
 moves them and leaves one operand. What is left are 16-bit tensors and tables, of which the part reads a window.
 
 Left alone: regions that only do what Inductor does as well, that is, neither norm nor rotate, or whose beginning is
-itself elementwise and would have to be stored for them; several full 16-bit tensors.
+itself elementwise and would have to be stored for them, or a table of theirs as large; several full 16-bit tensors, or
+none; tables whose channels are not side by side, which would be copied.
 """
 
 import operator
@@ -241,7 +242,9 @@ class _Upstream:
         if self._cuts_rows(node, block) or self._is_half_a_table(node, block):
             return found
         whole, half = block.shape, _half(block)
-        shapes = [value.shape for a in (node, *read) if (value := value_of(a)) is not None]
+        # An item reads a node of several tensors, which has no shape: what was taken apart has.
+        taken_apart = read[0].args[:1] if node.target is operator.getitem else ()
+        shapes = [value.shape for a in (node, *read, *taken_apart) if (value := value_of(a)) is not None]
         if name in ("cat", "slice"):
             dim = (cat_of(node) or kept_by(node) or ((), 0))[1]
             is_known = all(type(shape[dim]) is int for shape in shapes)
@@ -353,9 +356,15 @@ class _Upstream:
         full = [a for a, lies in axes.items() if lies == "BTHD" and a.meta["val"].dtype != torch.float32]
         if None in axes.values() or len(full) != 1 or full[0].meta["val"].dtype != self.end.meta["val"].dtype:
             return None
-        if operation(_origin(full[0])) is not None:
+        x = full[0]
+        if not same_shape(x.meta["val"].shape, self.blocks[x].shape):
+            return None  # a table in 16 bits, beside what is x in fp32
+        if any(lies == "BTHD" and operation(_origin(a)) is not None for a, lies in axes.items()):
             return None
-        region, nodes = build("heads", meanings, axes.get, {full[0]: "x"}, [("x", "BTHD", full[0])])
+        tables = [a.meta["val"] for a, lies in axes.items() if lies in ("BTD", "BTHD") and a is not x]
+        if not all(statically_known_true(table.stride(-1) == 1) for table in tables):
+            return None  # a copy for each call
+        region, nodes = build("heads", meanings, axes.get, {x: "x"}, [("x", "BTHD", x)])
         return region, [_Operand(a, str(axes[a]), self._heads_of(a), at[a], stop - start) for a in nodes]
 
     def _heads_of(self, node: fx.Node) -> list[int] | None:

@@ -234,6 +234,20 @@ def wide(cos: Tensor, sin: Tensor) -> list[Tensor]:
     return [torch.cat([t * (i + 1) for i in range(HEADS)], -1).squeeze(-2) for t in (cos, sin)]
 
 
+def summed(q: Tensor) -> Tensor:
+    return q.float().cumsum(-1)
+
+
+def in_16_bits(c: Tensor) -> Tensor:
+    """A table for the channels of all heads, cast before it is put together."""
+    return wide(c.bfloat16(), c.bfloat16())[0]
+
+
+def apart(table: Tensor) -> Tensor:
+    """The same values, a head's channels not side by side."""
+    return table.transpose(0, -1).contiguous().transpose(0, -1)
+
+
 def written(q: Tensor, cos: Tensor, sin: Tensor, memory=torch.empty_like, at=(0, 1)) -> Tensor:
     even, odd = q.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
@@ -310,6 +324,19 @@ def cut(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c[None], s[:1]), sliced)), ()), 1),
         (lambda q, c, s: (in_heads(rotated(over_all(q), *wide(c.bfloat16(), s.bfloat16()))), ()), 0),
         (lambda q, c, s: (in_heads(rotated(q.flatten(2), *wide(c, s), half_turned)), ()), 0),
+        # What would be x is in fp32; in 16 bits is only a table, the same for all samples or tokens.
+        (lambda q, c, s: (interleaved(summed(q) * in_heads(in_16_bits(c)[None])).bfloat16(), ()), 0),
+        (lambda q, c, s: (interleaved(summed(q) * in_heads(in_16_bits(c)[:2, None])).bfloat16(), ()), 0),
+        (lambda q, c, s: (in_heads(interleaved(summed(q.flatten(2)) * in_16_bits(c)).bfloat16()), ()), 0),
+        # A table that is elementwise and read by others would have to be stored; channels apart would be copied.
+        (lambda q, c, s: (rotated(norm(q), t := c * s[:HEADS, 0, :1], s), (t,)), 0),
+        (lambda q, c, s: (rotated(norm(q), c, t := s * c[:2, :, :HEADS, None]), (t,)), 0),
+        (lambda q, c, s: (rotated(norm(q), apart(c), s), ()), 0),
+        (lambda q, c, s: (rotated(norm(q), c, apart(in_heads(wide(c, s)[1]))), ()), 0),
+        # What is taken apart is neither a block nor a row: a result of that is x.
+        (lambda q, c, s: (norm(in_heads(torch.stack([r := q.flatten(2), r.flip(-1)], -1).unbind(-1)[0])), ()), 1),
+        (lambda q, c, s: (norm(torch.stack([q, q.flip(-1)], -1).unbind(-1)[1]), ()), 1),
+        (lambda q, c, s: (norm(torch.cat([q, q.flip(1)], -1).chunk(2, -1)[1]), ()), 1),
         # Written into every second channel.
         (lambda q, c, s: (written(q, c, s), ()), 1),
         (lambda q, c, s: (written(in_heads(over_all(q)), c, s), ()), 1),
@@ -426,6 +453,19 @@ def test_interpreted_kernel(text, b, t, h, d, is_wide, tmp_path, monkeypatch) ->
     assert error(y[:, 1:-1], region.evaluate({"x": x, **values})) < 4e-4
     assert y[:, 0].isnan().all()
     assert y[:, -1].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [16, 23])
+def test_one_sample_has_no_stride(tokens: int, tmp_path, monkeypatch) -> None:
+    """Triton compiles in whether a stride is a multiple of 16: the number of tokens must be no stride."""
+    from svdq_compile.lowering import generate_heads
+
+    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
+    (region,) = parts(ALL_HEADS)
+    values = {"a0": torch.rand(1, tokens, 1, 1), "a1": torch.rand(2, 64)}
+    _, *strides, _ = generate_heads.bind(region, values, torch.Size([1, tokens, 2, 64])).operands
+    assert strides == [0, 1]
 
 
 @compiled
