@@ -538,7 +538,9 @@ def test_values_stay_in_registers_and_copies_are_wide(text, heads, d, tmp_path, 
         return
     assert built.shared == 0
     assert set(widths) <= {"v4.b32", "b32"}
-    assert widths.count("b32") == ("BT, " in text), "a row's moment, once for all heads"
+    # Triton 3.6 loads it for each of a thread's channels, from one address.
+    moments = set(re.findall(r"ld\.global\.b32 .*\[ (.*) \]", built.ptx))
+    assert len(moments) == ("BT, " in text), "a row's moment, once for all heads"
 
 
 @compiled
