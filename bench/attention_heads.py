@@ -21,7 +21,7 @@ from step_times import gpu_milliseconds
 from torch import Tensor
 
 import record
-from svdq_compile.kernels.portable.attention_codes import GeneratedParts, attention_codes, attention_codes_int8
+from svdq_compile.kernels.portable.attention_codes import attention_codes, attention_codes_int8
 from svdq_compile.kernels.portable.attention_int8 import Tile, attention_int8, tiles
 from svdq_compile.kernels.runtime.target import amd_architecture, shared_memory
 from svdq_compile.lowering import attention_of_heads as of_heads
@@ -83,13 +83,13 @@ def microseconds(call: Callable[[], object], repeats: int) -> float:
 
 def by_tile(o: of_heads.OfHeads, repeats: int) -> dict[str, float]:
     """The int8 kernel and its codes with each of the tiles that it may measure."""
-    xs, functions = bind_heads(o.parts[:2])
+    xs, generated = bind_heads(o.parts[:2])
     v = torch.cat([values["x"] for _, values in o.parts[2]], 1).transpose(1, 2)
     y = torch.empty_like(v)
     width = triton.next_power_of_2(v.shape[3])
 
     def run(tile: Tile) -> None:
-        attention_int8(xs, GeneratedParts(*functions), v, y, False, None, tile)
+        attention_int8(xs, generated, v, y, False, None, tile)
 
     candidates = tiles(width, shared_memory(v.device), amd_architecture(v.device))
     return {str(tuple(tile)): microseconds(partial(run, tile), repeats) for tile in candidates}
@@ -104,13 +104,13 @@ def in_8_bits(given: tuple, arithmetic: str, expected: Tensor, repeats: int) -> 
         print(f"no attention in {arithmetic} here: {reason}")
         return None
     codes, count = (attention_codes, 3) if arithmetic == "fp8" else (attention_codes_int8, 2)
-    xs, functions = bind_heads(o.parts[:count])
+    xs, generated = bind_heads(o.parts[:count])
     site = ops.sites("svdq.attention_of_heads.default")()
     for _ in range(3):
         site(*given, arithmetic)
     return {
         "us": microseconds(lambda: row.run(o), repeats),
-        "codes": microseconds(lambda: codes(xs, GeneratedParts(*functions)), repeats),
+        "codes": microseconds(lambda: codes(xs, generated), repeats),
         "as compiled code calls it": microseconds(lambda: site(*given, arithmetic), repeats),
         "chosen": of_heads.ATTENTION_OF_HEADS.choose(o).name,
         "rel_err": round(float((row.run(o) - expected).norm() / expected.norm()), 4),

@@ -34,7 +34,6 @@ def attention(
     heads: Sequence[Sequence[Part]], v: Tensor, is_causal: bool, scale: float | None, order: list[int]
 ) -> Tensor:
     """y [B, H, S, E] as `operands.Attention` says, of what makes q and k, some parts each, and of v [B, G, T, E]."""
-    from ..kernels.portable.attention_codes import GeneratedParts
     from ..kernels.portable.attention_int8 import attention_int8
     from .generate_heads import bind_heads
 
@@ -42,5 +41,5 @@ def attention(
     v = v if v.stride(3) == 1 else v.contiguous()
     (b, _, h, _), s = xs[0][0].shape, sum(x.shape[1] for x in xs[0])
     y = empty_in_order(v, (b, h, s, v.shape[3]), order)
-    attention_int8(xs, GeneratedParts(*generated), v, y, is_causal, scale)
+    attention_int8(xs, generated, v, y, is_causal, scale)
     return y

@@ -88,11 +88,11 @@ def attention(o: Attention) -> Tensor:
 
 def attention_fp8(heads: Sequence[Sequence[Part]], is_causal: bool, scale: float | None, order: list[int]) -> Tensor:
     """The same of e4m3 codes, of what makes q, k and v: some parts each, not all of them empty."""
-    from ..kernels.portable.attention_codes import GeneratedParts, attention_codes
+    from ..kernels.portable.attention_codes import attention_codes
     from .generate_heads import bind_heads
 
     xs, generated = bind_heads(heads)
-    *codes, q_scale, k_scale, v_scale = attention_codes(xs, GeneratedParts(*generated))
+    *codes, q_scale, k_scale, v_scale = attention_codes(xs, generated)
     q, k, v = (code.transpose(1, 2) for code in codes)
     o = Attention(q, k, v, is_causal, scale, order)
     return o.in_order(_forward(o, (q_scale, k_scale, v_scale)).to(xs[0][0].dtype))  # of codes it makes bf16

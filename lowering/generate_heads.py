@@ -15,7 +15,7 @@ pointer and the strides of B, T and H.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch import Tensor
 from ..kernels.portable import heads as triton_heads
 from .generate import expression, load, python_file
 from .region import IN_THE_MIDDLE, Part, Region
+
+if TYPE_CHECKING:
+    from ..kernels.portable.attention_codes import GeneratedParts
 
 
 def is_interleaved(*regions: Region) -> bool:
@@ -36,19 +39,21 @@ def bind(region: Region, values: dict[str, Tensor], block: torch.Size) -> triton
     return triton_heads.GeneratedHeads(module.load, module.fused, tuple(_operands(region, values, block)))
 
 
-def bind_parts(regions: Sequence[Region], values: Sequence[dict[str, Tensor]]) -> tuple[Any, ...]:
-    """The functions of several regions, and what they read, as `attention_codes.GeneratedParts` has them. values: of
-    each region all operands by name, x with a head's channels side by side.
+def bind_parts(regions: Sequence[Region], values: Sequence[dict[str, Tensor]]) -> "GeneratedParts":
+    """The functions of several regions, and what they read. values: of each region all operands by name, x with a
+    head's channels side by side.
     """
+    from ..kernels.portable.attention_codes import GeneratedParts
+
     extra: list[Any] = []
     for region, named in zip(regions, values, strict=True):
         x = named["x"]
         extra += [x, *x.stride()[:3], *_operands(region, named, x.shape)]
     module = _module_of_parts(tuple(regions))
-    return module.start, module.load, module.fused, tuple(extra), is_interleaved(*regions)
+    return GeneratedParts(module.start, module.load, module.fused, tuple(extra), is_interleaved(*regions))
 
 
-def bind_heads(heads: Sequence[Sequence[Part]]) -> tuple[list[list[Tensor]], tuple[Any, ...]]:
+def bind_heads(heads: Sequence[Sequence[Part]]) -> "tuple[list[list[Tensor]], GeneratedParts]":
     """What makes q, k and so on, some parts each, not all of them empty -> the x of each, and `bind_parts` of all."""
     parts = [[_side_by_side(*part) for part in each if part[1]["x"].numel()] for each in heads]
     regions, values = zip(*(part for each in parts for part in each), strict=True)

@@ -20,8 +20,8 @@ log = logging.getLogger("svdq_compile")
 ROWS_PER_CALL = 64
 MAX_ROWS = 512
 # Second moments are kept of blocks of neighbouring channels. 1024 take 4 KiB a channel, 7.2 GB for all inputs of FLUX's
-# blocks, and its layers lose 3 to 5 % less with them than with 512. The device decides, not what is free on
-# it: the same model gets the same bits again.
+# blocks, and its layers lose 3 to 5 % less with them than with 512. The device decides, not what is free on it, so the
+# same model gets the same bits again.
 MOMENT_BLOCKS = (1024, 512)
 ROOMY = 64 << 30  # bytes of a device's memory from which on blocks are of the larger size
 MOMENT_ROWS = 4096  # of each call: enough for as many channels, and a video has more

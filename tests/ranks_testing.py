@@ -41,6 +41,14 @@ def on_ranks(size: int, function: Callable, folder: Path, *args: Any, patience: 
     return [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
 
 
+def results_on_ranks(size: int, function: Callable, folder: Path, *args: Any) -> list[dict[str, Any]]:
+    """The same of a function whose result has names; a rank that has none fails the test, with what it raised."""
+    found = on_ranks(size, function, folder, *args)
+    for rank, result in enumerate(found):
+        assert isinstance(result, dict), f"rank {rank}: {result}"
+    return found
+
+
 def _run(rank: int, size: int, folder: Path, patience: float, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

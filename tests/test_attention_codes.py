@@ -27,7 +27,7 @@ def codes_of(texts: Sequence[str], values: Sequence[Sequence[dict[str, Tensor]]]
     from svdq_compile.lowering import generate_heads
 
     regions = [region for text in texts for region in parts(text)]
-    generated = ac.GeneratedParts(*generate_heads.bind_parts(regions, [named for each in values for named in each]))
+    generated = generate_heads.bind_parts(regions, [named for each in values for named in each])
     xs = tuple([named["x"] for named in each] for each in values)
     return ac.attention_codes(xs, generated)
 

@@ -54,10 +54,10 @@ def codes_of(texts: Sequence[str], values: Sequence[Sequence[dict[str, Tensor]]]
     from svdq_compile.kernels.portable import attention_codes as ac
     from svdq_compile.lowering import generate_heads
 
-    xs, functions = generate_heads.bind_heads(
+    xs, generated = generate_heads.bind_heads(
         [list(zip(parts(text), each, strict=True)) for text, each in zip(texts, values, strict=True)]
     )
-    return ac.attention_codes_int8(xs, ac.GeneratedParts(*functions))
+    return ac.attention_codes_int8(xs, generated)
 
 
 def check_codes(x: Tensor, code: Tensor, scale: Tensor) -> None:

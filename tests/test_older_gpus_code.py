@@ -220,8 +220,7 @@ def test_attention_int8(capability, g, s, t, d, e, dtype, is_causal, tile, on, t
     on(attention_codes, capability)
     q, k = torch.randn(1, s, 2, d).to(dtype), (torch.randn(1, t, g, d) + torch.randn(1, 1, g, d)).to(dtype)
     v, y = torch.randn(1, g, t, e).to(dtype), torch.empty(1, 2, s, e, dtype=dtype)
-    xs, functions = bind_heads([[(PLAIN, {"x": x})] for x in (q, k)])
-    generated = attention_codes.GeneratedParts(*functions)
+    xs, generated = bind_heads([[(PLAIN, {"x": x})] for x in (q, k)])
     on(attention_int8, capability).attention_int8(xs, generated, v, y, is_causal, None, attention_int8.Tile(*tile))
     coded = (x.transpose(1, 2) for x in (rounded(q.float()), rounded(centred([k.float()]))))
     assert error(y, exact(*coded, v, is_causal, None)) < BOUND[dtype]

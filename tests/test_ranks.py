@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_testing import message, on_ranks, packs
+from ranks_testing import message, on_ranks, packs, results_on_ranks
 from torch import Tensor, nn
 
 import svdq_compile as svdq
@@ -307,10 +307,7 @@ STEPS = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of all steps, for each rank."""
-    found = on_ranks(2, together, tmp_path_factory.mktemp("ranks"))
-    for rank, result in enumerate(found):
-        assert isinstance(result, dict), f"rank {rank}: {result}"
-    return found
+    return results_on_ranks(2, together, tmp_path_factory.mktemp("ranks"))
 
 
 def one_process(calibrate: Any) -> dict[str, list[int]]:

@@ -17,7 +17,7 @@ from diffusers.loaders import FluxLoraLoaderMixin, PeftAdapterMixin
 from lora_testing import products_of_adapters
 from peft import LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from ranks_testing import message, on_ranks
+from ranks_testing import message, results_on_ranks
 from safetensors.torch import load_file
 from test_tensor_parallel import Model, inputs, model, quantized, split
 from torch import Tensor, fx, nn
@@ -278,10 +278,7 @@ STEPS = (eagerly, in_a_graph, through_inductor, by_diffusers, flux, refused, fus
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    found = on_ranks(2, together, folder, folder)
-    for rank, result in enumerate(found):
-        assert isinstance(result, dict), f"rank {rank}: {result}"
-    return found
+    return results_on_ranks(2, together, folder, folder)
 
 
 def test_eagerly(results: list[dict]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_testing import on_ranks
+from ranks_testing import results_on_ranks
 from test_tensor_parallel import Model, mesh, split, state
 from torch import nn
 
@@ -90,10 +90,7 @@ def files(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    found = on_ranks(2, together, folder, folder)
-    for rank, result in enumerate(found):
-        assert isinstance(result, dict), f"rank {rank}: {result}"
-    return found
+    return results_on_ranks(2, together, folder, folder)
 
 
 def test_a_norm_is_torch_s(results: list[dict]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
-from ranks_testing import message, on_ranks
+from ranks_testing import message, results_on_ranks
 from test_tensor_parallel import bytes_read, mesh, state
 from torch import nn
 
@@ -222,10 +222,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[dict[str, Any]]:
     """Of all steps, for each of two ranks."""
-    found = on_ranks(2, together, folder, folder)
-    for rank, result in enumerate(found):
-        assert isinstance(result, dict), f"rank {rank}: {result}"
-    return found
+    return results_on_ranks(2, together, folder, folder)
 
 
 def test_the_file_is_that_of_one_process(folder: Path, results: list[dict]) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks_testing import message, on_ranks
+from ranks_testing import message, on_ranks, results_on_ranks
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
@@ -392,10 +392,7 @@ STEPS = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of all steps, for each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    found = on_ranks(2, together, folder, folder)
-    for rank, result in enumerate(found):
-        assert isinstance(result, dict), f"rank {rank}: {result}"
-    return found
+    return results_on_ranks(2, together, folder, folder)
 
 
 @pytest.mark.parametrize("precision", ROUNDING)

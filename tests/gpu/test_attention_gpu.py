@@ -3,16 +3,17 @@
 python -m pytest tests/gpu/test_attention_gpu.py
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_choices import no_choice_yet as no_choice_yet
 from torch import Tensor, fx, nn
 
 from svdq_compile.kernels.operands import Attention
 from svdq_compile.kernels.runtime import tuning
-from svdq_compile.lowering import flash3, kernel_table, launch, ops
+from svdq_compile.lowering import flash3, launch, ops
 from svdq_compile.lowering.inductor import compile_with_inductor
 from svdq_compile.lowering.kernel_table import REFERENCE, Kernel
 from svdq_compile.lowering.launch import ATTENTION
@@ -26,22 +27,6 @@ ROWS = {kernel.name: kernel for kernel in ATTENTION.rows if kernel.name not in (
 if flash3.missing():
     del ROWS["flash3"]
 ROUNDING = 4e-3  # of a result rounded to bf16 once, and of probabilities rounded to bf16
-
-
-@pytest.fixture(autouse=True)
-def no_choice_yet(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are kept for one test."""
-    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    for name in ("SVDQ_TUNE", "SVDQ_KERNELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_spent", 0.0)
-    monkeypatch.setattr(kernel_table, "_told", set())
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
-    yield
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
 
 
 def normal(order: list[int], *shape: int) -> Tensor:

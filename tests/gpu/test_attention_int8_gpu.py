@@ -5,17 +5,15 @@ python -m pytest tests/gpu/test_attention_int8_gpu.py
 python bench/as_target.py 89 -m pytest -q tests/gpu/test_attention_int8_gpu.py
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_choices import no_choice_yet as no_choice_yet
 from test_attention_of_heads_gpu import ALL_HEADS, HALVES, ROTATED, WAN, heads_in_torch, operands
 from torch import Tensor
 
 from svdq_compile.kernels.operands import Attention
-from svdq_compile.kernels.portable import attention_codes, attention_int8
-from svdq_compile.kernels.runtime import tuning
+from svdq_compile.kernels.portable import attention_int8
 from svdq_compile.kernels.runtime.target import shared_memory
 from svdq_compile.lowering import attention_of_heads as of_heads
 from svdq_compile.lowering import ops
@@ -27,23 +25,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BSHD, BHSD = [0, 2, 1, 3], [0, 1, 2, 3]
 INT8, BF16 = 0.02, 4e-3  # what int8 loses of random q and k; roundings to 16 bits
-
-
-@pytest.fixture(autouse=True)
-def no_choice_yet(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are kept for one test."""
-    torch.manual_seed(0)
-    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    for name in ("SVDQ_TUNE", "SVDQ_KERNELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_tiles", {})
-    monkeypatch.setattr(tuning, "_spent", 0.0)
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
-    yield
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
 
 
 def normal(b: int, h: int, s: int, d: int, dtype: torch.dtype) -> Tensor:
@@ -92,8 +73,7 @@ def test_every_tile(b: int, h: int, g: int, s: int, t: int, d: int, e: int, is_c
     """Near attention of the rounded q and k, in any order of the result's dimensions."""
     q, k, v = normal(b, h, s, d, dtype), normal(b, g, t, d, dtype), normal(b, g, t, e, dtype)
     expected = exact(Attention(*rounded(q, k), v, is_causal, 0.7 * d**-0.5, BSHD))
-    xs, functions = bind_heads([[(PLAIN, {"x": x.transpose(1, 2)})] for x in (q, k)])
-    generated = attention_codes.GeneratedParts(*functions)
+    xs, generated = bind_heads([[(PLAIN, {"x": x.transpose(1, 2)})] for x in (q, k)])
     width = 1 << (max(d, e, 32) - 1).bit_length()
     for tile in attention_int8.tiles(width, shared_memory(q.device), ""):
         for order in (BSHD, BHSD, [2, 3, 0, 1]):

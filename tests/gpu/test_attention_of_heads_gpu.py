@@ -4,16 +4,14 @@
 python -m pytest tests/gpu/test_attention_of_heads_gpu.py
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_choices import no_choice_yet as no_choice_yet
 from test_heads_gpu import ALL_HEADS, HALVES, ROTATED, WAN
 from torch import Tensor
 
 from svdq_compile.kernels.portable import attention_codes as ac
-from svdq_compile.kernels.runtime import tuning
 from svdq_compile.lowering import attention_of_heads as of_heads
 from svdq_compile.lowering import flash3, generate_heads, ops
 from svdq_compile.lowering.region import PLAIN
@@ -22,22 +20,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 needs_flash3 = pytest.mark.skipif(flash3.missing() is not None, reason="needs fa3-fwd")
 
 BSHD, BHSD = [0, 2, 1, 3], [0, 1, 2, 3]
-
-
-@pytest.fixture(autouse=True)
-def no_choice_yet(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choices are kept for one test."""
-    torch.manual_seed(0)
-    monkeypatch.setenv("SVDQ_CACHE", str(tmp_path))
-    for name in ("SVDQ_TUNE", "SVDQ_KERNELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_spent", 0.0)
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
-    yield
-    tuning._file.cache_clear()
-    tuning._known.cache_clear()
 
 
 def tensors_of(text: str, b: int, t: int, h: int, d: int, dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +55,7 @@ def codes_of(given: tuple) -> tuple[Tensor, ...]:
     o = of_heads.record(*given, False, None, BSHD, "fp8")
     regions, values = zip(*(part for each in o.parts for part in each), strict=True)
     xs = [[values["x"] for _, values in each] for each in o.parts]
-    return ac.attention_codes(xs, ac.GeneratedParts(*generate_heads.bind_parts(regions, values)))
+    return ac.attention_codes(xs, generate_heads.bind_parts(regions, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
