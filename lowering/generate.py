@@ -25,13 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.portable import erf, tanh
+from ..kernels.portable.erf import erf
+from ..kernels.portable.rounding import to_bf16, to_fp16, widened
+from ..kernels.portable.tanh import tanh
 from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
 from .region import GIVEN, Region, Step, parse
 
 log = logging.getLogger("svdq_compile")
 
+CALLED = (erf, tanh, to_bf16, to_fp16, widened)
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _CALLS = {
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -46,8 +49,8 @@ _CALLS = {
     "sqrt": "tl.sqrt({0})",
     "rsqrt": "tl.rsqrt({0})",
     "reciprocal": "1.0 / {0}",
-    "bf16": "{0}.to(tl.bfloat16).to(tl.float32)",
-    "fp16": "{0}.to(tl.float16).to(tl.float32)",
+    "bf16": "to_bf16({0})",
+    "fp16": "to_fp16({0})",
 }
 
 
@@ -161,10 +164,9 @@ def python_file(regions: Sequence[Region], functions: dict[str, list[str]], impo
     drawing = "\n\n".join("\n".join(f"    {line}" for line in lines) for lines in drawings)
     code = "\n".join(f"\n\n@triton.jit\ndef {signature}:\n" + "\n".join(f"    {line}" for line in lines)
                      for signature, lines in functions.items())  # fmt: skip
-    for module in (erf, tanh):
-        name = module.__name__.rpartition(".")[2]
-        if f"{name}(" in code:
-            imports += f"from {module.__name__} import {name}\n"
+    for called in CALLED:
+        if f"{called.__name__}(" in code:
+            imports += f"from {called.__module__} import {called.__name__}\n"
     imports = f"\n{imports}" if imports else ""
     return f'"""A fused region.\n\n{drawing}\n"""\n\nimport triton\nimport triton.language as tl\n{imports}{code}\n'
 
@@ -180,10 +182,10 @@ def _loads(operands: list[tuple[str, str]]) -> list[str]:
         elif axes == "C":
             where, mask = "columns", "columns < extra[1]"
         elif axes == "BC":
-            sample = f"rows // ((extra[0] - 1) // extra[{at + 2}])"
+            sample = f"rows.to(tl.int32) // ((extra[0] - 1) // extra[{at + 2}])"
             where, mask, width = f"({sample}).to(tl.int64) * extra[{at + 1}] + columns", "live", 3
         load = f"tl.load(extra[{at}] + {where}{f', mask={mask}, other=0.0' if mask else ''})"
-        lines.append(f"{name} = {load}.to(tl.float32)")
+        lines.append(f"{name} = widened({load})" if "C" in axes else f"{name} = {load}.to(tl.float32)")
         at += width
     return lines
 

@@ -75,6 +75,11 @@ def compile_for(kernel, capability, constants, warps, types, stages=4, source=No
         for i, n in enumerate(names)
         if isinstance(signature[n], str) and not signature[n].startswith(("const", "tens"))
     }
+    for i, n in enumerate(
+        names
+    ):  # of a tuple too; its first int is a number of rows and one more (lowering/generate.py)
+        if isinstance(signature[n], tuple):
+            even |= {(i, j): [["tt.divisibility", 16]] for j, kind in enumerate(signature[n]) if j or kind != "i32"}
     program = (source or ASTSource)(kernel, signature, constants, even)
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(program, target=GPUTarget("cuda", capability, 32), options=options)

@@ -311,7 +311,7 @@ def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
     types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue and prologue.function is modulated else ()}
     types |= {"qx": "*fp8e4nv"} if precision == "int4" else {}
-    x = gq.describe(o.x, 64, 64 * tile.boxes)
+    x = gq.describe(o.x, 64, tile.group())
     first, rest = gq.describe_down(o.down, tile) if rank else (x, x)
     for name, block in (("x", x), ("right", x), ("down", first), ("rest", rest)):
         types[name] = f"tensordesc<bf16{list(block.block_shape)},{block.layout!r}>"
@@ -391,9 +391,11 @@ def test_tiles_of_the_single_kernel(monkeypatch):
 
     assert boxes(8192, 320, 32) == boxes(2048, 1280, 64) == boxes(16, 2048, 32) == [4, 2]
     assert boxes(8192, 640, 32, "int4") == [4, 2]
-    assert boxes(4608, 3072, 32) == boxes(512, 3072, 32) == [4]
+    assert boxes(4608, 3072, 32) == [4]
+    assert boxes(512, 3072, 32) == [4, 2]  # 96 programs for 132 multiprocessors
     assert boxes(4608, 15360, 32) == [8]
-    assert boxes(8192, 640, 96) == [8]
+    assert boxes(8192, 640, 96) == boxes(512, 3072, 96) == [8, 4, 2]
+    assert boxes(4608, 3072, 128) == [8]
     assert boxes(8192, 640, 32, width=384) == [2, 1]
     assert boxes(8192, 640, 32, width=320) == [1]
 

@@ -38,8 +38,9 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..formats import codes_of
 from ..operands import Quantize
-from ..portable.codes import int4_codes, int8_pair, int8_scale, prologue, quotient, rotated
+from ..portable.codes import int4_codes, int8_pair, int8_scale, quotient, rotated
 from ..portable.quantize import allocate_results, check_quantize
+from ..portable.rounding import narrowed, widened
 from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
@@ -53,14 +54,15 @@ MAX_RANK = {"int8": 256, "int4": 240}  # more would not fit into registers
 SHORT = 2048  # channels
 MAX_BLOCKS = COUNTERS // (ROWS.value + 2)
 # One thread counts or polls: an atomic of Triton's has every warp wait for its result, and polls disturb the loads of
-# others. `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
+# others. Each time it is one of another warp: what it waits for, a fence until all stores are seen, the next does not.
+# `inc` goes from the bound to zero, so that nobody needs to know who leaves last.
 ARRIVE = gl.constexpr("""{
-    .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+    .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, $3;
     @p red.release.gpu.global.inc.u32 [$1], $2; mov.u32 $0, 0;
 }""")
 LEAVE = gl.constexpr(ARRIVE.value.replace("release", "relaxed"))
 AWAIT = gl.constexpr("""{
-    .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra done;
+    .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, $3; @p bra done;
     again: ld.acquire.gpu.global.u32 t, [$1]; setp.ge.u32 p, t, $2; @p bra done; nanosleep.u32 40; bra again;
     done: mov.u32 $0, 0;
 }""")
@@ -76,28 +78,29 @@ CLEAR = gl.constexpr(
 
 
 @gluon.jit
-def _at_counter(counter, number, ASM: gl.constexpr):
-    gl.inline_asm_elementwise(ASM, "=r,l,r", [counter.to(gl.int64), number], dtype=gl.int32, is_pure=False, pack=1)
+def _at_counter(counter, number, WARP: gl.constexpr, ASM: gl.constexpr):
+    gl.inline_asm_elementwise(ASM, "=r,l,r,r", [counter.to(gl.int64), number, gl.to_tensor(32 * WARP)], dtype=gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit
-def _arrive(counter, programs):
+def _arrive(counter, programs, WARP: gl.constexpr):
     """Let the other programs of the row block see all that this one wrote."""
     barrier()
-    _at_counter(counter, 2 * programs - 1, ARRIVE)
+    _at_counter(counter, 2 * programs - 1, WARP, ARRIVE)
 
 
 @gluon.jit
-def _await(counter, programs):
+def _await(counter, programs, WARP: gl.constexpr):
     """Wait until every program of the row block has arrived."""
-    _at_counter(counter, programs, AWAIT)
+    _at_counter(counter, programs, WARP, AWAIT)
     barrier()
 
 
 @gluon.jit
 def _leave(counter, programs):
     """Nobody waits for this program any more."""
-    _at_counter(counter, 2 * programs - 1, LEAVE)
+    _at_counter(counter, 2 * programs - 1, 1, LEAVE)
 
 
 @gluon.jit
@@ -133,10 +136,13 @@ def _store_part(target, acc, first, R: gl.constexpr):
 
 
 @gluon.jit
-def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """Box i smoothed, as its even channels and its odd ones [ROWS, 32] fp32: words make one instruction a number."""
+def _pairs(box, inverses, DTYPE: gl.constexpr, wide: gl.constexpr, layout: gl.constexpr):
+    """A box smoothed, as its even channels and its odd ones [ROWS, 32] fp32: words make one instruction a number.
+
+    inverses  [64] of its channels
+    """
     bits: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    word = view(xs, gl.int32, [ROWS, K_TILE // 2], bits).slice(i * 32, 32, 1).load(layout)
+    word = view(box, gl.int32, [ROWS, 32], bits).load(layout)
     if DTYPE == gl.bfloat16:
         even = (word << 16).to(gl.float32, bitcast=True)
         odd = (word & -65536).to(gl.float32, bitcast=True)
@@ -144,9 +150,22 @@ def _pairs(xs, inverses, i, K_TILE: gl.constexpr, DTYPE: gl.constexpr, layout: g
         even = word.to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
         odd = (word >> 16).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
     columns: gl.constexpr = gl.SliceLayout(0, layout)
-    even *= inverses.slice(i * 32, 32).load(columns)[None, :]
-    odd *= inverses.slice(K_TILE // 2 + i * 32, 32).load(columns)[None, :]
+    of_even, of_odd = gl.split(gl.reshape(inverses.load(gl.SliceLayout(0, wide)), [32, 2]))
+    even *= gl.convert_layout(of_even, columns, assert_trivial=True)[None, :]
+    odd *= gl.convert_layout(of_odd, columns, assert_trivial=True)[None, :]
     return even, odd
+
+
+@gluon.jit
+def _largest(v):
+    """v [rows, C] -> the largest magnitude of each 8 threads' columns [rows, 8]: nothing changes threads."""
+    return gl.max(gl.reshape(gl.abs(v), [v.shape[0], 8, v.shape[1] // 8]), 2)
+
+
+@gluon.jit
+def _larger(a, b):
+    """The larger one, here and now: LLVM would put off all of it to where the result is read, and keep every operand."""
+    return gl.inline_asm_elementwise("max.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -178,9 +197,7 @@ def _quantize_kernel(
 ):  # fmt: skip
     BY_ROW: gl.constexpr = CODES == "int8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
-    # Registers: how many rows a prologue gets at once, and whether a row's peak is held as one number or one a channel.
-    PIECE: gl.constexpr = 32 if EXACT else 16
-    NARROW: gl.constexpr = PROLOGUE is not None or RANK + REST > 64
+    PIECE: gl.constexpr = 32 if EXACT else 16  # rows that a prologue gets at once, by the registers there are
     DTYPE: gl.constexpr = x.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
@@ -194,91 +211,123 @@ def _quantize_kernel(
     pairs: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])  # of 32-bit words
     row: gl.constexpr = gl.SliceLayout(1, pairs if BY_ROW else wide)
     column: gl.constexpr = gl.SliceLayout(0, pairs if BY_ROW else wide)
+    peaked: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     # To rotate, a thread has all channels of a box's row; four warps take two boxes.
     PAIR: gl.constexpr = 2 if BOXES % 2 == 0 else 1
     turning: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [WARPS // PAIR, PAIR], [1, 0])
     RING: gl.constexpr = SLOTS < BOXES
+    GROUPS: gl.constexpr = 2 if BOXES % 2 == 0 else 1  # of boxes that are waited for together
     K_TILE: gl.constexpr = BOXES * 64
     xs = gl.allocate_shared_memory(DTYPE, [ROWS, K_TILE], x.layout)
+    halves = view(xs, DTYPE, [GROUPS, ROWS, K_TILE // GROUPS], x.layout)  # a group's boxes lie together
+    boxes = view(xs, DTYPE, [BOXES, ROWS, 64], x.layout)
     ds = gl.allocate_shared_memory(DTYPE, [SLOTS, RANK, 64] if RING else [1, RANK, K_TILE], down.layout)
     es = ds
     if REST > 0:
         es = gl.allocate_shared_memory(DTYPE, [SLOTS, REST, 64] if RING else [1, REST, K_TILE], down.layout)
     factors = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
     inverses = gl.allocate_shared_memory(gl.float32, [K_TILE], plain)
-    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [BOXES, 1], mbarrier.MBarrierLayout())
     part = gl.program_id(0)
     block = gl.program_id(1)
     begin = block * ROWS
     first = part * K_TILE
-    mbarrier.init(full, count=1)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(full.index(i), count=1)
     if RING:
         for i in gl.static_range(BOXES):
             mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gdc_wait()
-    mbarrier.expect(full, ROWS * K_TILE * 2 + (0 if RING or R == 0 else (RANK + REST) * K_TILE * 2))
-    if JOINED:  # no program straddles the two parts
-        if first < W:
-            load(x, [begin, first], full, xs)
+    own: gl.constexpr = 0 if RING or R == 0 else (RANK + REST) * K_TILE * 2
+    for i in gl.static_range(GROUPS):
+        bar = full.index(i)
+        at = first + i * (K_TILE // GROUPS)
+        mbarrier.expect(bar, ROWS * (K_TILE // GROUPS) * 2 + (own if i == 0 else 0))
+        if JOINED:  # no program straddles the two parts
+            if first < W:
+                load(x, [begin, at], bar, halves.index(i))
+            else:
+                load(right, [begin, at - W], bar, halves.index(i))
         else:
-            load(right, [begin, first - W], full, xs)
-    else:
-        load(x, [begin, first], full, xs)
+            load(x, [begin, at], bar, halves.index(i))
+        if own > 0 and i == 0:
+            _load_down(down, rest, first, bar, ds, es, 0, RANK, REST)
     if RING:
         for i in gl.static_range(SLOTS):
             mbarrier.expect(ready.index(i), (RANK + REST) * 128)
             _load_down(down, rest, first + i * 64, ready.index(i), ds, es, i, RANK, REST)
-    elif R > 0:
-        _load_down(down, rest, first, full, ds, es, 0, RANK, REST)
+    rk = gl.arange(0, K_TILE, line)
+    factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
     if BY_ROW:
-        for i in gl.static_range(2):  # of the even channels, then of the odd ones
-            rk = 2 * gl.arange(0, K_TILE // 2, line) + i
-            factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
-            inverses.slice(i * (K_TILE // 2), K_TILE // 2).store(1.0 / factor)
+        inverses.store(1.0 / factor)
     else:
-        rk = gl.arange(0, K_TILE, line)
-        factor = gl.load(smooth + first + rk, mask=_below(rk, K - first, EXACT), other=1.0)
         factors.store(factor)
         inverses.store(gl.div_rn(gl.full_like(factor, 1.0), factor))
     barrier()
     r = gl.arange(0, ROWS, row)
     rc = gl.arange(0, 32 if BY_ROW else 64, column)
     alive = r < M - begin
-    mbarrier.wait(full, 0)
+    peak = gl.full([ROWS, 8], 0.0, gl.float32, peaked)
+    upper = gl.full([32, 8], 0.0, gl.float32, peaked)
+    lower = upper
     if PROLOGUE is not None:
         for i in gl.static_range(BOXES):
             columns = (first + i * 64 + gl.arange(0, 64, gl.SliceLayout(0, wide)))[None, :]
+            if i % (BOXES // GROUPS) == 0:
+                mbarrier.wait(full.index(i // (BOXES // GROUPS)), 0)
             for j in gl.static_range(0, ROWS, PIECE):  # a thread stores where it alone has loaded
-                piece = xs.slice(i * 64, 64, 1).slice(j, PIECE)
+                piece = boxes.index(i).slice(j, PIECE)
                 rows = (begin.to(gl.int64) + j + gl.arange(0, PIECE, gl.SliceLayout(1, wide)))[:, None]
                 there = gl.full([PIECE, 64], 1, gl.int1, wide) & _below(columns, K, EXACT)
                 last = gl.minimum(rows, M.to(gl.int64) - 1)
-                piece.store(prologue(piece.load(wide), last, columns, there, extra, PROLOGUE))
+                h = PROLOGUE(widened(piece.load(wide)), last, columns, there, extra)
+                if not EXACT:
+                    h = gl.where(there, h, 0.0)
+                rounded, h = narrowed(h, DTYPE)
+                piece.store(rounded)
+                if BY_ROW and EXACT:
+                    inverse = inverses.slice(i * 64, 64).load(gl.SliceLayout(0, wide))[None, :]
+                    larger = gl.convert_layout(_largest(h * inverse), peaked, assert_trivial=True)
+                    if j == 0:
+                        upper = _larger(upper, larger)
+                    else:
+                        lower = _larger(lower, larger)
+        if BY_ROW and EXACT:
+            peak = gl.convert_layout(
+                gl.reshape(gl.permute(gl.join(upper, lower), [2, 0, 1]), [ROWS, 8]), peaked, assert_trivial=True
+            )
         fence_async_shared()
         barrier()
     target = qx + (begin.to(gl.int64) * KP + first)
-    peak = gl.full([ROWS], 0.0, gl.float32, row) if NARROW else gl.full([ROWS, 32], 0.0, gl.float32, pairs)
     acc = gl.full([ROWS, RANK], 0.0, gl.float32, mma)
     acc_rest = gl.full([ROWS, REST if REST > 0 else 16], 0.0, gl.float32, mma_rest)
-    if R > 0 and not RING:
-        acc = warpgroup_mma(xs, ds.index(0).permute([1, 0]), acc, is_async=True)
-        if REST > 0:
-            acc_rest = warpgroup_mma(xs, es.index(0).permute([1, 0]), acc_rest, is_async=True)
     for i in gl.static_range(BOXES):
         k = first + i * 64
-        box = xs.slice(i * 64, 64, 1)
+        box = boxes.index(i)
+        if PROLOGUE is None and i % (BOXES // GROUPS) == 0:
+            mbarrier.wait(full.index(i // (BOXES // GROUPS)), 0)
         if RING:
             mbarrier.wait(ready.index(i), 0)
             acc = warpgroup_mma(box, ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
             if REST > 0:
                 acc_rest = warpgroup_mma(box, es.index(i % SLOTS).permute([1, 0]), acc_rest, is_async=True)
+        elif R > 0 and i % (BOXES // GROUPS) == 0:
+            half = halves.index(i // (BOXES // GROUPS))
+            acc = warpgroup_mma(
+                half, ds.index(0).slice(i * 64, K_TILE // GROUPS, 1).permute([1, 0]), acc, is_async=True
+            )
+            if REST > 0:
+                acc_rest = warpgroup_mma(
+                    half, es.index(0).slice(i * 64, K_TILE // GROUPS, 1).permute([1, 0]), acc_rest, is_async=True
+                )
         if BY_ROW:
-            even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
-            largest = gl.maximum(gl.abs(even), gl.abs(odd))
-            peak = gl.maximum(peak, gl.max(largest, 1) if NARROW else largest)
+            if PROLOGUE is None or not EXACT:
+                even, odd = _pairs(box, inverses.slice(i * 64, 64), DTYPE, wide, pairs)
+                larger = _largest(gl.maximum(gl.abs(even), gl.abs(odd)))
+                peak = _larger(peak, gl.convert_layout(larger, peaked, assert_trivial=True))
         elif ROTATE:
             if i % PAIR == PAIR - 1:
                 _store_rotated(xs, factors, inverses, (i + 1 - PAIR) * 64, target, ascales, begin, first, M, KP, a_row,
@@ -304,33 +353,33 @@ def _quantize_kernel(
     there = here + gl.num_programs(1)
     sums = work + (block * S).to(gl.int64) * (ROWS * R)
     if BY_ROW:
-        most = peak if NARROW else gl.max(peak, 1)
+        most = gl.convert_layout(gl.max(peak, 1), row, assert_trivial=True)
         if MEET:
             gl.atomic_max(peaks + r, most.to(gl.int32, bitcast=True), sem="relaxed")  # bits are in the numbers' order
-            _arrive(here, S)
+            _arrive(here, S, 0)
     if R > 0:
         acc, acc_rest = warpgroup_mma_wait(0, deps=(acc, acc_rest))
         _store_part(sums + part * (ROWS * R), acc, 0, R)
         if REST > 0:
             _store_part(sums + part * (ROWS * R), acc_rest, RANK, R)
         if MEET:
-            _arrive(there, S)
+            _arrive(there, S, 1)
     # What other multiprocessors wrote is loaded past the L1 cache.
     if BY_ROW:
         if MEET:
-            _await(here, S)
+            _await(here, S, 2)
             most = gl.load(peaks + r, cache_modifier=".cg").to(gl.float32, bitcast=True)
         scale, reciprocal = int8_scale(most)
         if part == 0:
             gl.store(ascales + begin + r, scale, mask=alive)
         words = target.cast(gl.pointer_type(gl.int16), bitcast=True) + (r[:, None] * (KP // 2) + rc[None, :])
         for i in gl.static_range(BOXES):
-            even, odd = _pairs(xs, inverses, i, K_TILE, DTYPE, pairs)
+            even, odd = _pairs(boxes.index(i), inverses.slice(i * 64, 64), DTYPE, wide, pairs)
             stored = alive[:, None] & _below(rc, (KP - first) // 2 - i * 32, EXACT)[None, :]
             gl.store(words + i * 32, int8_pair(even, odd, reciprocal[:, None]), mask=stored)
     if R > 0:  # each program adds up a slice of the row block's xd
         if MEET:
-            _await(there, S)
+            _await(there, S, 3)
         else:
             barrier()
         e = part * SLICE + gl.arange(0, SLICE, gl.SliceLayout(0, flat))
@@ -354,6 +403,10 @@ class Tile:
     boxes: int
     slots: int
 
+    def group(self) -> int:
+        """Channels that are waited for together."""
+        return 64 * (self.boxes // 2 if self.boxes % 2 == 0 else self.boxes)
+
     def programs(self, k: int) -> int:
         """Of a row block."""
         return -(-k // (64 * self.boxes))
@@ -364,8 +417,9 @@ def candidates(o: Quantize, prologue: Generated | None, right: Tensor | None) ->
     multiprocessor.
 
     Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
-    On short rows half as wide ones may be faster. They fill a row that is no multiple of the wide ones (640 channels),
-    and where the wide ones are few twice as many share a multiprocessor, for a quarter more instructions.
+    On short rows, or where the wide ones are too few for the GPU, narrower ones may be faster. They fill a row that is
+    no multiple of the wide ones (640 channels), and more of them share a multiprocessor, for a quarter more
+    instructions.
     """
     (r, k), (m, width) = o.down.shape, o.x.shape
     rank, alone = sum(_pieces(r)), not codes_of(o.precision).by_block and prologue is None
@@ -377,9 +431,13 @@ def candidates(o: Quantize, prologue: Generated | None, right: Tensor | None) ->
         boxes, slots = 4, 4
     while right is not None and width % (64 * boxes):
         boxes //= 2
-    best = Tile(boxes, min(boxes, slots))
-    half = Tile(max(boxes // 2, 1), max(boxes // 2, 1))
-    return (best, half) if k <= SHORT and rank <= 64 and half != best and _fits(half, o) else (best,)
+    tiles = [Tile(boxes, min(boxes, slots))]
+    few = -(-m // ROWS.value) * tiles[0].programs(k) < processors(o.x.device)
+    for narrow in (boxes // 2, boxes // 4) if rank > 64 else (boxes // 2,):
+        tile = Tile(narrow, min(narrow, slots))
+        if narrow and (few or k <= SHORT) and _fits(tile, o):
+            tiles.append(tile)
+    return tuple(tiles)
 
 
 def _fits(t: Tile, o: Quantize) -> bool:
@@ -457,8 +515,8 @@ def _launch(
     (r, k), (m, kp) = down.shape, qx.shape
     blocks, programs = -(-m // ROWS.value), t.programs(k)
     work = torch.empty(blocks * programs * ROWS.value * r, device=x.device, dtype=torch.float32)
-    left = describe(x, ROWS.value, 64 * t.boxes)
-    arguments = (left, left if right is None else describe(right, ROWS.value, 64 * t.boxes), smooth,
+    left = describe(x, ROWS.value, t.group())
+    arguments = (left, left if right is None else describe(right, ROWS.value, t.group()), smooth,
                  *(describe_down(down, t) if r else (left, left)), qx, ascales, xd, work,
                  zeroed_counters(x.device, blocks * (ROWS.value + 2)), () if prologue is None else prologue.operands,
                  m, k, kp, programs, x.shape[1], *ascales.stride(), float(shift))  # fmt: skip
