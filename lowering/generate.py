@@ -25,16 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.portable.erf import erf
-from ..kernels.portable.rounding import to_bf16, to_fp16, widened
-from ..kernels.portable.tanh import tanh
+from ..kernels.portable import erf, rounding, tanh
 from ..kernels.runtime.generated import Generated
 from ..kernels.runtime.tuning import cache_folder
 from .region import GIVEN, Region, Step, parse
 
 log = logging.getLogger("svdq_compile")
 
-CALLED = (erf, tanh, to_bf16, to_fp16, widened)
+_CALLED = {"erf": erf, "tanh": tanh, "to_bf16": rounding, "to_fp16": rounding, "widened": rounding}
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _CALLS = {
     "maximum": "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
@@ -164,9 +162,9 @@ def python_file(regions: Sequence[Region], functions: dict[str, list[str]], impo
     drawing = "\n\n".join("\n".join(f"    {line}" for line in lines) for lines in drawings)
     code = "\n".join(f"\n\n@triton.jit\ndef {signature}:\n" + "\n".join(f"    {line}" for line in lines)
                      for signature, lines in functions.items())  # fmt: skip
-    for called in CALLED:
-        if f"{called.__name__}(" in code:
-            imports += f"from {called.__module__} import {called.__name__}\n"
+    for name, module in _CALLED.items():
+        if f"{name}(" in code:
+            imports += f"from {module.__name__} import {name}\n"
     imports = f"\n{imports}" if imports else ""
     return f'"""A fused region.\n\n{drawing}\n"""\n\nimport triton\nimport triton.language as tl\n{imports}{code}\n'
 

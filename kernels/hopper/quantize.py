@@ -164,8 +164,9 @@ def _largest(v):
 
 @gluon.jit
 def _larger(a, b):
-    """The larger one, here and now: LLVM would put off all of it to where the result is read, and keep every operand."""
-    return gl.inline_asm_elementwise("max.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1)
+    """The larger one, now: LLVM would put all of it off to where the result is read, and keep every operand."""
+    asm: gl.constexpr = "max.f32 $0, $1, $2;"
+    return gl.inline_asm_elementwise(asm, "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1)
 
 
 @gluon.jit
