@@ -198,7 +198,7 @@ def _quantize_kernel(
 ):  # fmt: skip
     BY_ROW: gl.constexpr = CODES == "int8"  # a scale for the whole row, else one a box
     MEET: gl.constexpr = PARTS > 1 and (R > 0 or BY_ROW)
-    PIECE: gl.constexpr = 32 if EXACT else 16  # rows that a prologue gets at once, by the registers there are
+    PIECE: gl.constexpr = 32  # rows that a prologue gets at once, by the registers there are
     DTYPE: gl.constexpr = x.dtype
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, RANK, 16])
@@ -218,7 +218,8 @@ def _quantize_kernel(
     PAIR: gl.constexpr = 2 if BOXES % 2 == 0 else 1
     turning: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [WARPS // PAIR, PAIR], [1, 0])
     RING: gl.constexpr = SLOTS < BOXES
-    GROUPS: gl.constexpr = 2 if BOXES % 2 == 0 else 1  # of boxes that are waited for together
+    GROUPS: gl.constexpr = 2 if BOXES % 2 == 0 else 1
+    TOGETHER: gl.constexpr = BOXES // GROUPS  # boxes that are waited for together
     K_TILE: gl.constexpr = BOXES * 64
     xs = gl.allocate_shared_memory(DTYPE, [ROWS, K_TILE], x.layout)
     halves = view(xs, DTYPE, [GROUPS, ROWS, K_TILE // GROUPS], x.layout)  # a group's boxes lie together
@@ -277,8 +278,8 @@ def _quantize_kernel(
     if PROLOGUE is not None:
         for i in gl.static_range(BOXES):
             columns = (first + i * 64 + gl.arange(0, 64, gl.SliceLayout(0, wide)))[None, :]
-            if i % (BOXES // GROUPS) == 0:
-                mbarrier.wait(full.index(i // (BOXES // GROUPS)), 0)
+            if i % TOGETHER == 0:
+                mbarrier.wait(full.index(i // TOGETHER), 0)
             for j in gl.static_range(0, ROWS, PIECE):  # a thread stores where it alone has loaded
                 piece = boxes.index(i).slice(j, PIECE)
                 rows = (begin.to(gl.int64) + j + gl.arange(0, PIECE, gl.SliceLayout(1, wide)))[:, None]
@@ -289,14 +290,14 @@ def _quantize_kernel(
                     h = gl.where(there, h, 0.0)
                 rounded, h = narrowed(h, DTYPE)
                 piece.store(rounded)
-                if BY_ROW and EXACT:
+                if BY_ROW:
                     inverse = inverses.slice(i * 64, 64).load(gl.SliceLayout(0, wide))[None, :]
                     larger = gl.convert_layout(_largest(h * inverse), peaked, assert_trivial=True)
                     if j == 0:
                         upper = _larger(upper, larger)
                     else:
                         lower = _larger(lower, larger)
-        if BY_ROW and EXACT:
+        if BY_ROW:
             peak = gl.convert_layout(
                 gl.reshape(gl.permute(gl.join(upper, lower), [2, 0, 1]), [ROWS, 8]), peaked, assert_trivial=True
             )
@@ -308,15 +309,15 @@ def _quantize_kernel(
     for i in gl.static_range(BOXES):
         k = first + i * 64
         box = boxes.index(i)
-        if PROLOGUE is None and i % (BOXES // GROUPS) == 0:
-            mbarrier.wait(full.index(i // (BOXES // GROUPS)), 0)
+        if PROLOGUE is None and i % TOGETHER == 0:
+            mbarrier.wait(full.index(i // TOGETHER), 0)
         if RING:
             mbarrier.wait(ready.index(i), 0)
             acc = warpgroup_mma(box, ds.index(i % SLOTS).permute([1, 0]), acc, is_async=True)
             if REST > 0:
                 acc_rest = warpgroup_mma(box, es.index(i % SLOTS).permute([1, 0]), acc_rest, is_async=True)
-        elif R > 0 and i % (BOXES // GROUPS) == 0:
-            half = halves.index(i // (BOXES // GROUPS))
+        elif R > 0 and i % TOGETHER == 0:
+            half = halves.index(i // TOGETHER)
             acc = warpgroup_mma(
                 half, ds.index(0).slice(i * 64, K_TILE // GROUPS, 1).permute([1, 0]), acc, is_async=True
             )
@@ -325,7 +326,7 @@ def _quantize_kernel(
                     half, es.index(0).slice(i * 64, K_TILE // GROUPS, 1).permute([1, 0]), acc_rest, is_async=True
                 )
         if BY_ROW:
-            if PROLOGUE is None or not EXACT:
+            if PROLOGUE is None:
                 even, odd = _pairs(box, inverses.slice(i * 64, 64), DTYPE, wide, pairs)
                 larger = _largest(gl.maximum(gl.abs(even), gl.abs(odd)))
                 peak = _larger(peak, gl.convert_layout(larger, peaked, assert_trivial=True))
