@@ -299,14 +299,14 @@ def on_h200(m, k, rank, precision="w4a8", width=None, rotate=False):
     return o, torch.empty(m, k - width, device="meta") if width else None
 
 
-def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608, choice=0, rotate=False):
+def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608, rotate=False):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from svdq_compile.kernels.hopper import quantize as gq
 
     o, right = on_h200(m, k, rank, precision, 3072 if joined else None, rotate)
     prologue = prologue and Generated(prologue)
-    tile = gq.candidates(o, prologue, right)[choice]
+    tile = gq.tile_for(o, prologue, right)
     values = gq.constants(tile, o, prologue, right)
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
     types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue and prologue.function is modulated else ()}
@@ -364,40 +364,51 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, prologu
 
 
 @builds
-@pytest.mark.parametrize("prologue", [None, modulated])
+@pytest.mark.parametrize(("prologue", "together"), [(None, 4), (modulated, 8)])
 @pytest.mark.parametrize("k", [320, 640, 1280])
-def test_the_single_kernel_on_short_rows(k, prologue, monkeypatch):
-    """Twice as many programs share a multiprocessor."""
+def test_the_single_kernel_on_short_rows(k, prologue, together):
+    """More programs share a multiprocessor."""
+    built = compile_gluon(32, k, prologue=prologue)
+    assert built.spilled == 0
+    assert together * (built.shared + 1024) <= 227 * 1024
+    assert together * 128 * built.registers <= 65536
+    assert waits_first(built.ptx)
+
+
+@builds
+@pytest.mark.parametrize("prologue", [None, modulated])
+def test_three_programs_share_a_multiprocessor(prologue, monkeypatch):
+    """Where that many hold all rows at once."""
     from svdq_compile.kernels.hopper import quantize as gq
 
     monkeypatch.setattr(gq, "processors", lambda device: 132)
-    wide, narrow = (compile_gluon(32, k, prologue=prologue, choice=choice) for choice in (0, 1))
-    assert wide.spilled == narrow.spilled == 0
-    assert 8 * (narrow.shared + 1024) <= 227 * 1024
-    assert 8 * 128 * narrow.registers <= 65536
-    assert waits_first(narrow.ptx)
+    built = compile_gluon(32, 3072, prologue=prologue, m=4096)
+    assert built.spilled == 0
+    assert 3 * (built.shared + 1024) <= 228 * 1024
+    assert 3 * 128 * built.registers <= 65536
 
 
 @compiled
 def test_tiles_of_the_single_kernel(monkeypatch):
-    """What long rows and high ranks get is not measured; no tile of two parts straddles them."""
+    """No tile of two parts straddles them."""
     from svdq_compile.kernels.hopper import quantize as gq
 
     monkeypatch.setattr(gq, "processors", lambda device: 132)
 
-    def boxes(*given, **more):
+    def tile(*given, prologue=None, **more):
         o, right = on_h200(*given, **more)
-        return [t.boxes for t in gq.candidates(o, None, right)]
+        chosen = gq.tile_for(o, prologue and Generated(prologue), right)
+        return chosen.boxes, chosen.slots
 
-    assert boxes(8192, 320, 32) == boxes(2048, 1280, 64) == boxes(16, 2048, 32) == [4, 2]
-    assert boxes(8192, 640, 32, "int4") == [4, 2]
-    assert boxes(4608, 3072, 32) == [4]
-    assert boxes(512, 3072, 32) == [4, 2]  # 96 programs for 132 multiprocessors
-    assert boxes(4608, 15360, 32) == [8]
-    assert boxes(8192, 640, 96) == boxes(512, 3072, 96) == [8, 4, 2]
-    assert boxes(4608, 3072, 128) == [8]
-    assert boxes(8192, 640, 32, width=384) == [2, 1]
-    assert boxes(8192, 640, 32, width=320) == [1]
+    assert tile(8192, 320, 32) == tile(2048, 1280, 64) == tile(8192, 640, 32, "int4") == (4, 4)
+    assert tile(8192, 640, 32, prologue=modulated) == (2, 2)
+    assert tile(4608, 3072, 32) == tile(512, 3072, 32) == tile(4608, 15360, 32) == (8, 8)
+    assert tile(4096, 3072, 32) == tile(4096, 3072, 32, prologue=modulated) == (8, 2)  # 384 programs, three at once
+    assert tile(4608, 3072, 32, prologue=modulated) == tile(4608, 3072, 64) == tile(4096, 3072, 32, "int4") == (4, 4)
+    assert tile(8192, 640, 96) == tile(512, 3072, 96) == tile(4096, 3072, 128) == (4, 2)
+    assert tile(4608, 3072, 128) == tile(64, 20480, 128) == (8, 2)
+    assert tile(8192, 640, 32, width=384) == (2, 2)
+    assert tile(8192, 640, 32, width=320) == (1, 1)
 
 
 @compiled
@@ -420,7 +431,7 @@ def test_what_the_single_kernel_takes(monkeypatch):
     assert not takes(wide[:, 3:259])  # and 16 bytes
     assert not takes(x[:, :100], wide[:, :156])  # a box of both
     assert not takes(x, rank=256, precision="int4")
-    assert not takes(torch.zeros(2, 20000, dtype=torch.bfloat16), k=20000)  # a row block is half the GPU
+    assert not takes(torch.zeros(2, 40000, dtype=torch.bfloat16), k=40000)  # a row block is half the GPU
 
 
 @compiled

@@ -1,6 +1,8 @@
 """Which tile a GEMM takes, by classes of rows, without a GPU."""
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -80,3 +82,23 @@ def test_tiles_do_not_use_up_the_time_of_whole_ways(measured: list, monkeypatch:
     own = tuning.choose_tile("attention_int8", 512, LAYER, ("a", "b"), lambda tile: None, DEVICE, limited=False)
     assert (own, len(measured)) == ("b", 2), "tiles of a whole way are measured with it"
     assert tuning._spent == tuning.SECONDS
+
+
+def test_threads_that_ask_at_once_get_one_answer(measured: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a later one's measurement would replace what others run by now, and a result change its rounding."""
+    all_have_asked = threading.Barrier(4)
+    answer = tuning._answer
+    first = threading.local()
+
+    def asked(*question: Any) -> int | None:
+        known = answer(*question)
+        if not hasattr(first, "has_asked"):
+            first.has_asked = True
+            all_have_asked.wait(timeout=60)
+        return known
+
+    monkeypatch.setattr(tuning, "_answer", asked)
+    monkeypatch.setattr(tuning, "_measure", lambda candidates, run: measured.append(candidates) or len(measured) % 2)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda _: tuning.choose("attention", (8,), ("a", "b"), print, DEVICE), range(4)))
+    assert (rows, len(measured)) == (["b"] * 4, 1)

@@ -44,7 +44,6 @@ from ..portable.rounding import narrowed, widened
 from ..runtime.generated import Generated
 from ..runtime.launcher import COUNTERS, Descriptor, launch, zeroed_counters
 from ..runtime.target import processors
-from ..runtime.tuning import choose_tile
 from ..runtime.versions import barrier, load, view
 from .descriptors import describe
 
@@ -414,37 +413,31 @@ class Tile:
         return -(-k // (64 * self.boxes))
 
 
-def candidates(o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple[Tile, ...]:
-    """Tiles worth trying, best guess first: as measured best on an H200 for long rows; two programs share a
-    multiprocessor.
+def tile_for(o: Quantize, prologue: Generated | None, right: Tensor | None) -> Tile:
+    """The tile for these operands, as measured best on an H200, or within a twentieth of it.
 
-    Wide programs leave less behind to add up, but do more before they let others go on: a prologue, or int4's codes.
-    On short rows, or where the wide ones are too few for the GPU, narrower ones may be faster. They fill a row that is
-    no multiple of the wide ones (640 channels), and more of them share a multiprocessor, for a quarter more
-    instructions.
+    Wide programs leave less behind to add up, but do more before they let others go on. A program's shared memory says
+    how many a multiprocessor has at once; where all of them are there at once, or most, nothing is left for the end
+    that would fill a part of the GPU only.
     """
-    (r, k), (m, width) = o.down.shape, o.x.shape
-    rank, alone = sum(_pieces(r)), not codes_of(o.precision).by_block and prologue is None
+    (r, k), m = o.down.shape, o.x.shape[0]
+    rank, by_block = sum(_pieces(r)), codes_of(o.precision).by_block
+    gpu, wide = processors(o.x.device), -(-m // ROWS.value) * Tile(8, 2).programs(k)
     if rank > 64:
         boxes, slots = (8, 2) if rank <= 160 else (8, 1) if rank <= 192 else (4, 2)
-    elif alone and m > 1024 and k > 8192:
+        if k <= SHORT or (wide <= 3 * gpu and 2 * Tile(4, 2).programs(k) <= gpu):
+            boxes, slots = 4, 2
+    elif k <= SHORT and prologue is not None:
+        boxes, slots = 2, 2
+    elif rank <= 32 and not by_block and k > SHORT and 2 * gpu < wide <= 3 * gpu:
+        boxes, slots = 8, 2  # three on a multiprocessor
+    elif prologue is None and not by_block and (k > SHORT if rank <= 32 else m > 1024 and k > 8192):
         boxes, slots = (8, 8) if rank <= 32 else (8, 4)
     else:
         boxes, slots = 4, 4
-    while right is not None and width % (64 * boxes):
+    while right is not None and o.x.shape[1] % (64 * boxes):
         boxes //= 2
-    tiles = [Tile(boxes, min(boxes, slots))]
-    few = -(-m // ROWS.value) * tiles[0].programs(k) < processors(o.x.device)
-    for narrow in (boxes // 2, boxes // 4) if rank > 64 else (boxes // 2,):
-        tile = Tile(narrow, min(narrow, slots))
-        if narrow and (few or k <= SHORT) and _fits(tile, o):
-            tiles.append(tile)
-    return tuple(tiles)
-
-
-def _fits(t: Tile, o: Quantize) -> bool:
-    """Whether a row block's programs take half of the multiprocessors at most: the rest is another stream's."""
-    return t.programs(o.down.shape[1]) * 2 <= processors(o.x.device)
+    return Tile(boxes, min(boxes, slots))
 
 
 def can_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) -> bool:
@@ -457,7 +450,8 @@ def can_quantize(o: Quantize, prologue: Generated | None, right: Tensor | None) 
     for part in (o.x, right):
         if part is not None and (part.data_ptr() % 16 or part.stride(0) % 8 or part.stride(0) < part.shape[1]):
             return False
-    return _fits(candidates(o, prologue, right)[0], o)
+    # A row block takes half of the multiprocessors at most: the rest is another stream's.
+    return tile_for(o, prologue, right).programs(k) * 2 <= processors(o.x.device)
 
 
 def constants(t: Tile, o: Quantize, prologue: Generated | None, right: Tensor | None) -> tuple:
@@ -495,17 +489,10 @@ def quantize(
     """As portable/quantize.py does it, for operands that `can_quantize`."""
     codes = check_quantize(o, right, fp8)
     results = allocate_results(o.x, o.smooth.shape[0], o.down.shape[0], codes, fp8)
-    (r, k), (m, width) = o.down.shape, o.x.shape
-    if m == 0:
+    if o.x.shape[0] == 0:
         return results
 
-    def run(t: Tile) -> None:
-        _launch(t, o, prologue, right, results)
-
-    if tile is None:
-        layer = (codes.name, k, r, width, prologue is not None, o.rotate)
-        tile = choose_tile("gluon_quantize", m, layer, candidates(o, prologue, right), run, o.x.device)
-    run(tile)
+    _launch(tile or tile_for(o, prologue, right), o, prologue, right, results)
     return results
 
 

@@ -75,10 +75,12 @@ def choose(kernel: str, shape: tuple[Hashable, ...], candidates: Sequence[_C], r
         if not _may_measure() or (limited and _spent >= SECONDS):
             return candidates[0]
         with ALONE:
-            begin = time.perf_counter()
-            index = _measure(candidates, run)
-            _spent += (time.perf_counter() - begin) if limited else 0.0
-        _remember(device, _key(kernel, shape, candidates), index)
+            index = _answer(kernel, shape, candidates, device)  # another thread's, while this one waited: one for all
+            if index is None:
+                begin = time.perf_counter()
+                index = _measure(candidates, run)
+                _spent += (time.perf_counter() - begin) if limited else 0.0
+                _remember(device, _key(kernel, shape, candidates), index)
     return candidates[index]
 
 

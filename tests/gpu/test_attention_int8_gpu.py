@@ -50,7 +50,8 @@ def rounded(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """[B, H, S, D] -> in fp64 what their codes stand for."""
     at = (2 * torch.arange(32) + 1) * k.shape[2] // 64
     k = k.float() - k[:, :, at].float().mean(2, keepdim=True)
-    scales = ((x, x.abs().amax(3, keepdim=True) / 127) for x in (q.float(), k))
+    # One key alone is its own mean.
+    scales = ((x, x.abs().amax(3, keepdim=True).clamp_min(1e-30) / 127) for x in (q.float(), k))
     q, k = ((x / scale).round().double() * scale.double() for x, scale in scales)
     return q, k
 
