@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ..kernels.runtime.target import has_kernels
 from .cuda_graphs import is_capturing
@@ -75,12 +76,14 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _note(self, call: Call) -> None:
-        results = tensors_in(call.result)
-        everything = [*results, *tensors_in((call.args, call.kwargs))]
-        if not results or any(t.device != self.memory.device for t in everything) or _gives_numbers(call.function):
+        """Results elsewhere count if somebody takes them: attention without dropout gives its seed on the CPU."""
+        device = self.memory.device
+        result = tree_map(lambda t: None if isinstance(t, Tensor) and t.device != device else t, call.result)
+        results, given = tensors_in(result), tensors_in((call.args, call.kwargs))
+        if not results or any(t.device != device for t in given) or _gives_numbers(call.function):
             self.numbers.append(str(call.function))
             return
-        self.steps.append(call)
+        self.steps.append(call._replace(result=result))
         for t in results:
             if t not in self.memory:  # or it was written to
                 self.memory.add(t)

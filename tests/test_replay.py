@@ -127,12 +127,19 @@ class Impure(Operator):
 ELSEWHERE = torch.zeros(6, 128, dtype=torch.float16)
 
 
+@torch.library.custom_op("svdq_testing::seeded", mutates_args=())
+def seeded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twice x, and a seed on another device, as torch's efficient attention gives."""
+    return x * 2, torch.empty((), device="meta")
+
+
 @pytest.mark.parametrize("work", [
     lambda x, y, z: (y[:, :1], z), lambda x, y, z: (x, z), lambda x, y, z: (y, y), lambda x, y, z: (ELSEWHERE, z),
     lambda x, y, z: (ELSEWHERE.view_as(y) + y, z),
     lambda x, y, z: (y, z) if torch.empty(4, device="meta").add(1).numel() else None,
+    lambda x, y, z: (y, z) if seeded(x)[1].add(1).shape == () else None,
     lambda x, y, z: (y, z)[: 2 + int(x.sum() > 1e30)], lambda x, y, z: (y, x.nonzero()),
-], ids=["part", "operand", "twice", "elsewhere", "reads-elsewhere", "another-device", "number",
+], ids=["part", "operand", "twice", "elsewhere", "reads-elsewhere", "another-device", "takes-a-seed", "number",
         "shape-by-values"])  # fmt: skip
 def test_anything_else_runs_as_ever(fake, work):
     op = Impure(fake, work)
@@ -180,9 +187,9 @@ def attended(x):
     lambda x: x + 1, lambda x: x.clone(), lambda x: x.float().sum(0), lambda x: torch.cat((x[:, :2], x[:, :2]), 1),
     lambda x: x.new_empty(x.shape).copy_(x).mul_(2), lambda x: x.new_empty(x.shape).fill_(3)[:, :1] + x,
     lambda x: (x.transpose(0, 1) @ x.new_ones(128, 4)).relu(), attended, lambda x: attended(x).contiguous(),
-    lambda x: x.unbind(1)[1] * x.split([1, 2], 1)[0][:, 0],
+    lambda x: x.unbind(1)[1] * x.split([1, 2], 1)[0][:, 0], lambda x: seeded(x)[0],
 ], ids=["add", "clone", "sum", "cat", "in-place", "filled", "product", "attention",
-        "attention-copied", "parts"])  # fmt: skip
+        "attention-copied", "parts", "seed-elsewhere"])  # fmt: skip
 def test_operators_of_torch_are_called_again(fake, monkeypatch, work):
     """On other tensors, on memory of theirs and of the call's own; whether a CUDA graph does it or not."""
     graphs = []

@@ -216,7 +216,7 @@ def _quantize_kernel(
     # To rotate, a thread has all channels of a box's row; four warps take two boxes.
     PAIR: gl.constexpr = 2 if BOXES % 2 == 0 else 1
     turning: gl.constexpr = gl.BlockedLayout([1, 64], [32, 1], [WARPS // PAIR, PAIR], [1, 0])
-    RING: gl.constexpr = SLOTS < BOXES
+    RING: gl.constexpr = SLOTS < BOXES and R > 0
     GROUPS: gl.constexpr = 2 if BOXES % 2 == 0 else 1
     TOGETHER: gl.constexpr = BOXES // GROUPS  # boxes that are waited for together
     K_TILE: gl.constexpr = BOXES * 64
