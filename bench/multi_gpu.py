@@ -11,6 +11,7 @@ blocks beside, method ours-tensor-lora, or with an exchange for each of q, k and
     ms           a step, the median, of the slowest rank; ms_all of the first
     gib          the most that was allocated while stepping, of the fullest rank
     comm_share   the part of a step in which some exchange between GPUs runs, waiting for the other rank included
+    busy_share   the part of it in which any kernel runs; the rest waits for the host
     packs_equal  the checksums of all packs, over all ranks; null where nothing is packed
     rel_err      the output against the same weights on one GPU, run eagerly; of split ones, before they were split
     predicted_ms what the model of the cost below says, from one GPU's ms; rows of kind "predicted" are nothing else
@@ -111,7 +112,7 @@ def measured(name: str, method: str, tiny: bool, turn: Path | None) -> dict[str,
     dist.barrier()
     times = milliseconds(step, 2 if tiny else step_models.MODELS[name].repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    share = _share_of_exchanges(step)
+    share, busy = _shares(step)
     output = step().float()
     if single is None:
         single, sums = _on_one(model, call), _sums(model)
@@ -128,6 +129,7 @@ def measured(name: str, method: str, tiny: bool, turn: Path | None) -> dict[str,
         "ms_all": times,
         "gib": max(gib),
         "comm_share": share,
+        "busy_share": busy,
         "packs_equal": all(own == all_sums[rank] for own in all_sums) if sums else None,
         "rel_err": max(worst),
         "serial_ms": 1e3 * serial,
@@ -196,17 +198,20 @@ def _ready(turn: Path, rank: int) -> Path:
     return turn.with_suffix(f".{rank}")
 
 
-def _share_of_exchanges(step: Callable[[], object]) -> float | None:
-    """NCCL's kernels in one step, as a part of the time from the first kernel's beginning to the last one's end."""
+def _shares(step: Callable[[], object]) -> tuple[float | None, float | None]:
+    """Of one step, from the first kernel's beginning to the last one's end: NCCL's kernels, and where any runs."""
     if not torch.cuda.is_available() or dist.get_world_size() == 1:
-        return None
+        return None, None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end, e.name.startswith("ncclDevKernel")) for e in events]
-    whole = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
-    return sum(end - start for start, end, exchanges in spans if exchanges) / whole
+    spans = sorted((e.time_range.start, e.time_range.end, e.name.startswith("ncclDevKernel")) for e in events)
+    whole, busy, until = max(end for _, end, _ in spans) - spans[0][0], 0.0, spans[0][0]
+    for start, end, _ in spans:
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return sum(end - start for start, end, exchanges in spans if exchanges) / whole, busy / whole
 
 
 def _on_one(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:

@@ -133,27 +133,32 @@ def _may_measure() -> bool:
 def _measure(candidates: Sequence[_C], run: Callable[[_C], object]) -> int:
     """Index of the candidate with the smallest time; one that fails to compile or cannot run is out."""
     recording.has_measured = True
-    times = []
-    for candidate in candidates:
-        try:
-            run(candidate)
-            times.append(_milliseconds(partial(run, candidate)))
-        except Exception as error:
-            if not isinstance(error, CannotRun) and not failed_to_compile(error):
-                raise
-            times.append(float("inf"))
-    return min(range(len(times)), key=times.__getitem__)
+    able = [i for i, candidate in enumerate(candidates) if _can_run(candidate, run)]
+    times = _milliseconds([partial(run, candidates[i]) for i in able])
+    return min(zip(times, able, strict=True), default=(0.0, 0))[1]
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+def _can_run(candidate: _C, run: Callable[[_C], object]) -> bool:
+    try:
+        run(candidate)
+    except Exception as error:
+        if not isinstance(error, CannotRun) and not failed_to_compile(error):
+            raise
+        return False
+    return True
+
+
+def _milliseconds(calls: list[Callable[[], object]]) -> list[float]:
+    """The shortest of each one's times: the others count what other processes do on the GPU, so calls take turns."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * REPEATS)] for _ in calls]
     torch.cuda._sleep(ASLEEP)
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
+    for i in range(0, 2 * REPEATS, 2):
+        for call, own in zip(calls, events, strict=True):
+            own[i].record()
+            call()
+            own[i + 1].record()
     torch.cuda.synchronize()
-    return min(start.elapsed_time(end) for start, end in events)  # the others count what other processes do there
+    return [min(map(torch.cuda.Event.elapsed_time, own[::2], own[1::2])) for own in events]
 
 
 @cache
