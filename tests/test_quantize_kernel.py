@@ -364,7 +364,7 @@ def test_the_single_kernel_with_two_parts_and_prologues(rank, k, joined, prologu
 
 
 @builds
-@pytest.mark.parametrize(("prologue", "together"), [(None, 4), (modulated, 8)])
+@pytest.mark.parametrize(("prologue", "together"), [(None, 4), (modulated, 7)])
 @pytest.mark.parametrize("k", [320, 640, 1280])
 def test_the_single_kernel_on_short_rows(k, prologue, together):
     """More programs share a multiprocessor."""
