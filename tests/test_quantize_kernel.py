@@ -402,7 +402,8 @@ def test_tiles_of_the_single_kernel(monkeypatch):
 
     assert tile(8192, 320, 32) == tile(2048, 1280, 64) == tile(8192, 640, 32, "int4") == (4, 4)
     assert tile(8192, 640, 32, prologue=modulated) == (2, 2)
-    assert tile(4608, 3072, 32) == tile(512, 3072, 32) == tile(4608, 15360, 32) == (8, 8)
+    assert tile(4608, 3072, 32) == tile(512, 12288, 32) == tile(4608, 15360, 32) == (8, 8)
+    assert tile(512, 3072, 32) == (4, 4)  # 48 wide programs would leave most of the GPU idle
     assert tile(4096, 3072, 32) == tile(4096, 3072, 32, prologue=modulated) == (8, 2)  # 384 programs, three at once
     assert tile(4608, 3072, 32, prologue=modulated) == tile(4608, 3072, 64) == tile(4096, 3072, 32, "int4") == (4, 4)
     assert tile(8192, 640, 96) == tile(512, 3072, 96) == tile(4096, 3072, 128) == (4, 2)

@@ -431,7 +431,7 @@ def tile_for(o: Quantize, prologue: Generated | None, right: Tensor | None) -> T
         boxes, slots = 2, 2
     elif rank <= 32 and not by_block and k > SHORT and 2 * gpu < wide <= 3 * gpu:
         boxes, slots = 8, 2  # three on a multiprocessor
-    elif prologue is None and not by_block and (k > SHORT if rank <= 32 else m > 1024 and k > 8192):
+    elif prologue is None and not by_block and (k > SHORT and wide >= gpu if rank <= 32 else m > 1024 and k > 8192):
         boxes, slots = (8, 8) if rank <= 32 else (8, 4)
     else:
         boxes, slots = 4, 4
