@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -205,7 +206,9 @@ def _shares(step: Callable[[], object]) -> tuple[float | None, float | None]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    ]
     spans = sorted((e.time_range.start, e.time_range.end, e.name.startswith("ncclDevKernel")) for e in events)
     whole, busy, until = max(end for _, end, _ in spans) - spans[0][0], 0.0, spans[0][0]
     for start, end, _ in spans:
@@ -256,6 +259,7 @@ def _process(rank: int, size: int, folder: Path, make: Any, arguments: tuple) ->
         (folder / "row").write_text(json.dumps(result))
     dist.barrier()
     if torch.cuda.is_available():
+        sys.stdout.flush()
         os._exit(0)  # destroying waits for ever for NCCL's communicators while CUDA graphs hold them, in 16 bits too
     dist.destroy_process_group()
 

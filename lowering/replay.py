@@ -49,6 +49,8 @@ _ALLOCATIONS = (
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 )
+# Give a seed on the CPU beside their result: one of dropout's, which no operator here has.
+_SEEDED = {torch.ops.aten._scaled_dot_product_efficient_attention.default}
 _nested = threading.local()  # `is_recorded`: an operator is, so those that it calls must not go by plans of their own
 
 
@@ -76,11 +78,11 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _note(self, call: Call) -> None:
-        """Results elsewhere count if somebody takes them: attention without dropout gives its seed on the CPU."""
-        device = self.memory.device
-        result = tree_map(lambda t: None if isinstance(t, Tensor) and t.device != device else t, call.result)
+        device, result = self.memory.device, call.result
+        if call.function in _SEEDED:
+            result = tree_map(lambda t: None if isinstance(t, Tensor) and t.device != device else t, result)
         results, given = tensors_in(result), tensors_in((call.args, call.kwargs))
-        if not results or any(t.device != device for t in given) or _gives_numbers(call.function):
+        if not results or any(t.device != device for t in [*results, *given]) or _gives_numbers(call.function):
             self.numbers.append(str(call.function))
             return
         self.steps.append(call._replace(result=result))

@@ -438,6 +438,7 @@ def test_what_the_single_kernel_takes(monkeypatch):
     assert not takes(wide[:, 3:259])  # and 16 bytes
     assert not takes(x[:, :100], wide[:, :156])  # a box of both
     assert not takes(x, rank=256, precision="int4")
+    assert takes(torch.zeros(2, 20000, dtype=torch.bfloat16), k=20000)
     assert not takes(torch.zeros(2, 40000, dtype=torch.bfloat16), k=40000)  # a row block is half the GPU
 
 

@@ -137,10 +137,10 @@ def seeded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lambda x, y, z: (y[:, :1], z), lambda x, y, z: (x, z), lambda x, y, z: (y, y), lambda x, y, z: (ELSEWHERE, z),
     lambda x, y, z: (ELSEWHERE.view_as(y) + y, z),
     lambda x, y, z: (y, z) if torch.empty(4, device="meta").add(1).numel() else None,
-    lambda x, y, z: (y, z) if seeded(x)[1].add(1).shape == () else None,
+    lambda x, y, z: (seeded(x)[0], z), lambda x, y, z: (y, z) if seeded(x)[1].add(1).shape == () else None,
     lambda x, y, z: (y, z)[: 2 + int(x.sum() > 1e30)], lambda x, y, z: (y, x.nonzero()),
-], ids=["part", "operand", "twice", "elsewhere", "reads-elsewhere", "another-device", "takes-a-seed", "number",
-        "shape-by-values"])  # fmt: skip
+], ids=["part", "operand", "twice", "elsewhere", "reads-elsewhere", "another-device", "any-seed",
+        "takes-a-seed", "number", "shape-by-values"])  # fmt: skip
 def test_anything_else_runs_as_ever(fake, work):
     op = Impure(fake, work)
     fast = replay.Replayed(op)
@@ -199,6 +199,7 @@ def test_operators_of_torch_are_called_again(fake, monkeypatch, work):
         return lambda: run(stream)
 
     monkeypatch.setattr(cuda_graphs, "_captured", captured)
+    monkeypatch.setattr(replay, "_SEEDED", {torch.ops.svdq_testing.seeded.default})
     op = Impure(fake, lambda x, y, z: (y, work(x)))
     fast = replay.Replayed(op)
     same = operands()

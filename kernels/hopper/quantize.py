@@ -435,6 +435,9 @@ def tile_for(o: Quantize, prologue: Generated | None, right: Tensor | None) -> T
         boxes, slots = (8, 8) if rank <= 32 else (8, 4)
     else:
         boxes, slots = 4, 4
+    widest = 4 if rank > 192 else 8
+    while boxes < widest and 2 * Tile(boxes, slots).programs(k) > gpu:  # `can_quantize`
+        boxes, slots = 2 * boxes, 1 if rank > 160 else 2
     while right is not None and o.x.shape[1] % (64 * boxes):
         boxes //= 2
     return Tile(boxes, min(boxes, slots))
