@@ -1,5 +1,7 @@
 """The quantize kernels: numbers in the interpreter, prologues, bad input, and what they compile to."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,7 +314,8 @@ def compile_gluon(rank, k, joined=False, prologue=None, precision="w4a8", m=4608
 
     o, right = on_h200(m, k, rank, precision, 3072 if joined else None, rotate)
     prologue = prologue and Generated(prologue)
-    tile = gq.tile_for(o, prologue, right)
+    with mock.patch.object(gq, "processors", return_value=132):
+        tile = gq.tile_for(o, prologue, right)
     values = gq.constants(tile, o, prologue, right)
     constants = dict(zip(gq._quantize_kernel.arg_names[-len(values) :], values, strict=True))
     types = TYPES | {"work": "*fp32", "extra": PROLOGUE_TYPES if prologue and prologue.function is modulated else ()}
@@ -383,11 +386,8 @@ def test_the_single_kernel_on_short_rows(k, prologue, together):
 
 @builds
 @pytest.mark.parametrize("prologue", [None, modulated])
-def test_three_programs_share_a_multiprocessor(prologue, monkeypatch):
+def test_three_programs_share_a_multiprocessor(prologue):
     """Where that many hold all rows at once."""
-    from svdq_compile.kernels.hopper import quantize as gq
-
-    monkeypatch.setattr(gq, "processors", lambda device: 132)
     built = compile_gluon(32, 3072, prologue=prologue, m=4096)
     assert built.spilled == 0
     assert 3 * (built.shared + 1024) <= 228 * 1024
