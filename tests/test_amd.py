@@ -78,7 +78,7 @@ def test_rocm_build_of_gemm(family, grouped):
     text = assembly(_gemm_kernel, family, constants, types | ({"wscales": "*bf16"} if grouped else {}), warps, stages)
     assert INT8[family] in text
     assert HALF[family] in text  # the low-rank product
-    assert spilled(text) <= (34 if grouped and family == "gfx1100" else 0)  # 34 by Triton 3.6, 32 since
+    assert spilled(text) <= (35 if grouped and family == "gfx1100" else 0)  # 34 and 35 before Triton 3.8
 
 
 @rocm
